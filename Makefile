@@ -1,0 +1,72 @@
+# Everything runs in .venv, which is made on first use and follows the files that describe it.
+PYTHON ?= python3
+# More arguments for pip, for example another index with CPU builds of torch:
+# make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+# More arguments for the program that a target runs: make test ARGS="-k token -x"
+ARGS ?=
+# Targets of compile-check: make compile-check ARCH="sm_80 sm_90"
+ARCH ?= all
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
+OLDEST_TRITON := 3.6.0
+OLDEST_TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
+CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench compile-check compile-check-oldest gpu-day dist clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed ## train a small Mixer on handwritten digits, then fused against eager
+	$(BIN)/python examples/train_digits.py $(ARGS)
+
+test: $(VENV)/.installed ## each benchmark once, then the tests
+	$(if $(wildcard benchmarks/bench_*.py),$(BIN)/pytest benchmarks -q)
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.installed ## ruff; clang-format for csrc
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CSRC),$(BIN)/clang-format --dry-run --Werror $(CSRC))
+
+format: $(VENV)/.installed ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+bench: $(VENV)/.installed ## the throughput report
+	$(BIN)/pytest benchmarks --benchmark $(ARGS)
+
+compile-check: $(VENV)/.installed ## compile every tile config for every GPU, without one
+	$(BIN)/python -m mixer_kernels compile-check --arch $(ARCH) $(ARGS)
+
+compile-check-oldest: $(VENV)/.installed $(OLDEST_TRITON_DIR)/.installed ## the same under the oldest tested Triton
+	PYTHONPATH=$(OLDEST_TRITON_DIR) $(BIN)/python -m mixer_kernels compile-check --arch $(ARCH) $(ARGS)
+
+gpu-day: $(VENV)/.installed ## on a machine with a GPU: correctness, repeats, graphs, benchmarks
+	$(BIN)/python tools/gpu_day.py $(ARGS)
+
+dist: $(VENV)/.installed ## source distribution and wheel, in dist/
+	$(BIN)/python -m build
+
+clean: ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install $(PIP_ARGS) -r requirements-dev.txt
+	$(PIP) install $(PIP_ARGS) --no-deps -r requirements-dev-no-deps.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py mixer_kernels/__init__.py
+	$(PIP) install $(PIP_ARGS) --no-deps -e .
+	touch $@
+
+$(OLDEST_TRITON_DIR)/.installed: | $(VENV)/.installed
+	$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $(OLDEST_TRITON_DIR) triton==$(OLDEST_TRITON)
+	touch $@
