@@ -1,0 +1,109 @@
+"""Which backend runs: the names, the user's choice, and the one rule for ``auto``.
+
+A backend is a module with ``token_mixing_forward``, ``channel_mixing_forward`` and ``why_not``, all with the same
+arguments. Backends are imported when first asked for: importing mixer_kernels needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("mixer_kernels")
+
+BACKENDS = ("triton", "torch")  # in the order in which "auto" prefers them
+CHOICES = ("auto", *BACKENDS)
+ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
+
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mixer_kernels_backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the block's calls on ``name`` ("auto", "triton" or "torch") inside the ``with`` statement.
+
+    Wins over ``MIXER_KERNELS_BACKEND``; a ``backend=`` argument wins over both. Holds for the current thread or task.
+    A function compiled by ``torch.compile`` keeps the backend that it was compiled with.
+    """
+    token = _requested.set(_checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested_backend() -> str:
+    """The backend asked for by ``use_backend`` or else by ``MIXER_KERNELS_BACKEND``; "auto" if by neither."""
+    return _requested.get() or _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+
+
+def choose(
+    backend: str | None,
+    device_type: str,
+    device_index: int | None,
+    dtype: torch.dtype,
+    stream_dtype: torch.dtype,
+    needs_grad: bool,
+) -> str:
+    """The name of the backend that runs products in ``dtype`` on a residual stream in ``stream_dtype``.
+
+    Raises:
+        ValueError: the name is not one of ``CHOICES``.
+        RuntimeError: a backend was asked for by name and cannot run; the message says why.
+    """
+    name = requested_backend() if backend is None else _checked(backend, "backend")
+    device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
+    if name != "auto":
+        reason = why_not(name, device, dtype, stream_dtype, needs_grad)
+        if reason is not None:
+            raise RuntimeError(f"backend={name!r} cannot run: {reason}")
+        return name
+    if device.type == "cpu":
+        _warn_once("auto", "torch", "the tensors are on the CPU; the kernels need a GPU")
+        return "torch"
+    for candidate in BACKENDS:
+        reason = why_not(candidate, device, dtype, stream_dtype, needs_grad)
+        if reason is None:
+            return candidate
+        _warn_once(candidate, "torch", reason)
+    raise AssertionError("the torch backend runs everywhere")
+
+
+# What torch.compiler.assume_constant_result sets: dynamo takes the choice as a constant instead of tracing it. The
+# decorator itself would import torch._dynamo, and with it Triton, along with this package.
+choose._dynamo_marked_constant = True
+
+
+def why_not(
+    name: str, device: torch.device, dtype: torch.dtype, stream_dtype: torch.dtype, needs_grad: bool
+) -> str | None:
+    """Why backend ``name`` cannot run this, or None if it can."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return f"{error}. Install it (pip install {name}) or use backend='torch'"
+    return module.why_not(device, dtype, stream_dtype, needs_grad)
+
+
+def load(name: str) -> ModuleType:
+    """The module of backend ``name``, imported on first use."""
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, CHOICES))}, got {name!r}")
+    return name
+
+
+@functools.cache
+def _warn_once(wanted: str, used: str, reason: str) -> None:
+    logger.warning("backend %r: running on %r, because %s", wanted, used, reason)

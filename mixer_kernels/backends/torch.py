@@ -1,0 +1,66 @@
+"""The ``torch`` backend: the oracle and the fallback.
+
+Plain PyTorch, equation by equation from docs/maths.md: any device, any floating dtype, differentiable by autograd,
+traced through by ``torch.compile``. The functions take what every backend's functions take.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def why_not(device: torch.device, dtype: torch.dtype, stream_dtype: torch.dtype, needs_grad: bool) -> str | None:
+    """Why this backend cannot run, or None. It always can."""
+    return None
+
+
+def token_mixing_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    eps: float,
+    approximate: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``u [B, S, C]`` from ``x [B, S, C]``, ``w1 [D_S, S]``, ``w2 [S, D_S]``; products in ``dtype``."""
+    n = _layer_norm(x, gamma, beta, eps)  # (1) (2)
+    z = F.linear(n.to(dtype).transpose(1, 2), w1.to(dtype), _to(b1, dtype))  # (3), [B, C, D_S]
+    a = F.gelu(z, approximate=approximate)  # (4)
+    return x + F.linear(a, w2.to(dtype), _to(b2, dtype)).transpose(1, 2)  # (5)
+
+
+def channel_mixing_forward(
+    u: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    *,
+    eps: float,
+    approximate: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``y [B, S, C]`` from ``u [B, S, C]``, ``w3 [D_C, C]``, ``w4 [C, D_C]``; products in ``dtype``."""
+    n = _layer_norm(u, gamma, beta, eps)  # (1) (2)
+    z = F.linear(n.to(dtype), w3.to(dtype), _to(b3, dtype))  # (6), [B, S, D_C]
+    a = F.gelu(z, approximate=approximate)  # (4)
+    return u + F.linear(a, w4.to(dtype), _to(b4, dtype))  # (7)
+
+
+def _layer_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    affine = gamma if gamma is not None else beta
+    wide = x.dtype if affine is None else torch.promote_types(x.dtype, affine.dtype)
+    return F.layer_norm(x.to(wide), x.shape[-1:], _to(gamma, wide), _to(beta, wide), eps)
+
+
+def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)
