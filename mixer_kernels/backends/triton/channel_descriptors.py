@@ -1,0 +1,149 @@
+"""The channel products on tensor descriptors (TMA): persistent programs for sm_90 and sm_100.
+
+Descriptors are made on the host: made on the device they live in scratch memory from an allocator that Triton keeps
+per thread, and autograd runs backward on threads of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.configs import ProductConfig
+from ...tuning.target import Target
+from .channel_epilogue import ChannelProduct, fc1_epilogue, tile_origin
+from .launch import cdiv, launch
+
+
+@triton.jit
+def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Four column blocks of ``acc``: the epilogue's live registers and its staging buffer shrink fourfold."""
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    q0, q1 = _halves(left, BLOCK_M, BLOCK_N // 2)
+    q2, q3 = _halves(right, BLOCK_M, BLOCK_N // 2)
+    return q0, q1, q2, q3
+
+
+@triton.jit
+def _channel_product_descriptor_kernel(
+    left,  # descriptor of u or a [M, K], boxes BLOCK_M x BLOCK_K
+    right,  # descriptor of W' or W4 [N, K_PAD], boxes BLOCK_N x BLOCK_K
+    out,  # descriptor of [M, N], boxes BLOCK_M x BLOCK_N / 4
+    u,  # fc2: descriptor of the residual [M, N], boxes as out
+    bias_ptr,  # fc2: [N] or None
+    mean_ptr,  # fc1: [M] float32
+    rstd_ptr,  # fc1: [M] float32
+    wg_ptr,  # fc1: [N] float32
+    wb_ptr,  # fc1: [N] float32
+    scale_ptr,  # fc1: [N] float32 or None
+    M,
+    N,
+    K,
+    FC1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TANH: tl.constexpr,
+):
+    SUB_N: tl.constexpr = BLOCK_N // 4
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    # Flattened, the loads of the next tile run under the epilogue of this one; the epilogue counts its own tiles so
+    # that no value is carried from the product's loop into it.
+    done = tl.program_id(0) - PROGRAMS
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        m0, n0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, tl.cdiv(K, BLOCK_K)):
+            acc = tl.dot(left.load([m0, k * BLOCK_K]), right.load([n0, k * BLOCK_K]).T, acc)
+        done += PROGRAMS
+        m0, n0 = tile_origin(done, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        parts = _quarters(acc, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(4):
+            first = n0 + i * SUB_N
+            offs_n = first + tl.arange(0, SUB_N)
+            mask_n = offs_n < N
+            if FC1:
+                offs_m = m0 + tl.arange(0, BLOCK_M)
+                mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)
+                rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
+                v = fc1_epilogue(
+                    parts[i], mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, True, TANH, False
+                )
+            else:
+                v = parts[i] + u.load([m0, first]).to(tl.float32)
+                if bias_ptr is not None:
+                    v += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            out.store([m0, first], v.to(out.dtype))
+
+
+@functools.cache
+def _has_host_descriptors() -> bool:
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
+def fits(target: Target, u: Tensor, right: Tensor) -> bool:
+    """Whether the operands of a channel product on ``u [B, S, C]`` can be tensor descriptors on ``target``.
+
+    A descriptor's rows and base lie on 16 bytes (CUDA driver API, cuTensorMapEncodeTiled) and its coordinates are 32
+    bits; ``u`` has to be in the dtype of the product and contiguous.
+    """
+    return (
+        target.capability in (90, 100, 103)
+        and _has_host_descriptors()
+        and u.dtype is right.dtype
+        and u.dtype.itemsize == 2
+        and u.is_contiguous()
+        and u.shape[2] * u.dtype.itemsize % 16 == 0
+        and u.data_ptr() % 16 == 0
+        and u.numel() // u.shape[2] < 2**31 - 256
+    )
+
+
+def run_product(config: ProductConfig, product: ChannelProduct, target: Target) -> None:
+    """Write ``product.out``; its operands meet ``fits``, and fc1 is folded."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # Triton >= 3.4
+
+    rows, columns = product.out.shape
+    programs = min(
+        config.programs_per_sm * target.multiprocessors,
+        cdiv(rows, config.block_m) * cdiv(columns, config.block_n),
+    )
+    out_box = [config.block_m, config.block_n // 4]
+    left = product.left if product.left.dim() == 2 else product.left.flatten(0, 1)
+    launch(
+        _channel_product_descriptor_kernel,
+        programs,
+        TensorDescriptor.from_tensor(left, [config.block_m, config.block_k]),
+        TensorDescriptor.from_tensor(product.right, [config.block_n, config.block_k]),
+        TensorDescriptor.from_tensor(product.out, out_box),
+        None if product.is_fc1 else TensorDescriptor.from_tensor(product.u.flatten(0, 1), out_box),
+        product.bias,
+        product.mean,
+        product.rstd,
+        product.wg,
+        product.wb,
+        product.scale,
+        rows,
+        columns,
+        product.K,
+        FC1=product.is_fc1,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        PROGRAMS=programs,
+        TANH=product.approximate == "tanh",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,70 @@
+"""Channel mixing as two products with everything else in their epilogues: equations (6) to (8) of docs/maths.md.
+
+::
+
+    fc1    a = GELU(LN(u) . W3' + b3)     [M, D_C]      M = B * S rows
+    fc2    y = u + a . W4' + b4           [M, C]
+
+LayerNorm costs fc1 no pass over ``u``. *Folded* (16-bit products of a 16-bit stream): the product takes ``u`` as it
+is, with gamma in the weight, and the epilogue applies mean and rstd, equation (8). *Applied* (float32 products, or a
+float32 stream): each tile of ``u`` is normalised as it is loaded. Folded, a mean of 30 standard deviations would cost
+float32 four times eager's error, and rounding a float32 stream to 16 bits before the mean is gone would cost more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...tuning.configs import channel_product_config
+from ...tuning.target import target_of
+from . import channel_descriptors, channel_products
+from .channel_epilogue import ChannelProduct
+from .launch import round_up
+from .prepack import folded_weights, product_weight
+
+
+def channel_mixing_products(
+    u: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """``y [B, S, C]``, contiguous, from ``u`` and its row statistics."""
+    batch_size, tokens, channels = u.shape
+    rows, hidden = batch_size * tokens, w3.shape[0]
+    # Rows of a start on 16 bytes, for wide loads and tensor descriptors.
+    a = torch.empty(rows, round_up(hidden, 16 // dtype.itemsize), dtype=dtype, device=u.device)[:, :hidden]
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    if u.dtype is dtype and dtype.itemsize == 2:
+        folded = folded_weights(w3, b3, gamma, beta, dtype)
+        norm = {"wg": folded.wg, "wb": folded.wb, "scale": folded.scale}
+        right, bias = folded.w3, None
+    else:
+        norm = {"gamma": gamma, "beta": beta}
+        right, bias = product_weight(w3, dtype), b3
+    shared = {"u": u, "approximate": approximate, "precision": precision}
+    _run(ChannelProduct(left=u, right=right, out=a, K=channels, bias=bias, mean=mean, rstd=rstd, **norm, **shared))
+    _run(ChannelProduct(left=a, right=product_weight(w4, dtype), out=y.view(rows, -1), K=hidden, bias=b4, **shared))
+    return y
+
+
+def _run(product: ChannelProduct) -> None:
+    target = target_of(product.u.device)
+    descriptors = channel_descriptors.fits(target, product.u, product.right)
+    config = channel_product_config(
+        target, product.dtype, product.precision == "ieee", product.is_fc1, product.K, descriptors
+    )
+    if descriptors:
+        channel_descriptors.run_product(config, product, target)
+    else:
+        channel_products.run_product(config, product)

@@ -1,0 +1,143 @@
+"""The channel products on plain pointers: any strides, any sizes, any architecture; one tile per program."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...tuning.configs import ProductConfig
+from .channel_epilogue import ChannelProduct, fc1_epilogue, tile_origin
+from .launch import cdiv, launch, needs_int64
+
+
+@triton.jit
+def _channel_product_kernel(
+    left_ptr,  # fc1: u [B, S, C], any strides; fc2: a [M, K]
+    right_ptr,  # [N, K_PAD], zero-padded: W3, W' or W4
+    out_ptr,  # [M, N], row stride stride_out
+    bias_ptr,  # [N] or None
+    u_ptr,  # fc2: the residual [B, S, C], any strides
+    mean_ptr,  # fc1: [M] float32
+    rstd_ptr,  # fc1: [M] float32
+    gamma_ptr,  # fc1 applied: [C] or None
+    beta_ptr,  # fc1 applied: [C] or None
+    wg_ptr,  # fc1 folded: [N] float32
+    wb_ptr,  # fc1 folded: [N] float32
+    scale_ptr,  # fc1 folded: [N] float32 or None
+    M,
+    N,
+    K,
+    K_PAD,
+    S,  # rows of u to an image
+    stride_b,  # of u
+    stride_s,
+    stride_c,
+    stride_a,  # row stride of a
+    stride_out,
+    FC1: tl.constexpr,
+    FOLD: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    DTYPE: tl.constexpr = right_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    tile = tl.program_id(0)
+    offs_k = tl.arange(0, BLOCK_K)
+    if INT64:
+        tile = tile.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+    m0, n0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    # Rows past M and columns past N are clamped rather than masked: they are not stored.
+    row = tl.minimum(offs_m, M - 1)
+    column = tl.minimum(offs_n, N - 1)
+    offs_row = (row // S).to(tl.int64) * stride_b + (row % S) * stride_s
+    right_tile_ptr = right_ptr + column.to(tl.int64)[None, :] * K_PAD + offs_k[:, None]
+    if FC1:
+        left_tile_ptr = left_ptr + offs_row[:, None] + offs_k[None, :] * stride_c
+        step = tl.full((), BLOCK_K, offs_k.dtype) * stride_c
+        mean = tl.load(mean_ptr + row)
+        rstd = tl.load(rstd_ptr + row)
+    else:
+        left_tile_ptr = left_ptr + row.to(tl.int64)[:, None] * stride_a + offs_k[None, :]
+        step = BLOCK_K
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k0
+        if EVEN_K:
+            left = tl.load(left_tile_ptr)
+        else:
+            left = tl.load(left_tile_ptr, mask=mask_k[None, :], other=0.0)
+        right = tl.load(right_tile_ptr)
+        if FC1 and not FOLD:
+            n = (left.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            if gamma_ptr is not None:
+                n *= tl.load(gamma_ptr + k0 + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+            if beta_ptr is not None:
+                n += tl.load(beta_ptr + k0 + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+            left = tl.where(mask_k[None, :], n, 0.0).to(DTYPE)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        left_tile_ptr += step
+        right_tile_ptr += BLOCK_K
+
+    mask = mask_m[:, None] & mask_n[None, :]
+    if FC1:
+        out = fc1_epilogue(acc, mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, FOLD, TANH, EXACT)
+    else:
+        u = tl.load(u_ptr + offs_row[:, None] + offs_n[None, :] * stride_c, mask=mask, other=0.0)
+        out = acc + u.to(tl.float32)
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    out_tile_ptr = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :]
+    tl.store(out_tile_ptr, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def run_product(config: ProductConfig, product: ChannelProduct) -> None:
+    """Write ``product.out``."""
+    (rows, columns), u = product.out.shape, product.u
+    launch(
+        _channel_product_kernel,
+        cdiv(rows, config.block_m) * cdiv(columns, config.block_n),
+        product.left,
+        product.right,
+        product.out,
+        product.bias,
+        u,
+        product.mean,
+        product.rstd,
+        product.gamma,
+        product.beta,
+        product.wg,
+        product.wb,
+        product.scale,
+        rows,
+        columns,
+        product.K,
+        product.right.shape[1],
+        u.shape[1],
+        *u.stride(),
+        product.left.stride(0),
+        product.out.stride(0),
+        FC1=product.is_fc1,
+        FOLD=product.is_folded,
+        EVEN_K=product.K % config.block_k == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        TANH=product.approximate == "tanh",
+        PRECISION=product.precision,
+        INT64=needs_int64(u.shape[1:], u.stride()[1:]) or rows + config.block_m >= 2**31,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,224 @@
+"""Token mixing in one kernel, for up to 256 tokens: equations (2) to (5) of docs/maths.md.
+
+A program owns ``BLOCK_C`` channels of one image and takes them through the whole half: FlashAttention with the rows of
+W1 as keys, the columns of W2 as values and GELU in place of softmax. Channels lie on the rows of both products, so
+``x [S, C]`` is never transposed in memory and the hidden activation never leaves the chip::
+
+    n = LN(x[:, channels])'                       [BLOCK_C, S]
+    for each BLOCK_D rows of W1 and columns of W2:
+        a = GELU(n . W1[rows]' + b1[rows])        [BLOCK_C, BLOCK_D]
+        o += a . W2[:, columns]'                  [BLOCK_C, S]
+    u[:, channels] = x[:, channels] + o' + b2
+
+The token axis is cut into up to three powers of two (``token_segments``), each with its own n and o.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.configs import token_config, token_segments
+from ...tuning.target import target_of
+from .gelu import gelu
+from .launch import cdiv, launch, needs_int64, round_up
+from .prepack import token_weights
+
+
+@triton.jit
+def _normalised(
+    x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c,
+    S0: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """LN(x)' of tokens S0 to S0 + N, [BLOCK_C, N], zero outside the image."""
+    offs_s = S0 + tl.arange(0, N)
+    if INT64:
+        offs_s = offs_s.to(tl.int64)
+    mask_s = offs_s < S
+    mask = mask_s[:, None] & (offs_c < C)[None, :]
+    x = tl.load(x_ptr + offs_s[:, None] * stride_s + offs_c[None, :] * stride_c, mask=mask, other=0.0)
+    mean = tl.load(mean_ptr + offs_s, mask=mask_s, other=0.0)
+    rstd = tl.load(rstd_ptr + offs_s, mask=mask_s, other=0.0)
+    n = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+    return tl.trans(tl.where(mask, n, 0.0).to(DTYPE))
+
+
+@triton.jit
+def _hidden(z, n, w1_ptr, offs_d, S0: tl.constexpr, N: tl.constexpr, S_PAD: tl.constexpr, PRECISION: tl.constexpr):
+    """z + n . W1[offs_d, S0:S0+N]'"""
+    w1 = tl.load(w1_ptr + offs_d[:, None] * S_PAD + (S0 + tl.arange(0, N))[None, :])  # [BLOCK_D, N]
+    return tl.dot(n, tl.trans(w1), z, input_precision=PRECISION)
+
+
+@triton.jit
+def _mixed(o, a, w2_ptr, offs_d, D, S0: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """o + a . W2[S0:S0+N, offs_d]'"""
+    w2 = tl.load(w2_ptr + (S0 + tl.arange(0, N))[:, None] * D + offs_d[None, :])  # [N, BLOCK_D]
+    return tl.dot(a, tl.trans(w2), o, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_residual(
+    o, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late,
+    S0: tl.constexpr, N: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """u = x + o' + b2 for tokens S0 to S0 + N; x is read again rather than kept, for its registers."""
+    offs_s = S0 + late + tl.arange(0, N)
+    if INT64:
+        offs_s = offs_s.to(tl.int64)
+    mask = (offs_s < S)[:, None] & (offs_c < C)[None, :]
+    x = tl.load(x_ptr + offs_s[:, None] * stride_s + offs_c[None, :] * stride_c, mask=mask, other=0.0)
+    u = x.to(tl.float32) + tl.trans(o) + tl.load(b2_ptr + offs_s)[:, None]
+    tl.store(u_ptr + offs_s[:, None] * C + offs_c[None, :], u.to(u_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _token_mixing_fwd_kernel(
+    x_ptr,  # [B, S, C], any strides
+    mean_ptr,  # [B * S] float32
+    rstd_ptr,  # [B * S] float32
+    gamma_ptr,  # [C] or None
+    beta_ptr,  # [C] or None
+    w1_ptr,  # [D, S_PAD], zero-padded
+    b1_ptr,  # [D] float32, zero-padded
+    w2_ptr,  # [S_PAD, D], zero-padded
+    b2_ptr,  # [S_PAD] float32, zero-padded
+    u_ptr,  # [B, S, C] contiguous
+    S,
+    C,
+    D,  # D_S padded to a multiple of BLOCK_D
+    steps,  # D / BLOCK_D
+    stride_b,
+    stride_s,
+    stride_c,
+    N0: tl.constexpr,  # the token segments; N1 and N2 may be 0
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    S_PAD: tl.constexpr = N0 + N1 + N2
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    image = (tl.program_id(0) // c_tiles).to(tl.int64)
+    offs_c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    else:
+        gamma = tl.full((BLOCK_C,), 1.0, tl.float32)
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    else:
+        beta = tl.zeros((BLOCK_C,), tl.float32)
+    if INT64:
+        offs_c = offs_c.to(tl.int64)
+    x_ptr += image * stride_b
+    u_ptr += image * S * C
+    mean_ptr += image * S
+    rstd_ptr += image * S
+
+    n0 = _normalised(x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, 0, N0, DTYPE, INT64)
+    o0 = tl.zeros((BLOCK_C, N0), tl.float32)
+    if N1 > 0:
+        n1 = _normalised(x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, N0, N1, DTYPE, INT64)
+        o1 = tl.zeros((BLOCK_C, N1), tl.float32)
+    if N2 > 0:
+        n2 = _normalised(
+            x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, N0 + N1, N2, DTYPE, INT64
+        )
+        o2 = tl.zeros((BLOCK_C, N2), tl.float32)
+
+    late = -steps
+    for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        late += 1
+        offs_d = d0 + tl.arange(0, BLOCK_D)
+        z = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+        z = _hidden(z, n0, w1_ptr, offs_d, 0, N0, S_PAD, PRECISION)
+        if N1 > 0:
+            z = _hidden(z, n1, w1_ptr, offs_d, N0, N1, S_PAD, PRECISION)
+        if N2 > 0:
+            z = _hidden(z, n2, w1_ptr, offs_d, N0 + N1, N2, S_PAD, PRECISION)
+        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT).to(DTYPE)
+        o0 = _mixed(o0, a, w2_ptr, offs_d, D, 0, N0, PRECISION)
+        if N1 > 0:
+            o1 = _mixed(o1, a, w2_ptr, offs_d, D, N0, N1, PRECISION)
+        if N2 > 0:
+            o2 = _mixed(o2, a, w2_ptr, offs_d, D, N0 + N1, N2, PRECISION)
+
+    # late is 0, which the compiler cannot know: it may not keep the first reading's addresses through the loop.
+    late = tl.multiple_of(late, 16)
+    _store_residual(o0, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, 0, N0, INT64)
+    if N1 > 0:
+        _store_residual(o1, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, N0, N1, INT64)
+    if N2 > 0:
+        _store_residual(o2, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, N0 + N1, N2, INT64)
+
+
+def token_mixing_fused(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; S at most ``MAX_FUSED_TOKENS``."""
+    batch_size, tokens, channels = x.shape
+    segments = token_segments(tokens)
+    config = token_config(
+        target_of(x.device), dtype, x.dtype, segments, exact=precision == "ieee", vectorised=_is_vectorised(x)
+    )
+    packed = token_weights(w1, b1, w2, b2, dtype, tokens=sum(segments), hidden=round_up(w1.shape[0], config.block_d))
+    u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch(
+        _token_mixing_fwd_kernel,
+        batch_size * cdiv(channels, config.block_c),
+        x,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        packed.w1,
+        packed.b1,
+        packed.w2,
+        packed.b2,
+        u,
+        tokens,
+        channels,
+        packed.w1.shape[0],
+        packed.w1.shape[0] // config.block_d,
+        *x.stride(),
+        N0=segments[0],
+        N1=segments[1],
+        N2=segments[2],
+        BLOCK_C=config.block_c,
+        BLOCK_D=config.block_d,
+        STAGES=config.num_stages,
+        TANH=approximate == "tanh",
+        PRECISION=precision,
+        INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64(x.shape[1:], (channels, 1)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return u
+
+
+def _is_vectorised(x: Tensor) -> bool:
+    """Whether rows of ``x``, and of a contiguous result, are runs of whole 16-byte vectors."""
+    rows = (x.stride(0), x.stride(1), x.shape[2])
+    return x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(row * x.element_size() % 16 == 0 for row in rows)

@@ -1,0 +1,167 @@
+"""Token mixing over any number of tokens, as two products with the hidden activation between them in memory.
+
+The path for more tokens than a tile holds (784 and 1024 at 448 pixels). Both products have a weight on the left and
+an image on the right, so that channels stay contiguous and nothing is transposed; equations (2) to (5)::
+
+    a[b] = GELU(W1 . LN(x[b]) + b1)      [D_S, C]    LayerNorm on the right operand as it is loaded
+    u[b] = x[b] + W2 . a[b] + b2         [S, C]
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.configs import ProductConfig, token_product_config
+from ...tuning.target import target_of
+from .gelu import gelu
+from .launch import cdiv, launch, needs_int64, round_up
+from .prepack import token_weights
+
+
+@triton.jit
+def _token_product_kernel(
+    w_ptr,  # [M_pad, K_pad], zero-padded: W1 or W2
+    bias_ptr,  # [M_pad] float32
+    x_ptr,  # [B, S, C], any strides: what FIRST normalises, else the residual
+    mean_ptr,  # [B * S] float32, FIRST only
+    rstd_ptr,  # [B * S] float32, FIRST only
+    gamma_ptr,  # [C] or None
+    beta_ptr,  # [C] or None
+    a_ptr,  # [B, D_S, C] contiguous: the output of FIRST, the right operand of the second product
+    u_ptr,  # [B, S, C] contiguous: the output of the second product
+    S,
+    C,
+    D_S,
+    K_PAD,
+    stride_b,
+    stride_s,
+    stride_c,
+    FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    M = D_S if FIRST else S
+    K = S if FIRST else D_S
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    # Tiles along M next to each other: they share the columns of one image.
+    m_tile = tl.program_id(0) % m_tiles
+    c_tile = (tl.program_id(0) // m_tiles) % c_tiles
+    image = (tl.program_id(0) // m_tiles // c_tiles).to(tl.int64)
+    offs_m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = c_tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    if FIRST:
+        if gamma_ptr is not None:
+            gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        else:
+            gamma = tl.full((BLOCK_C,), 1.0, tl.float32)
+        if beta_ptr is not None:
+            beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        else:
+            beta = tl.zeros((BLOCK_C,), tl.float32)
+    offs_k = tl.arange(0, BLOCK_K)
+    w_tile_ptr = w_ptr + offs_m[:, None] * K_PAD + offs_k[None, :]
+    if INT64:
+        offs_m = offs_m.to(tl.int64)
+        offs_c = offs_c.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+    x_ptr += image * stride_b
+    a_ptr += image * D_S * C
+
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        rows = k0 + offs_k
+        mask_k = rows < K
+        mask = mask_k[:, None] & mask_c[None, :]
+        w = tl.load(w_tile_ptr + k0)
+        if FIRST:
+            x = tl.load(x_ptr + rows[:, None] * stride_s + offs_c[None, :] * stride_c, mask=mask, other=0.0)
+            mean = tl.load(mean_ptr + image * S + rows, mask=mask_k, other=0.0)
+            rstd = tl.load(rstd_ptr + image * S + rows, mask=mask_k, other=0.0)
+            n = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+            right = tl.where(mask, n, 0.0).to(DTYPE)
+        else:
+            right = tl.load(a_ptr + rows[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+        acc = tl.dot(w, right, acc, input_precision=PRECISION)
+
+    mask = (offs_m < M)[:, None] & mask_c[None, :]
+    acc += tl.load(bias_ptr + offs_m)[:, None]
+    offs_out = offs_m[:, None] * C + offs_c[None, :]
+    if FIRST:
+        tl.store(a_ptr + offs_out, gelu(acc, TANH, EXACT).to(DTYPE), mask=mask)
+    else:
+        x = tl.load(x_ptr + offs_m[:, None] * stride_s + offs_c[None, :] * stride_c, mask=mask, other=0.0)
+        tl.store(u_ptr + image * S * C + offs_out, (acc + x.to(tl.float32)).to(u_ptr.dtype.element_ty), mask=mask)
+
+
+def token_mixing_products(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; any S."""
+    batch_size, tokens, channels = x.shape
+    hidden = w1.shape[0]
+    config = token_product_config(target_of(x.device), dtype, exact=precision == "ieee")
+    multiple = max(config.block_m, config.block_k)
+    packed = token_weights(w1, b1, w2, b2, dtype, tokens=round_up(tokens, multiple), hidden=round_up(hidden, multiple))
+    a = torch.empty(batch_size, hidden, channels, dtype=dtype, device=x.device)
+    u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for first, w, bias, rows in ((True, packed.w1, packed.b1, hidden), (False, packed.w2, packed.b2, tokens)):
+        launch(
+            _token_product_kernel,
+            batch_size * cdiv(rows, config.block_m) * cdiv(channels, config.block_n),
+            w,
+            bias,
+            x,
+            mean,
+            rstd,
+            gamma,
+            beta,
+            a,
+            u,
+            tokens,
+            channels,
+            hidden,
+            w.shape[1],
+            *x.stride(),
+            FIRST=first,
+            **_meta(config),
+            TANH=approximate == "tanh",
+            PRECISION=precision,
+            INT64=needs_int64(x.shape[1:], x.stride()[1:])
+            or needs_int64((max(tokens, hidden), channels), (channels, 1)),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return u
+
+
+def _meta(config: ProductConfig) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_C": config.block_n,
+        "BLOCK_K": config.block_k,
+        "STAGES": config.num_stages,
+    }

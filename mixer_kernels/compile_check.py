@@ -1,0 +1,303 @@
+"""``python -m mixer_kernels compile-check``: every shipped tile, compiled ahead of time for GPUs that need not exist.
+
+The package's own launchers run on meta tensors, so that what is compiled is what is launched: the same choice of
+kernel, tile, specialisation. Each kernel is read back from its binary: registers, stack, shared memory, matrix
+instructions. A spill, shared memory over the target's limit, a product that did not become the expected matrix
+instruction, TF32 where IEEE arithmetic was asked for, and an atomic on floats are failures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .shapes import SPECS, MixerShape
+from .tuning.target import KNOWN_TARGETS, Target, assume_target
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of both halves: what decides which kernels are compiled."""
+
+    shape: MixerShape
+    dtype: str  # of the products: "bf16", "fp16", "fp32" (IEEE), "tf32"
+    stream: str  # of x: "bf16", "fp16", "fp32"
+    approximate: str = "none"
+    transposed: bool = False  # x with strides (S*C, 1, S), as timm's patch embedding gives it
+    bare: bool = False  # no bias, no gamma, no beta
+    offset: int = 0  # elements by which x is off its alignment
+
+
+@dataclasses.dataclass
+class Row:
+    """One compiled kernel."""
+
+    target: str
+    kernel: str
+    case: str
+    tile: str
+    registers: int
+    stack: int
+    shared: int
+    instruction: str  # the matrix instruction and how often it occurs, e.g. "HGMMA 12"
+    seconds: float
+    problems: list[str]
+
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+# The matrix instruction of 16-bit and of TF32 products in SASS. Blackwell's consumer chips have Ampere's.
+MATRIX_INSTRUCTIONS = {
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma",
+}
+
+
+def cases() -> Iterator[Case]:
+    """The cases that reach every tile configuration, and every combination of token segments in bfloat16."""
+    b16 = SPECS["B/16"].block_shape()
+    shapes = {
+        49: SPECS["B/32"].block_shape(),
+        196: b16,
+        256: SPECS["H/14"].block_shape(),
+        784: SPECS["L/16"].block_shape(img_size=448),
+    }
+    for dtype, stream in (
+        ("bf16", "bf16"),
+        ("fp16", "fp16"),
+        ("fp32", "fp32"),
+        ("tf32", "fp32"),
+        ("bf16", "fp32"),
+        ("fp16", "fp32"),
+    ):
+        for shape in shapes.values():
+            yield Case(shape, dtype, stream)
+        yield Case(b16, dtype, stream, approximate="tanh")
+        yield Case(b16, dtype, stream, transposed=True)
+        yield Case(MixerShape(S=197, C=99, D_S=50, D_C=397), dtype, stream, bare=True, offset=1)
+    for tokens in range(16, 257, 16):
+        yield Case(dataclasses.replace(b16, S=tokens), "bf16", "bf16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``compile-check``."""
+    parser.add_argument(
+        "--arch", nargs="+", default=["all"], metavar="ARCH", help=f"'all' or some of {', '.join(KNOWN_TARGETS)}"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compile, print a row a kernel, return 1 if any has a problem."""
+    import triton
+
+    names = list(KNOWN_TARGETS) if arguments.arch == ["all"] else arguments.arch
+    unknown = [name for name in names if name not in KNOWN_TARGETS]
+    if unknown:
+        raise SystemExit(f"--arch: got {', '.join(unknown)}, expected 'all' or some of {', '.join(KNOWN_TARGETS)}")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise SystemExit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+
+    work = [(name, case) for name in names for case in cases()]
+    rows: dict[str, Row] = {}
+    print(f"Triton {triton.__version__}, {len(names)} targets, {len(work)} cases")
+    print(_HEADER, flush=True)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+        for done, found in enumerate(pool.map(_compile_case, *zip(*work, strict=True)), start=1):
+            for key, row in found.items():
+                if key not in rows:
+                    rows[key] = row
+                    print(_line(row), flush=True)
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(work)} cases, {len(rows)} kernels", end="\r", file=sys.stderr, flush=True)
+    failed = [row for row in rows.values() if row.problems]
+    for row in failed:
+        print(f"FAILED {row.target} {row.kernel} [{row.case}] [{row.tile}]: {'; '.join(row.problems)}")
+    print(f"{len(rows)} kernels compiled, {len(failed)} with problems")
+    if arguments.json:
+        document = {"triton": triton.__version__, "kernels": [dataclasses.asdict(row) for row in rows.values()]}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+_HEADER = (
+    f"{'target':8}{'kernel':34}{'case':34}{'tile':26}{'regs':>5}{'stack':>6}{'shared':>8}  {'matrix':14}{'seconds':>8}"
+)
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.target:8}{row.kernel:34}{row.case:34}{row.tile:26}{row.registers:5}{row.stack:6}{row.shared:8}"
+        f"  {row.instruction:14}{row.seconds:8.1f}{'  FAILED' if row.problems else ''}"
+    )
+
+
+class _CompileOnlyDriver:
+    """What Triton's JIT asks of a driver before it launches anything."""
+
+    def __init__(self, target: Target):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = (
+            GPUTarget("cuda", target.capability, 32) if target.is_nvidia else GPUTarget("hip", target.name, 64)
+        )
+        # Triton's JIT keeps its cache per device, whatever its target: each target is a device of its own.
+        self.device = list(KNOWN_TARGETS).index(target.name)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def _compile_case(target_name: str, case: Case) -> dict[str, Row]:
+    """The kernels of one case by the hash of what was compiled. In a process of its own: it replaces Triton's driver."""
+    import triton
+
+    from .backends import triton as backend
+    from .backends.triton.launch import intercept_launches
+
+    target = KNOWN_TARGETS[target_name]
+    rows: dict[str, Row] = {}
+
+    def compile_launch(kernel, grid, args, options):
+        start = time.perf_counter()
+        try:
+            compiled = kernel.warmup(*args, grid=grid, **options)
+        except Exception as error:  # the compiler's errors have no common base: each is a row
+            message = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"
+            key = f"{kernel.__name__}{options}"
+            rows[key] = Row(target_name, kernel.__name__, _title(case), _tile(options), 0, 0, 0, "", 0.0, [message])
+            return
+        seconds = time.perf_counter() - start
+        rows[compiled.hash] = _inspect(target, kernel.__name__, case, options, compiled, seconds)
+
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    triton.runtime.driver.set_active(_CompileOnlyDriver(target))
+    try:
+        with assume_target(target), intercept_launches(compile_launch):
+            _forward(backend, case)
+    finally:
+        torch.set_float32_matmul_precision(previous)
+    return rows
+
+
+def _forward(backend, case: Case) -> None:
+    """Both halves on meta tensors."""
+    shape, dtype = case.shape, TORCH_DTYPES[case.dtype]
+    weight = TORCH_DTYPES[case.stream]
+
+    def parameter(*sizes: int):
+        return torch.empty(sizes, dtype=weight, device="meta")
+
+    def vector(size: int):
+        return None if case.bare else parameter(size)
+
+    x = torch.empty(2 * shape.S * shape.C + case.offset, dtype=TORCH_DTYPES[case.stream], device="meta")[case.offset :]
+    x = x.view(2, shape.C, shape.S).transpose(1, 2) if case.transposed else x.view(2, shape.S, shape.C)
+    options = {"eps": 1e-6, "approximate": case.approximate, "dtype": dtype}
+    backend.token_mixing_forward(
+        x, vector(shape.C), vector(shape.C), parameter(shape.D_S, shape.S), vector(shape.D_S),
+        parameter(shape.S, shape.D_S), vector(shape.S), **options,
+    )  # fmt: skip
+    backend.channel_mixing_forward(
+        x.contiguous() if case.transposed else x, vector(shape.C), vector(shape.C), parameter(shape.D_C, shape.C),
+        vector(shape.D_C), parameter(shape.C, shape.D_C), vector(shape.C), **options,
+    )  # fmt: skip
+
+
+def _title(case: Case) -> str:
+    shape = case.shape
+    traits = "".join(f" {name}" for name in ("transposed", "bare") if getattr(case, name))
+    stream = "" if case.stream in (case.dtype, "fp32" if case.dtype == "tf32" else case.dtype) else f" on {case.stream}"
+    tanh = " tanh" if case.approximate == "tanh" else ""
+    return f"{case.dtype}{stream} S={shape.S} C={shape.C}{tanh}{traits}"
+
+
+def _tile(options: dict) -> str:
+    names = ("BLOCK_R", "BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_D", "BLOCK_K")
+    blocks = "x".join(str(options[name]) for name in names if name in options)
+    return f"{blocks} w{options['num_warps']} s{options.get('num_stages', '-')}"
+
+
+def _inspect(target: Target, kernel: str, case: Case, options: dict, compiled, seconds: float) -> Row:
+    expected = MATRIX_INSTRUCTIONS[target.name]
+    if target.is_nvidia:
+        registers, stack, code = _read_cubin(compiled.asm["cubin"])
+        text = compiled.asm["ptx"]
+        tf32 = "tf32" in text
+        float_atomic = re.search(r"\b(red|atom)\.[\w.]*\.(f16|bf16|f32|f64)", text) is not None
+        instructions = re.findall(r"\b(HGMMA|UTCHMMA|UTCQMMA|HMMA|IMMA)\b", code)
+    else:
+        text = code = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]) if spilled else 0
+        tf32 = "xf32" in text
+        float_atomic = re.search(r"(global|flat)_atomic_(pk_)?add_(f|bf)", text) is not None
+        instructions = re.findall(r"\b(v_mfma)\w*", code)
+    found = max(set(instructions), key=instructions.count) if instructions else "-"
+    problems = []
+    if stack:
+        problems.append(f"spills: {stack} bytes of stack")
+    if compiled.metadata.shared > target.shared_memory:
+        problems.append(f"{compiled.metadata.shared} bytes of shared memory, {target.name} has {target.shared_memory}")
+    is_product = "statistics" not in kernel
+    if is_product and case.dtype != "fp32" and found != expected:
+        problems.append(f"expected {expected}, found {found}")
+    if is_product and case.dtype == "fp32" and (tf32 or (target.is_nvidia and instructions)):
+        problems.append("IEEE arithmetic was asked for, the product is TF32")
+    if float_atomic:
+        problems.append("an atomic on floats")
+    instruction = f"{found} {len(instructions)}" if instructions else "-"
+    return Row(
+        target.name, kernel.strip("_"), _title(case), _tile(options), registers, stack, compiled.metadata.shared,
+        instruction, seconds, problems,
+    )  # fmt: skip
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, stack bytes and SASS, by the cuobjdump that Triton's wheel carries."""
+    import triton.backends.nvidia as nvidia
+
+    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    handle, name = tempfile.mkstemp(suffix=".cubin")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(cubin)
+        usage = subprocess.run([cuobjdump, "-res-usage", name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([cuobjdump, "-sass", name], capture_output=True, text=True, check=True).stdout
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return registers, stack, sass

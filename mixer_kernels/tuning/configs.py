@@ -1,0 +1,143 @@
+"""Tile configurations, as data: which tile runs which product on which architecture.
+
+Deterministic look-ups instead of an autotuner: no trial runs on the first call, the same kernel on every run, and
+every configuration compiles ahead of time in ``python -m mixer_kernels compile-check``, which fails on a register
+spill and on shared memory over the target's limit. The values were found by compiling for each target and reading
+the resource report; where a GPU has measured them, benchmarks/results says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from .target import Target
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Row statistics: ``block_rows`` rows by chunks of ``block_c`` channels."""
+
+    block_rows: int
+    block_c: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """Fused token mixing: ``block_c`` channels of one image, the hidden axis in steps of ``block_d``."""
+
+    block_c: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """A matrix product with a fused epilogue, ``block_m`` x ``block_n`` outputs in steps of ``block_k``.
+
+    ``programs_per_sm``: of the persistent kernel on tensor descriptors; 0 for the kernel on pointers.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    programs_per_sm: int = 0
+
+
+MAX_FUSED_TOKENS = 256
+SEGMENTS = (128, 64, 32, 16)
+
+
+def token_segments(tokens: int) -> tuple[int, int, int]:
+    """Cut the token axis into at most three powers of two, the least that cover it; absent segments are 0.
+
+    Tiles are powers of two: 196 tokens as one tile are 256, 31 % waste; as 128 + 64 + 16 they are 208, 6 %.
+    """
+    if not 1 <= tokens <= MAX_FUSED_TOKENS:
+        raise ValueError(f"the fused kernel takes 1 to {MAX_FUSED_TOKENS} tokens, got {tokens}")
+    choices = (
+        cut
+        for length in (1, 2, 3)
+        for cut in itertools.combinations_with_replacement(SEGMENTS, length)
+        if sum(cut) >= tokens
+    )
+    best = min(choices, key=lambda cut: (sum(cut), len(cut)))
+    return (*best, *(0,) * (3 - len(best)))
+
+
+def statistics_config(channels: int, channels_contiguous: bool) -> StatisticsConfig:
+    """Whole rows where channels are contiguous; squares where tokens are (timm's transposed view)."""
+    if not channels_contiguous:
+        return StatisticsConfig(block_rows=64, block_c=32, num_warps=4)
+    block_c = min(max(16, 1 << (channels - 1).bit_length()), 2048)
+    return StatisticsConfig(block_rows=max(1, min(16, 4096 // block_c)), block_c=block_c, num_warps=4)
+
+
+def token_config(
+    target: Target,
+    dtype: torch.dtype,
+    stream_dtype: torch.dtype,
+    segments: tuple[int, int, int],
+    exact: bool,
+    vectorised: bool,
+) -> TokenConfig:
+    """The tile of fused token mixing. ``exact``: float32 products in IEEE arithmetic rather than TF32;
+    ``vectorised``: channels are contiguous and rows start on 16 bytes.
+
+    o (BLOCK_C x padded tokens, float32) and n (the same, in ``dtype``) live in registers: they decide the tile. A
+    float32 stream or a transposed view takes registers for addresses and conversions on top.
+    """
+    padded = sum(segments)
+    lean = stream_dtype is dtype and vectorised
+    if dtype is torch.float32:
+        if exact and padded > 208:
+            return TokenConfig(16, 16, num_warps=8, num_stages=1)
+        if exact:
+            return TokenConfig(32, 16, num_warps=4, num_stages=1)
+        return TokenConfig(64, 16, num_warps=8, num_stages=1)
+    if not target.is_nvidia:
+        return TokenConfig(64, 32, num_warps=4, num_stages=1)
+    if target.capability in (90, 100, 103):
+        # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
+        return TokenConfig(128, 32, num_warps=8, num_stages=2) if lean else TokenConfig(64, 64, 8, 2)
+    if padded <= 208:
+        return TokenConfig(128, 32, num_warps=8, num_stages=2) if lean else TokenConfig(64, 16, 4, 2)
+    return TokenConfig(64, 32, num_warps=4, num_stages=2) if lean else TokenConfig(32, 16, 4, 2)
+
+
+def token_product_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
+    """The tile of the two products of token mixing over more than ``MAX_FUSED_TOKENS`` tokens."""
+    if dtype is torch.float32:
+        return ProductConfig(64, 64, 32, num_warps=4, num_stages=1 if exact else 2)
+    if not target.is_nvidia:
+        return ProductConfig(64, 128, 32, num_warps=4, num_stages=1)
+    return ProductConfig(64, 128, 32, num_warps=4, num_stages=3)
+
+
+def channel_product_config(
+    target: Target, dtype: torch.dtype, exact: bool, first: bool, depth: int, descriptors: bool
+) -> ProductConfig:
+    """The tile of a channel product over ``depth``: fc1 (``first``) or fc2, on tensor descriptors or on pointers."""
+    if dtype is torch.float32 and exact:
+        return ProductConfig(128, 64, 16, num_warps=8, num_stages=2)
+    if dtype is torch.float32:
+        return ProductConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if descriptors and first:
+        # Two programs a multiprocessor, so that the epilogue of one runs under the product of the other.
+        return ProductConfig(128, 128, 64, num_warps=8, num_stages=3, programs_per_sm=2)
+    if descriptors:
+        return ProductConfig(128, 256, 64, num_warps=8, num_stages=3, programs_per_sm=1)
+    if not target.is_nvidia:
+        return ProductConfig(128, 128, 32, num_warps=8, num_stages=1)
+    if depth % 64 != 0:
+        return ProductConfig(64, 64, 32, num_warps=4, num_stages=3)
+    if target.shared_memory < 120_000:
+        return ProductConfig(128, 128, 32, num_warps=8, num_stages=4)
+    return ProductConfig(128, 128, 64, num_warps=8, num_stages=4)
