@@ -1,0 +1,87 @@
+"""Inputs for kernel tests: parameters of a block, ``x`` in the layouts that people have, eager and exact results."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+import mixer_kernels.functional as F
+from mixer_kernels.shapes import MixerShape
+
+TOKEN_NAMES = ("gamma1", "beta1", "w1", "b1", "w2", "b2")
+CHANNEL_NAMES = ("gamma2", "beta2", "w3", "b3", "w4", "b4")
+LAYOUTS = ("contiguous", "transposed", "channel slice", "offset")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A block's parameters in one dtype, by the names of ``functional.mixer_block``."""
+
+    shape: MixerShape
+    parameters: dict[str, Tensor | None]
+
+    def to(self, dtype: torch.dtype) -> Block:
+        return Block(self.shape, {n: None if p is None else p.to(dtype) for n, p in self.parameters.items()})
+
+    def token(self) -> list[Tensor | None]:
+        return [self.parameters[name] for name in TOKEN_NAMES]
+
+    def channel(self) -> list[Tensor | None]:
+        return [self.parameters[name] for name in CHANNEL_NAMES]
+
+
+def make_block(
+    shape: MixerShape, dtype: torch.dtype, device: str, affine: bool = True, bias: bool = True, gain: float = 1.0
+) -> Block:
+    """Random parameters at the scale of trained ones; ``gain`` scales gamma."""
+    S, C, D_S, D_C = dataclasses.astuple(shape)
+
+    def weight(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device) * columns**-0.5
+
+    def vector(size: int, wanted: bool, offset: float = 0.0) -> Tensor | None:
+        return offset + 0.3 * torch.randn(size, device=device) if wanted else None
+
+    parameters = {
+        "w1": weight(D_S, S), "b1": vector(D_S, bias), "w2": weight(S, D_S), "b2": vector(S, bias),
+        "w3": weight(D_C, C), "b3": vector(D_C, bias), "w4": weight(C, D_C), "b4": vector(C, bias),
+    }  # fmt: skip
+    for half in "12":
+        gamma = vector(C, affine, offset=1.0)
+        parameters[f"gamma{half}"] = None if gamma is None else gain * gamma
+        parameters[f"beta{half}"] = vector(C, affine)
+    return Block(shape, parameters).to(dtype)
+
+
+def make_x(
+    batch_size: int, shape: MixerShape, dtype: torch.dtype, device: str, layout: str = "contiguous", mean: float = 0.0
+) -> Tensor:
+    """``x [B, S, C]`` with rows of ``mean`` standard deviations and the strides of ``layout``."""
+    S, C = shape.S, shape.C
+    values = (torch.randn(batch_size, S, C, device=device) + mean).to(dtype)
+    if layout == "contiguous":
+        return values
+    if layout == "transposed":  # timm's patch embedding: flatten(2).transpose(1, 2)
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "channel slice":
+        wide = torch.full((batch_size, S, C + 5), torch.nan, dtype=dtype, device=device)
+        wide[..., 2 : C + 2] = values
+        return wide[..., 2 : C + 2]
+    if layout == "offset":
+        flat = torch.full((values.numel() + 1,), torch.nan, dtype=dtype, device=device)
+        flat[1:] = values.flatten()
+        return flat[1:].view(batch_size, S, C)
+    raise ValueError(layout)
+
+
+def run(block: Block, x: Tensor, backend: str, **options) -> Tensor:
+    """``functional.mixer_block`` without gradients."""
+    with torch.no_grad():
+        return F.mixer_block(x, **block.parameters, backend=backend, **options)
+
+
+def run_exact(block: Block, x: Tensor, **options) -> Tensor:
+    """The block in float64 on the torch backend."""
+    return run(block.to(torch.float64), x.double(), "torch", **options)
