@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -98,25 +98,23 @@ def cases() -> Iterator[Case]:
         yield Case(dataclasses.replace(b16, S=tokens), "bf16", "bf16")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``compile-check``."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print a row a kernel, return 1 if any has a problem."""
+    parser = argparse.ArgumentParser(prog="python -m mixer_kernels compile-check", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--arch", nargs="+", default=["all"], metavar="ARCH", help=f"'all' or some of {', '.join(KNOWN_TARGETS)}"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Compile, print a row a kernel, return 1 if any has a problem."""
+    arguments = parser.parse_args(argv)
     import triton
 
     names = list(KNOWN_TARGETS) if arguments.arch == ["all"] else arguments.arch
     unknown = [name for name in names if name not in KNOWN_TARGETS]
     if unknown:
-        raise SystemExit(f"--arch: got {', '.join(unknown)}, expected 'all' or some of {', '.join(KNOWN_TARGETS)}")
+        parser.error(f"--arch: got {', '.join(unknown)}, expected 'all' or some of {', '.join(KNOWN_TARGETS)}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise SystemExit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+        parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
 
     work = [(name, case) for name in names for case in cases()]
     rows: dict[str, Row] = {}

@@ -1,0 +1,32 @@
+"""``python -m mixer_kernels``: ``info``, ``bench``, ``compile-check``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Each command is a module with main(argv), imported when it is asked for: `info` must run where others cannot.
+COMMANDS = {
+    "info": ("mixer_kernels.info", "versions, devices, which backends run here and why not"),
+    "bench": ("mixer_kernels.bench.cli", "throughput of a whole model, with its baselines"),
+    "compile-check": ("mixer_kernels.compile_check", "compile every tile config for every GPU, without one"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command with the arguments after its name; return its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+    parser = argparse.ArgumentParser(prog="python -m mixer_kernels", description="Fused MLP-Mixer kernels.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    parser.parse_args(argv)
+    raise AssertionError("argparse ends the program: there is no command that it accepts and we do not run")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Who computes a case: eager PyTorch, ``torch.compile``, this package's backends, and the bare matrix products.
+
+A provider is built for one case and then called with one input after another. What it needs besides (weights, buffers)
+is allocated when it is built. Building raises ``CannotRun`` with the reason where it cannot run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends, functional
+from ..shapes import MixerShape
+from .bare import BareProducts, bare_function
+from .cases import Case
+
+EPS = 1e-6  # timm's
+PROVIDERS = ("eager", "compile", *reversed(backends.BACKENDS), "bare")  # in the order of the rows
+
+
+class CannotRun(Exception):
+    """Why a provider has no row with figures here."""
+
+
+@dataclass
+class Provider:
+    """``build`` returns the function to time, and a few words about it for the report's ``detail``."""
+
+    name: str
+    build: Callable[[], tuple[Callable[[Tensor], Tensor], str | None]]
+    computes_case: bool = True  # False: it does less, so there is no result to compare with eager's
+
+
+@dataclass
+class Weights:
+    """One block's weights, in the shapes of ``functional.mixer_block``."""
+
+    gamma1: Tensor
+    beta1: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    gamma2: Tensor
+    beta2: Tensor
+    w3: Tensor
+    b3: Tensor
+    w4: Tensor
+    b4: Tensor
+
+    @classmethod
+    def random(cls, shape: MixerShape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:
+        """Products of variance one, biases and norms away from 0 and 1, so that a missing one shows."""
+        generator = torch.Generator(device).manual_seed(seed)
+        S, C, D_S, D_C = shape.S, shape.C, shape.D_S, shape.D_C
+
+        def normal(*size: int, std: float = 0.2, mean: float = 0.0) -> Tensor:
+            return (torch.randn(*size, device=device, generator=generator) * std + mean).to(dtype)
+
+        return cls(
+            gamma1=normal(C, mean=1.0), beta1=normal(C),
+            w1=normal(D_S, S, std=1 / math.sqrt(S)), b1=normal(D_S),
+            w2=normal(S, D_S, std=1 / math.sqrt(D_S)), b2=normal(S),
+            gamma2=normal(C, mean=1.0), beta2=normal(C),
+            w3=normal(D_C, C, std=1 / math.sqrt(C)), b3=normal(D_C),
+            w4=normal(C, D_C, std=1 / math.sqrt(D_C)), b4=normal(C),
+        )  # fmt: skip
+
+    def all(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def half(self, level: str) -> list[Tensor]:
+        """The arguments of ``functional``'s function of that level, after ``x``."""
+        return {"token": self.all()[:6], "channel": self.all()[6:], "block": self.all()}[level]
+
+    def double(self) -> Weights:
+        return Weights(*(weight.double() for weight in self.all()))
+
+
+def eager_token_mixing(x: Tensor, weights: Weights) -> Tensor:
+    """What timm's ``MixerBlock`` runs for its first half, transposes included."""
+    n = F.layer_norm(x, x.shape[-1:], weights.gamma1, weights.beta1, EPS)
+    a = F.gelu(F.linear(n.transpose(1, 2), weights.w1, weights.b1))
+    return x + F.linear(a, weights.w2, weights.b2).transpose(1, 2)
+
+
+def eager_channel_mixing(u: Tensor, weights: Weights) -> Tensor:
+    """What timm's ``MixerBlock`` runs for its second half."""
+    n = F.layer_norm(u, u.shape[-1:], weights.gamma2, weights.beta2, EPS)
+    return u + F.linear(F.gelu(F.linear(n, weights.w3, weights.b3)), weights.w4, weights.b4)
+
+
+def eager_block(x: Tensor, weights: Weights) -> Tensor:
+    return eager_channel_mixing(eager_token_mixing(x, weights), weights)
+
+
+EAGER = {"token": eager_token_mixing, "channel": eager_channel_mixing, "block": eager_block}
+FUSED = {
+    "token": functional.token_mixing,
+    "channel": functional.channel_mixing,
+    "block": functional.mixer_block,
+}
+
+
+def function_providers(
+    case: Case, inputs: list[Tensor], weights: Weights, *, compiler: str = "inductor"
+) -> list[Provider]:
+    """Every provider of the token half, the channel half or the block, in the order of ``PROVIDERS``."""
+    eager = EAGER[case.level]
+    device = inputs[0].device
+
+    def run_eager(x: Tensor) -> Tensor:
+        return eager(x, weights)
+
+    def run_on(name: str) -> Callable[[Tensor], Tensor]:
+        function, arguments = FUSED[case.level], weights.half(case.level)
+        return lambda x: function(x, *arguments, eps=EPS, backend=name)
+
+    return [
+        Provider("eager", lambda: (run_eager, None)),
+        compiled(run_eager, device, compiler),
+        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in reversed(backends.BACKENDS)),
+        bare(lambda: bare_function(case, inputs)),
+    ]
+
+
+def compiled(function: Callable[[Tensor], Tensor], device: torch.device, compiler: str = "inductor") -> Provider:
+    """``torch.compile`` of the eager function, static shapes, no graph break.
+
+    On a GPU in mode "max-autotune-no-cudagraphs": the choice among all kernels, without the CUDA graph, which would
+    copy each input into its own buffer first; launch times are kept out of device time for every provider alike
+    (see timing). On a CPU in the default mode. With ``compiler="eager"`` the function is traced and not compiled.
+    """
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" and compiler == "inductor" else None
+
+    def build() -> tuple[Callable[[Tensor], Tensor], str]:
+        # One code object serves all shapes; past a few PyTorch would stop compiling it.
+        torch.compiler.reset()
+        run = torch.compile(function, backend=compiler, mode=mode, fullgraph=True, dynamic=False)
+        return run, f"mode={mode or 'default'}"
+
+    return Provider("compile", build)
+
+
+def fused(
+    name: str, function: Callable[[], Callable[[Tensor], Tensor]], dtype: torch.dtype, device: torch.device
+) -> Provider:
+    """This package on backend ``name``."""
+
+    def build() -> tuple[Callable[[Tensor], Tensor], None]:
+        reason = backends.why_not(name, device, dtype, dtype, needs_grad=False)
+        if reason is None and device.type == "cpu" and name != "torch":
+            reason = "an interpreter on the CPU runs it, whose speed says nothing about the kernels"
+        if reason is not None:
+            raise CannotRun(reason)
+        return function(), None
+
+    return Provider(name, build)
+
+
+def bare(products: Callable[[], BareProducts]) -> Provider:
+    """The bare matrix products, nothing else."""
+
+    def build() -> tuple[Callable[[Tensor], Tensor], str]:
+        built = products()
+        return built.run, built.layout
+
+    return Provider("bare", build, computes_case=False)

@@ -1,0 +1,171 @@
+"""The rows of a throughput report, and the three shapes it takes: table, JSON, and a plot (see plot)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import info
+from .cases import Case
+from .roofline import floor_seconds
+from .timing import Samples
+
+LEVEL_TITLES = {"token": "token mixing", "channel": "channel mixing", "block": "block", "model": "whole model"}
+LEGEND = (
+    "ms: median, on a GPU device time; call ms: what a caller sees, launches included. TFLOP/s: useful FLOPs of the "
+    "products.\nGB/s: least bytes. roofline: least possible time / time. vs eager, vs compile: their time / time, more "
+    "is better.\n/ bare: time / time of the bare matrix products, less is better. Ratios are within one run."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider of one case. Figures are None where there is none; ``reason`` then says why, if it has no time."""
+
+    level: str
+    name: str
+    S: int
+    C: int
+    D_S: int
+    D_C: int
+    dtype: str
+    batch_size: int
+    provider: str
+    ms: float | None = None
+    call_ms: float | None = None
+    images_per_s: float | None = None
+    tflops: float | None = None
+    gb_per_s: float | None = None
+    roofline_share: float | None = None
+    speedup_vs_eager: float | None = None
+    speedup_vs_compile: float | None = None
+    time_vs_bare: float | None = None
+    rounds: int = 0
+    reason: str | None = None
+    detail: str | None = None
+
+    @property
+    def group(self) -> tuple:
+        return (self.level, self.name, self.S, self.C, self.D_S, self.D_C, self.dtype, self.batch_size)
+
+
+def group_rows(
+    case: Case,
+    device: torch.device,
+    providers: Sequence[str],
+    samples: dict[str, Samples],
+    failures: dict[str, str],
+    details: dict[str, str],
+) -> list[Row]:
+    """The rows of one case, whose providers were measured in one run: only then may they be divided by each other."""
+    dtype = case.dtype_name(device)
+    floor = floor_seconds(case.flops, case.bytes, dtype, info.device_name(device))
+    median = {name: each.median for name, each in samples.items()}
+
+    def ratio(numerator: float | None, denominator: float | None) -> float | None:
+        return None if numerator is None or denominator is None else numerator / denominator
+
+    rows = []
+    for provider in providers:
+        row = {"level": case.level, "name": case.name, **asdict(case.shape), "dtype": dtype}
+        row |= {"batch_size": case.batch_size, "provider": provider, "detail": details.get(provider)}
+        if provider not in samples:
+            rows.append(Row(**row, reason=failures[provider]))
+            continue
+        seconds, call = median[provider], samples[provider].call_median
+        rows.append(
+            Row(
+                **row,
+                ms=seconds * 1e3,
+                call_ms=None if call is None else call * 1e3,
+                images_per_s=case.batch_size / seconds,
+                tflops=case.flops / seconds / 1e12,
+                gb_per_s=case.bytes / seconds / 1e9,
+                roofline_share=ratio(floor, seconds),
+                speedup_vs_eager=ratio(median.get("eager"), seconds),
+                speedup_vs_compile=ratio(median.get("compile"), seconds),
+                time_vs_bare=ratio(seconds, median.get("bare")),
+                rounds=len(samples[provider].seconds),
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows, and where they were measured. ``str()`` is the table."""
+
+    rows: list[Row]
+    device: dict[str, Any]
+    versions: dict[str, str | None] = field(default_factory=lambda: info.versions())
+
+    @classmethod
+    def of(cls, rows: list[Row], device: torch.device) -> Report:
+        return cls(rows, info.device_info(device))
+
+    def __str__(self) -> str:
+        return table(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"device": self.device, "versions": self.versions, "throughput": [asdict(row) for row in self.rows]}
+
+    def write_json(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def significant(value: float) -> str:
+    """Three digits or more that mean something, on an H200 and on a laptop: 24,118, 512, 36.6, 3.82, 0.0172."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+
+
+# Heading, attribute, format.
+_COLUMNS = (
+    ("ms", "ms", "{:.3f}".format),
+    ("call ms", "call_ms", "{:.3f}".format),
+    ("img/s", "images_per_s", significant),
+    ("TFLOP/s", "tflops", significant),
+    ("GB/s", "gb_per_s", significant),
+    ("roofline", "roofline_share", "{:.0%}".format),
+    ("vs eager", "speedup_vs_eager", "{:.2f}x".format),
+    ("vs compile", "speedup_vs_compile", "{:.2f}x".format),
+    ("/ bare", "time_vs_bare", "{:.2f}".format),
+)
+
+
+def table(rows: Sequence[Row], legend: bool = True) -> str:
+    """Groups under a line that names them, one line a provider; a provider without a time shows the reason."""
+    if not rows:
+        return "nothing was measured"
+    cells = [[_cell(row, attribute, form) for _, attribute, form in _COLUMNS] for row in rows]
+    name_width = max(len(row.provider) for row in rows)
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
+    widths = [max(width, len(heading)) for width, (heading, _, _) in zip(widths, _COLUMNS, strict=True)]
+    headings = [heading.rjust(width) for width, (heading, _, _) in zip(widths, _COLUMNS, strict=True)]
+    lines = ["  ".join([" " * (name_width + 2), *headings])]
+    for _, group in itertools.groupby(zip(rows, cells, strict=True), key=lambda pair: pair[0].group):
+        members = list(group)
+        lines += ["", _title(members[0][0])]
+        for row, line in members:
+            numbers = [row.reason] if row.reason else [cell.rjust(w) for cell, w in zip(line, widths, strict=True)]
+            lines.append("  ".join([f"  {row.provider:<{name_width}}", *numbers]))
+    if legend:
+        lines += ["", LEGEND]
+    return "\n".join(lines)
+
+
+def _title(row: Row) -> str:
+    sizes = f"S {row.S}, C {row.C}, D_S {row.D_S}, D_C {row.D_C}"
+    return f"{LEVEL_TITLES[row.level]}, {row.name} ({sizes}), {row.dtype}, batch {row.batch_size}"
+
+
+def _cell(row: Row, attribute: str, form: Callable[[float], str]) -> str:
+    value = getattr(row, attribute)
+    return "-" if value is None else form(value)

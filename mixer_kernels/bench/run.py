@@ -1,0 +1,136 @@
+"""One group of rows: build every provider, check its result against eager's, time those that are right."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .check import why_wrong
+from .providers import CannotRun, Provider
+from .report import Row, group_rows
+from .timing import Samples, measure
+
+logger = logging.getLogger("mixer_kernels")
+
+CANNOT_RUN = "cannot run"
+OUT_OF_MEMORY = "out of memory"
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one case, and the rounds behind those that have a time, by provider."""
+
+    rows: list[Row]
+    samples: dict[str, Samples]
+
+
+def run_group(
+    case: Case,
+    inputs: list[Tensor],
+    providers: Sequence[Provider],
+    reference: Callable[[Tensor], Tensor],
+    *,
+    seconds: float,
+    progress: Callable[[str], None],
+) -> Group:
+    """Measure ``case`` by each of ``providers``, the first of which is eager; one row each, in their order.
+
+    Args:
+        inputs: a batch for each call to rotate over.
+        reference: eager in float64, on a few images.
+        seconds: about how long to time each provider.
+        progress: told what happens now.
+    """
+    built, details, failures = prepare_providers(case, inputs, providers, reference, progress=progress)
+    samples: dict[str, Samples] = {}
+    if built:
+        try:
+            with torch.no_grad():
+                samples = measure(built, inputs, seconds=seconds, progress=progress)
+        except Exception as error:
+            failures.update(dict.fromkeys(built, _describe(error)))
+    rows = group_rows(case, inputs[0].device, [p.name for p in providers], samples, failures, details)
+    return Group(rows, samples)
+
+
+def prepare_providers(
+    case: Case,
+    inputs: list[Tensor],
+    providers: Sequence[Provider],
+    reference: Callable[[Tensor], Tensor],
+    *,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str], dict[str, str]]:
+    """Build each provider and call it once.
+
+    Returns:
+        The functions whose results are right, details about them, and why the others have no speed; all by provider.
+    """
+    functions: dict[str, Callable[[Tensor], Tensor]] = {}
+    details: dict[str, str] = {}
+    failures: dict[str, str] = {}
+    images = sorted({0, case.batch_size - 1})
+    eager_result = expected = None
+    with torch.no_grad():
+        for provider in providers:
+            progress(f"preparing {provider.name}")
+            try:
+                function, detail = provider.build()
+                result = function(inputs[0])
+                if provider.computes_case:
+                    if eager_result is None:
+                        eager_result, expected = result, reference(inputs[0][images].double())
+                    wrong = why_wrong(result, eager_result, expected, images)
+                    if wrong is not None:
+                        failures[provider.name] = f"wrong: {wrong}"
+                        continue
+            except CannotRun as reason:
+                failures[provider.name] = f"{CANNOT_RUN}: {reason}"
+            except Exception as error:  # a row says so and the run goes on
+                failures[provider.name] = _describe(error)
+                logger.debug("%s failed", provider.name, exc_info=True)
+            else:
+                functions[provider.name] = function
+                if detail is not None:
+                    details[provider.name] = detail
+            if provider.name in failures and eager_result is None:
+                # Without eager there is nothing to check the others against.
+                others = [other.name for other in providers if other.name not in failures]
+                failures.update({name: f"{NOT_MEASURED}: eager has no result to compare with" for name in others})
+                functions.clear()
+                break
+    release(inputs[0].device)
+    return functions, details, failures
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back, so that what one provider or batch size used does not crowd out the next."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_defect(reason: str) -> bool:
+    """Whether a row's reason tells of an error, rather than of a machine that lacks something."""
+    return not reason.startswith((CANNOT_RUN, OUT_OF_MEMORY, NOT_MEASURED))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a CPU PyTorch raises a plain RuntimeError for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _describe(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    if "No working C++ compiler" in str(error):
+        return f"{CANNOT_RUN}: torch.compile found no working C++ compiler"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # torch.compile names the error that it wraps in the second line.
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"failed: {type(error).__name__}: {text}"

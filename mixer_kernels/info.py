@@ -1,0 +1,193 @@
+"""``python -m mixer_kernels info``: versions, devices, which backends run here, and why not.
+
+Works without a GPU, Triton or timm. CUDA is touched by the functions, never by the import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import backends
+from .backends.registry import ENVIRONMENT_VARIABLE
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What a user may have set that changes what runs or how it is built.
+ENVIRONMENT_VARIABLES = (
+    ENVIRONMENT_VARIABLE,
+    "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "OMP_NUM_THREADS",
+)
+# By backend: the names of the GPUs on which its results were checked and its speed was measured.
+MEASURED_FILE = "measured.json"
+_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; ``--json`` for machines."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mixer_kernels info",
+        description="Versions, devices, which backends run here and why not, environment variables in force.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    collected = collect()
+    print(json.dumps(collected, indent=2) if arguments.json else render(collected))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``info`` prints, as JSON's types."""
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": versions(),
+        "package": str(Path(__file__).parent),
+        "devices": [
+            {**device_info(device), "backends": {name: backend_info(name, device) for name in backends.BACKENDS}}
+            for device in devices
+        ],
+        "environment": {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ},
+    }
+
+
+def render(collected: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [f"{name:<14} {version or 'not installed'}" for name, version in collected["versions"].items()]
+    lines += [f"{'package':<14} {collected['package']}"]
+    for device in collected["devices"]:
+        lines += ["", _device_title(device)]
+        for name, entry in device["backends"].items():
+            lines += [f"  {name:<8} {line}" if i == 0 else f"{'':<11}{line}" for i, line in enumerate(_verdict(entry))]
+    environment = collected["environment"]
+    lines += ["", "environment variables"]
+    lines += [f"  {name}={value}" for name, value in environment.items()] or ["  none that matter here are set"]
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, this package, PyTorch, Triton, and the CUDA or ROCm that PyTorch was built with; None if absent."""
+    from . import __version__  # here: the package imports its version last
+
+    return {
+        "python": platform.python_version(),
+        "mixer_kernels": __version__,
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "timm": _installed("timm"),
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """As PyTorch calls the GPU; the processor's model name for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpu_name()
+
+
+def device_info(device: torch.device) -> dict[str, Any]:
+    """Name, size, and for a GPU its capability, L2 cache, and what nvidia-smi says of driver, clocks and power."""
+    if device.type != "cuda":
+        return {"device": str(device), "name": device_name(device), "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": str(device),
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_cache_mib": round(properties.L2_cache_size / 2**20, 1),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        **nvidia_smi(properties),
+    }
+
+
+def nvidia_smi(properties: Any) -> dict[str, str]:
+    """Driver, clocks and power right now; empty where there is no nvidia-smi, or it does not know the device."""
+    identifier = getattr(properties, "uuid", None)
+    if torch.version.hip or identifier is None:
+        return {}
+    command = ["nvidia-smi", f"--id=GPU-{identifier}", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in output.strip().split(",")]
+    return dict(zip(_SMI_FIELDS, values, strict=True)) if len(values) == len(_SMI_FIELDS) else {}
+
+
+def backend_info(name: str, device: torch.device) -> dict[str, Any]:
+    """For which dtypes backend ``name`` runs a forward pass on ``device``; where not, why; whether it was measured."""
+    reasons = {dtype: backends.why_not(name, device, dtype, dtype, needs_grad=False) for dtype in DTYPES}
+    return {
+        "runs": [_short(dtype) for dtype, reason in reasons.items() if reason is None],
+        "why_not": {_short(dtype): reason for dtype, reason in reasons.items() if reason is not None},
+        "trains": backends.why_not(name, device, torch.float32, torch.float32, needs_grad=True) is None,
+        # The torch backend is plain PyTorch: there is no kernel of ours in it to measure.
+        "measured": None if name == "torch" or device.type == "cpu" else device_name(device) in measured_gpus(name),
+    }
+
+
+def measured_gpus(backend: str) -> list[str]:
+    """The GPUs on which ``backend`` has been checked and measured, by name."""
+    text = importlib.resources.files(__package__).joinpath(MEASURED_FILE).read_text(encoding="utf-8")
+    return json.loads(text).get(backend, [])
+
+
+def _verdict(entry: dict[str, Any]) -> list[str]:
+    lines = []
+    if entry["runs"]:
+        modes = "inference and training" if entry["trains"] else "inference"
+        lines.append(f"runs: {', '.join(entry['runs'])}; {modes}")
+    for reason in dict.fromkeys(entry["why_not"].values()):
+        dtypes = [dtype for dtype, other in entry["why_not"].items() if other == reason]
+        lines.append(f"does not run{'' if not entry['runs'] else ' ' + ', '.join(dtypes)}: {reason}")
+    if entry["measured"] is not None and entry["runs"]:
+        known = "was measured" if entry["measured"] else "was never run by its authors"
+        lines.append(f"{known} on this kind of GPU")
+    return lines
+
+
+def _device_title(device: dict[str, Any]) -> str:
+    details = [f"{name} {value}" for name, value in device.items() if name not in ("device", "name", "backends")]
+    return f"{device['device']}: {device['name']} ({', '.join(details)})"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
