@@ -177,7 +177,7 @@ class _CompileOnlyDriver:
 
 
 def _compile_case(target_name: str, case: Case) -> dict[str, Row]:
-    """The kernels of one case by the hash of what was compiled. In a process of its own: it replaces Triton's driver."""
+    """The kernels of one case by what was compiled; in a process of its own, since it replaces Triton's driver."""
     import triton
 
     from .backends import triton as backend

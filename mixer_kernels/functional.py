@@ -62,7 +62,7 @@ def token_mixing(
     """
     parameters = {"gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     x, dtype = _check(x, parameters, (eps,), approximate)
-    _check_token_shapes(x, gamma, beta, w1, b1, w2, b2)
+    _check_token_shapes(x, parameters)
     name = _choose(backend, x, dtype, parameters)
     if name == "torch":
         return torch_backend.token_mixing_forward(
@@ -104,7 +104,7 @@ def channel_mixing(
     """
     parameters = {"gamma": gamma, "beta": beta, "w3": w3, "b3": b3, "w4": w4, "b4": b4}
     u, dtype = _check(u, parameters, (eps,), approximate)
-    _check_channel_shapes(u, gamma, beta, w3, b3, w4, b4)
+    _check_channel_shapes(u, parameters)
     name = _choose(backend, u, dtype, parameters)
     if name == "torch":
         return torch_backend.channel_mixing_forward(
@@ -150,8 +150,8 @@ def mixer_block(
         "gamma2": gamma2, "beta2": beta2, "w3": w3, "b3": b3, "w4": w4, "b4": b4,
     }  # fmt: skip
     x, dtype = _check(x, parameters, (eps1, eps2), approximate)
-    _check_token_shapes(x, gamma1, beta1, w1, b1, w2, b2)
-    _check_channel_shapes(x, gamma2, beta2, w3, b3, w4, b4)
+    _check_token_shapes(x, parameters, norm="1")
+    _check_channel_shapes(x, parameters, norm="2")
     name = _choose(backend, x, dtype, parameters)
     if name == "torch":
         u = torch_backend.token_mixing_forward(
@@ -176,16 +176,17 @@ def _check(
     if x.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"x must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {x.dtype}")
     for value in eps:
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value < math.inf:
             raise ValueError(f"eps must be > 0 and finite, got {value}")
     if approximate not in APPROXIMATIONS:
         raise ValueError(f"approximate must be one of {', '.join(map(repr, APPROXIMATIONS))}, got {approximate!r}")
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
-    for name, parameter in parameters.items():
-        if parameter is None:
-            continue
+    present = [(name, parameter) for name, parameter in parameters.items() if parameter is not None]
+    for name, parameter in present:
         if parameter.device != x.device:
             raise ValueError(f"{name} is on {parameter.device}, but x is on {x.device}: move one of them")
+    # Autocast leaves float64 alone, and does not exist for meta tensors.
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
+    for name, parameter in present:
         if parameter.dtype != x.dtype and not autocast:
             raise TypeError(
                 f"{name} is {parameter.dtype}, but x is {x.dtype}: convert one of them, "
@@ -199,36 +200,37 @@ def _check(
     return x.to(torch.promote_types(x.dtype, dtype)), dtype
 
 
-def _check_token_shapes(x, gamma, beta, w1, b1, w2, b2) -> None:
-    tokens, channels = x.shape[1:]
+def _check_token_shapes(x: Tensor, parameters: dict[str, Tensor | None], norm: str = "") -> None:
+    tokens, w1 = x.shape[1], parameters["w1"]
     if w1.dim() != 2:
         raise ValueError(f"w1 must be (D_S, tokens), got shape {tuple(w1.shape)}")
     hidden, built_for = w1.shape
     if built_for != tokens:
         raise ValueError(f"built for {built_for} tokens, got {tokens}")
-    _check_norm(channels, gamma, beta)
-    _check_shape("w2", w2, (tokens, hidden))
-    _check_shape("b1", b1, (hidden,))
-    _check_shape("b2", b2, (tokens,))
+    _check_norm(x, parameters, norm)
+    _check_shape("w2", parameters["w2"], (tokens, hidden))
+    _check_shape("b1", parameters["b1"], (hidden,))
+    _check_shape("b2", parameters["b2"], (tokens,))
 
 
-def _check_channel_shapes(u, gamma, beta, w3, b3, w4, b4) -> None:
-    channels = u.shape[2]
+def _check_channel_shapes(u: Tensor, parameters: dict[str, Tensor | None], norm: str = "") -> None:
+    channels, w3 = u.shape[2], parameters["w3"]
     if w3.dim() != 2:
         raise ValueError(f"w3 must be (D_C, channels), got shape {tuple(w3.shape)}")
     hidden, built_for = w3.shape
     if built_for != channels:
         raise ValueError(f"built for {built_for} channels, got {channels}")
-    _check_norm(channels, gamma, beta)
-    _check_shape("w4", w4, (channels, hidden))
-    _check_shape("b3", b3, (hidden,))
-    _check_shape("b4", b4, (channels,))
+    _check_norm(u, parameters, norm)
+    _check_shape("w4", parameters["w4"], (channels, hidden))
+    _check_shape("b3", parameters["b3"], (hidden,))
+    _check_shape("b4", parameters["b4"], (channels,))
 
 
-def _check_norm(channels: int, gamma: Tensor | None, beta: Tensor | None) -> None:
-    for name, parameter in (("gamma", gamma), ("beta", beta)):
-        if parameter is not None and tuple(parameter.shape) != (channels,):
-            raise ValueError(f"{name}: built for {parameter.numel()} channels, got {channels}")
+def _check_norm(x: Tensor, parameters: dict[str, Tensor | None], norm: str) -> None:
+    for name in (f"gamma{norm}", f"beta{norm}"):
+        parameter = parameters[name]
+        if parameter is not None and tuple(parameter.shape) != (x.shape[2],):
+            raise ValueError(f"{name}: built for {parameter.numel()} channels, got {x.shape[2]}")
 
 
 def _check_shape(name: str, parameter: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -96,15 +96,16 @@ def token_config(
     """
     padded = sum(segments)
     lean = stream_dtype is dtype and vectorised
-    if dtype is torch.float32:
-        if exact and padded > 208:
+    hopper = target.capability in (90, 100, 103)
+    if dtype is torch.float32 and exact:
+        if padded > 208:
             return TokenConfig(16, 16, num_warps=8, num_stages=1)
-        if exact:
-            return TokenConfig(32, 16, num_warps=4, num_stages=1)
-        return TokenConfig(64, 16, num_warps=8, num_stages=1)
+        return TokenConfig(32 if vectorised else 16, 16, num_warps=4, num_stages=1)
+    if dtype is torch.float32:
+        return TokenConfig(64, 16, num_warps=8, num_stages=2 if hopper else 1)
     if not target.is_nvidia:
         return TokenConfig(64, 32, num_warps=4, num_stages=1)
-    if target.capability in (90, 100, 103):
+    if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
         return TokenConfig(128, 32, num_warps=8, num_stages=2) if lean else TokenConfig(64, 64, 8, 2)
     if padded <= 208:

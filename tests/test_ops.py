@@ -1,0 +1,112 @@
+"""The torch.library operators: schema, fake tensors, autograd, torch.compile, torch.export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import make_block, make_x, run
+
+import mixer_kernels.functional as F
+from mixer_kernels import ops
+from mixer_kernels.shapes import MixerShape
+
+SHAPE = MixerShape(S=20, C=24, D_S=16, D_C=32)
+
+
+def arguments(block, x, half):
+    options = (1e-6, "none", x.dtype, "triton")
+    if half == "token_mixing":
+        return (x, *block.token(), *options)
+    if half == "channel_mixing":
+        return (x, *block.channel(), *options)
+    return (x, *block.token(), *block.channel(), 1e-6, *options)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "transposed", "channel slice"))
+@pytest.mark.parametrize("affine", (True, False), ids=("all", "bare"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", ("token_mixing", "channel_mixing", "mixer_block"))
+def test_opcheck(name, dtype, affine, layout, device):
+    block = make_block(SHAPE, dtype, device, affine=affine, bias=affine)
+    x = make_x(2, SHAPE, dtype, device, layout)
+    torch.library.opcheck(getattr(ops, name), arguments(block, x, name))
+
+
+def test_backward_through_an_operator_raises(device):
+    block, x = make_block(SHAPE, torch.float32, device), make_x(2, SHAPE, torch.float32, device)
+    y = ops.mixer_block(*arguments(block, x.requires_grad_(), "mixer_block"))
+    with pytest.raises(RuntimeError, match="no backward pass yet.*backend='torch'"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_compile_without_graph_breaks(backend, dynamic, device):
+    block = make_block(SHAPE, torch.float32, device)
+
+    def f(x):
+        return F.mixer_block(x, **block.parameters, backend=backend) * 2
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch_size in (2, 3):
+        x = make_x(batch_size, SHAPE, torch.float32, device, "transposed")
+        assert torch.equal(compiled(x), f(x))
+
+
+def test_compile_with_inductor(device):
+    block, x = make_block(SHAPE, torch.float32, device), make_x(2, SHAPE, torch.float32, device)
+
+    def f(x):
+        return F.mixer_block(torch.sin(x), **block.parameters, backend="triton").relu()
+
+    torch.testing.assert_close(torch.compile(f, fullgraph=True)(x), f(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compile_reads_the_autocast_dtype(device):
+    block, x = make_block(SHAPE, torch.float32, device), make_x(2, SHAPE, torch.float32, device)
+
+    def f(x):
+        with torch.autocast(device, torch.bfloat16):
+            return F.mixer_block(x, **block.parameters, backend="triton")
+
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+    assert not torch.equal(f(x), run(block, x, "triton"))
+
+
+def test_errors_are_the_same_while_compiling(device):
+    block = make_block(SHAPE, torch.float32, device)
+    compiled = torch.compile(lambda x: run(block, x, "triton"), backend="aot_eager")
+    with pytest.raises(Exception, match="built for 20 tokens, got 21"):
+        compiled(torch.zeros(1, 21, 24, device=device))
+
+
+class Half(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.names = list(block.parameters)
+        self.parameters_ = torch.nn.ParameterList(block.parameters.values()).requires_grad_(False)
+
+    def forward(self, x):
+        return F.mixer_block(x, **dict(zip(self.names, self.parameters_, strict=True)), backend="triton")
+
+
+def test_export(device):
+    """One node in the exported program, for any batch; the program gives what the module gives."""
+    block, x = make_block(SHAPE, torch.float32, device), make_x(4, SHAPE, torch.float32, device)
+    module = Half(block)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets == ["mixer_kernels.mixer_block.default"]
+    assert torch.equal(program.module()(x[:3]), module(x[:3]))
+
+
+def test_vmap_and_functional_call_on_the_torch_backend():
+    block, x = make_block(SHAPE, torch.float64, "cpu"), make_x(4, SHAPE, torch.float64, "cpu")
+
+    def loss(w1):
+        return F.token_mixing(x, *block.token()[:2], w1, *block.token()[3:], backend="torch").square().sum()
+
+    w1 = block.parameters["w1"]
+    expected = torch.autograd.functional.jacobian(loss, w1)
+    torch.testing.assert_close(torch.func.grad(loss)(w1), expected)
