@@ -270,9 +270,10 @@ def _inspect(target: Target, kernel: str, case: Case, options: dict, compiled, s
     if compiled.metadata.shared > target.shared_memory:
         problems.append(f"{compiled.metadata.shared} bytes of shared memory, {target.name} has {target.shared_memory}")
     is_product = "statistics" not in kernel
-    if is_product and case.dtype != "fp32" and found != expected:
+    ieee = case.dtype in ("fp32", "tf32") and options.get("PRECISION") == "ieee"
+    if is_product and not ieee and found != expected:
         problems.append(f"expected {expected}, found {found}")
-    if is_product and case.dtype == "fp32" and (tf32 or (target.is_nvidia and instructions)):
+    if is_product and (ieee or case.dtype == "fp32") and (tf32 or (target.is_nvidia and instructions)):
         problems.append("IEEE arithmetic was asked for, the product is TF32")
     if float_atomic:
         problems.append("an atomic on floats")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import functional
+from .tracing import constant_while_tracing
 
 logger = logging.getLogger("mixer_kernels")
 
@@ -272,13 +273,9 @@ def _has_global_hooks() -> bool:
     )
 
 
+@constant_while_tracing
 def _warn_once(reason: str) -> None:
     _warn_once_per_process(reason)
-
-
-# What torch.compiler.assume_constant_result does: traced code calls it while tracing. That decorator imports all of
-# torch._dynamo, which takes longer than importing torch.
-_warn_once._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import timm_stub
@@ -19,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # There is no CPU build of torchvision for every CPU build of torch, and timm imports torchvision.
     timm_stub.define_torchvision_operators()
     os.environ.pop("MIXER_KERNELS_BACKEND", None)
+    # The products of these tests are small: more threads wait for each other longer than they compute.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,15 @@ def device() -> str:
 def _seed() -> None:
     """The same numbers whichever tests run, in whatever order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN: a kernel that leaves part of a result or of a scratch buffer unwritten shows it."""
+    if torch.cuda.is_available():
+        yield
+        return
+    import strict_interpreter
+
+    with strict_interpreter.poisoned_memory():
+        yield

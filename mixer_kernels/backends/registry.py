@@ -17,6 +17,8 @@ from types import ModuleType
 
 import torch
 
+from ..tracing import constant_while_tracing
+
 logger = logging.getLogger("mixer_kernels")
 
 BACKENDS = ("triton", "torch")  # in the order in which "auto" prefers them
@@ -45,6 +47,7 @@ def requested_backend() -> str:
     return _requested.get() or _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
+@constant_while_tracing
 def choose(
     backend: str | None,
     device_type: str,
@@ -75,11 +78,6 @@ def choose(
             return candidate
         _warn_once(candidate, "torch", reason)
     raise AssertionError("the torch backend runs everywhere")
-
-
-# What torch.compiler.assume_constant_result sets: dynamo takes the choice as a constant instead of tracing it. The
-# decorator itself would import torch._dynamo, and with it Triton, along with this package.
-choose._dynamo_marked_constant = True
 
 
 def why_not(

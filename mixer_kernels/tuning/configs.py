@@ -27,12 +27,16 @@ class StatisticsConfig:
 
 @dataclass(frozen=True)
 class TokenConfig:
-    """Fused token mixing: ``block_c`` channels of one image, the hidden axis in steps of ``block_d``."""
+    """Fused token mixing: ``block_c`` channels of one image, the hidden axis in steps of ``block_d``.
+
+    ``tf32``: whether float32 products may run in TF32 where the matmul precision allows it.
+    """
 
     block_c: int
     block_d: int
     num_warps: int
     num_stages: int
+    tf32: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,23 @@ MAX_FUSED_TOKENS = 256
 SEGMENTS = (128, 64, 32, 16)
 
 
-def token_segments(tokens: int) -> tuple[int, int, int]:
-    """Cut the token axis into at most three powers of two, the least that cover it; absent segments are 0.
+def token_segments(tokens: int, longest: int = 128) -> tuple[int, int, int, int]:
+    """Cut the token axis into at most four powers of two, the least that cover it; absent segments are 0.
 
     Tiles are powers of two: 196 tokens as one tile are 256, 31 % waste; as 128 + 64 + 16 they are 208, 6 %.
+    ``longest``: 128, or 64 where loading and storing a segment takes many registers.
     """
     if not 1 <= tokens <= MAX_FUSED_TOKENS:
         raise ValueError(f"the fused kernel takes 1 to {MAX_FUSED_TOKENS} tokens, got {tokens}")
+    allowed = [length for length in SEGMENTS if length <= longest]
     choices = (
         cut
-        for length in (1, 2, 3)
-        for cut in itertools.combinations_with_replacement(SEGMENTS, length)
+        for count in (1, 2, 3, 4)
+        for cut in itertools.combinations_with_replacement(allowed, count)
         if sum(cut) >= tokens
     )
     best = min(choices, key=lambda cut: (sum(cut), len(cut)))
-    return (*best, *(0,) * (3 - len(best)))
+    return (*best, *(0,) * (4 - len(best)))
 
 
 def statistics_config(channels: int, channels_contiguous: bool) -> StatisticsConfig:
@@ -84,7 +90,7 @@ def token_config(
     target: Target,
     dtype: torch.dtype,
     stream_dtype: torch.dtype,
-    segments: tuple[int, int, int],
+    segments: tuple[int, int, int, int],
     exact: bool,
     vectorised: bool,
 ) -> TokenConfig:
@@ -94,23 +100,26 @@ def token_config(
     o (BLOCK_C x padded tokens, float32) and n (the same, in ``dtype``) live in registers: they decide the tile. A
     float32 stream or a transposed view takes registers for addresses and conversions on top.
     """
-    padded = sum(segments)
     lean = stream_dtype is dtype and vectorised
     hopper = target.capability in (90, 100, 103)
-    if dtype is torch.float32 and exact:
-        if padded > 208:
-            return TokenConfig(16, 16, num_warps=8, num_stages=1)
-        return TokenConfig(32 if vectorised else 16, 16, num_warps=4, num_stages=1)
-    if dtype is torch.float32:
-        return TokenConfig(64, 16, num_warps=8, num_stages=2 if hopper else 1)
     if not target.is_nvidia:
-        return TokenConfig(64, 32, num_warps=4, num_stages=1)
+        return TokenConfig(32, 16, 4, 1) if dtype is torch.float32 else TokenConfig(64, 32, 4, 1)
+    if dtype is torch.float32 and hopper and not exact:
+        return TokenConfig(64, 16, num_warps=8, num_stages=2)
+    if dtype is torch.float32 and lean and not exact:
+        return TokenConfig(64, 16, num_warps=8, num_stages=1)
+    if dtype is torch.float32:
+        # On mma.sync every tile of TF32 spills here; "high" allows TF32 and does not ask for it.
+        return TokenConfig(32, 16, num_warps=8, num_stages=2, tf32=False)
     if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
         return TokenConfig(128, 32, num_warps=8, num_stages=2) if lean else TokenConfig(64, 64, 8, 2)
-    if padded <= 208:
-        return TokenConfig(128, 32, num_warps=8, num_stages=2) if lean else TokenConfig(64, 16, 4, 2)
-    return TokenConfig(64, 32, num_warps=4, num_stages=2) if lean else TokenConfig(32, 16, 4, 2)
+    few_tokens = sum(segments) <= 208
+    if lean and few_tokens:
+        return TokenConfig(128, 16 if target.capability >= 120 else 32, num_warps=8, num_stages=2)
+    if lean:
+        return TokenConfig(64, 16, num_warps=4, num_stages=2)
+    return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised else TokenConfig(64, 16, 8, 2)
 
 
 def token_product_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:

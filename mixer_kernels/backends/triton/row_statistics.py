@@ -50,6 +50,9 @@ def _row_statistics_kernel(
         count = tl.minimum(C - c0, BLOCK_C).to(tl.float32)
         chunk_mean = tl.sum(x, 1) / count
         d = tl.where(mask, x - chunk_mean[:, None], 0.0)
+        # Once more: rstd multiplies the rounding error of the mean, by a thousand in a row without variance.
+        chunk_mean += tl.sum(d, 1) / count
+        d = tl.where(mask, x - chunk_mean[:, None], 0.0)
         chunk_m2 = tl.sum(d * d, 1)
         if ONE_CHUNK:
             mean = chunk_mean

@@ -10,7 +10,7 @@ W1 as keys, the columns of W2 as values and GELU in place of softmax. Channels l
         o += a . W2[:, columns]'                  [BLOCK_C, S]
     u[:, channels] = x[:, channels] + o' + b2
 
-The token axis is cut into up to three powers of two (``token_segments``), each with its own n and o.
+The token axis is cut into up to four powers of two (``token_segments``), each with its own n and o.
 """
 
 from __future__ import annotations
@@ -93,9 +93,10 @@ def _token_mixing_fwd_kernel(
     stride_b,
     stride_s,
     stride_c,
-    N0: tl.constexpr,  # the token segments; N1 and N2 may be 0
+    N0: tl.constexpr,  # the token segments; all but the first may be 0
     N1: tl.constexpr,
     N2: tl.constexpr,
+    N3: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
@@ -105,7 +106,10 @@ def _token_mixing_fwd_kernel(
 ):
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
     EXACT: tl.constexpr = DTYPE == tl.float32
-    S_PAD: tl.constexpr = N0 + N1 + N2
+    S1: tl.constexpr = N0
+    S2: tl.constexpr = N0 + N1
+    S3: tl.constexpr = N0 + N1 + N2
+    S_PAD: tl.constexpr = N0 + N1 + N2 + N3
     c_tiles = tl.cdiv(C, BLOCK_C)
     image = (tl.program_id(0) // c_tiles).to(tl.int64)
     offs_c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -128,13 +132,14 @@ def _token_mixing_fwd_kernel(
     n0 = _normalised(x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, 0, N0, DTYPE, INT64)
     o0 = tl.zeros((BLOCK_C, N0), tl.float32)
     if N1 > 0:
-        n1 = _normalised(x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, N0, N1, DTYPE, INT64)
+        n1 = _normalised(x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, S1, N1, DTYPE, INT64)
         o1 = tl.zeros((BLOCK_C, N1), tl.float32)
     if N2 > 0:
-        n2 = _normalised(
-            x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, N0 + N1, N2, DTYPE, INT64
-        )
+        n2 = _normalised(x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, S2, N2, DTYPE, INT64)
         o2 = tl.zeros((BLOCK_C, N2), tl.float32)
+    if N3 > 0:
+        n3 = _normalised(x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, S3, N3, DTYPE, INT64)
+        o3 = tl.zeros((BLOCK_C, N3), tl.float32)
 
     late = -steps
     for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -143,23 +148,29 @@ def _token_mixing_fwd_kernel(
         z = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
         z = _hidden(z, n0, w1_ptr, offs_d, 0, N0, S_PAD, PRECISION)
         if N1 > 0:
-            z = _hidden(z, n1, w1_ptr, offs_d, N0, N1, S_PAD, PRECISION)
+            z = _hidden(z, n1, w1_ptr, offs_d, S1, N1, S_PAD, PRECISION)
         if N2 > 0:
-            z = _hidden(z, n2, w1_ptr, offs_d, N0 + N1, N2, S_PAD, PRECISION)
+            z = _hidden(z, n2, w1_ptr, offs_d, S2, N2, S_PAD, PRECISION)
+        if N3 > 0:
+            z = _hidden(z, n3, w1_ptr, offs_d, S3, N3, S_PAD, PRECISION)
         a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT).to(DTYPE)
         o0 = _mixed(o0, a, w2_ptr, offs_d, D, 0, N0, PRECISION)
         if N1 > 0:
-            o1 = _mixed(o1, a, w2_ptr, offs_d, D, N0, N1, PRECISION)
+            o1 = _mixed(o1, a, w2_ptr, offs_d, D, S1, N1, PRECISION)
         if N2 > 0:
-            o2 = _mixed(o2, a, w2_ptr, offs_d, D, N0 + N1, N2, PRECISION)
+            o2 = _mixed(o2, a, w2_ptr, offs_d, D, S2, N2, PRECISION)
+        if N3 > 0:
+            o3 = _mixed(o3, a, w2_ptr, offs_d, D, S3, N3, PRECISION)
 
     # late is 0, which the compiler cannot know: it may not keep the first reading's addresses through the loop.
     late = tl.multiple_of(late, 16)
     _store_residual(o0, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, 0, N0, INT64)
     if N1 > 0:
-        _store_residual(o1, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, N0, N1, INT64)
+        _store_residual(o1, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, S1, N1, INT64)
     if N2 > 0:
-        _store_residual(o2, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, N0 + N1, N2, INT64)
+        _store_residual(o2, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, S2, N2, INT64)
+    if N3 > 0:
+        _store_residual(o3, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, S3, N3, INT64)
 
 
 def token_mixing_fused(
@@ -179,9 +190,10 @@ def token_mixing_fused(
 ) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; S at most ``MAX_FUSED_TOKENS``."""
     batch_size, tokens, channels = x.shape
-    segments = token_segments(tokens)
+    vectorised = _is_vectorised(x)
+    segments = token_segments(tokens, longest=128 if vectorised and x.dtype is dtype else 64)
     config = token_config(
-        target_of(x.device), dtype, x.dtype, segments, exact=precision == "ieee", vectorised=_is_vectorised(x)
+        target_of(x.device), dtype, x.dtype, segments, exact=precision == "ieee", vectorised=vectorised
     )
     packed = token_weights(w1, b1, w2, b2, dtype, tokens=sum(segments), hidden=round_up(w1.shape[0], config.block_d))
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -206,11 +218,12 @@ def token_mixing_fused(
         N0=segments[0],
         N1=segments[1],
         N2=segments[2],
+        N3=segments[3],
         BLOCK_C=config.block_c,
         BLOCK_D=config.block_d,
         STAGES=config.num_stages,
         TANH=approximate == "tanh",
-        PRECISION=precision,
+        PRECISION=precision if config.tf32 else "ieee",
         INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64(x.shape[1:], (channels, 1)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

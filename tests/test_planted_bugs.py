@@ -1,0 +1,78 @@
+"""Small breakages of the kernels, each of which the tests have to notice.
+
+A copy of the package is broken by one replacement and the tests that should see it are run on the copy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mixer_kernels
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the strict interpreter, on the CPU")
+
+TESTS = Path(__file__).parent
+KERNELS = "test_kernels.py"
+
+BUGS = {
+    "mask one too far": (
+        "token_mixing.py", "mask_s = offs_s < S", "mask_s = offs_s < S + 1", KERNELS,
+        "test_matches_eager and one"),
+    "store past the last channel": (
+        "channel_products.py", "mask = mask_m[:, None] & mask_n[None, :]",
+        "mask = mask_m[:, None] & (mask_n | True)[None, :]", KERNELS, "test_matches_eager and below"),
+    "masked lanes without other": (
+        "channel_products.py", "mask=mask_k[None, :], other=0.0", "mask=mask_k[None, :]", KERNELS,
+        "test_matches_eager and below"),
+    "rows past the hidden units": (
+        "token_products.py", "mask_k = rows < K", "mask_k = rows <= K", KERNELS, "test_matches_eager and beyond"),
+    "b1 dropped": (
+        "token_mixing.py", "gelu(z + tl.load(b1_ptr + offs_d)[None, :], ", "gelu(z, ", KERNELS,
+        "test_matches_eager and below"),
+    "b2 dropped": (
+        "token_mixing.py", " + tl.load(b2_ptr + offs_s)[:, None]", "", KERNELS, "test_matches_eager and below"),
+    "residual dropped": (
+        "channel_products.py", "out = acc + u.to(tl.float32)", "out = acc", KERNELS, "test_matches_eager and below"),
+    "eps dropped": ("row_statistics.py", "m2 / C + eps", "m2 / C", KERNELS, "test_eps"),
+    "chunks merged without their distance": (
+        "row_statistics.py", "m2 += chunk_m2 + delta * delta * (seen * count / (seen + count))", "m2 += chunk_m2",
+        KERNELS, "test_layouts and transposed"),
+    "sum of the unrounded weight": (
+        "prepack.py", "folded.float().sum(1)", "w.sum(1)", KERNELS, "test_mean_far_from_zero and 30"),
+    "scale of the folded rows dropped": (
+        "channel_epilogue.py", "z *= tl.load(scale_ptr", "z += 0 * tl.load(scale_ptr", KERNELS, "test_small_gamma"),
+    "quartic not clamped": ("gelu.py", "tl.minimum(z * z, 36.0)", "z * z", "test_gelu.py", "fit"),
+    "one column block for all": (
+        "channel_descriptors.py", "first = n0 + i * SUB_N", "first = n0", KERNELS, "test_tensor_descriptors"),
+    "TF32 always": ("__init__.py", 'else "ieee"', 'else "tf32"', KERNELS, "test_matches_eager and below"),
+    "32-bit image offset": (
+        "token_mixing.py", "image = (tl.program_id(0) // c_tiles).to(tl.int64)", "image = tl.program_id(0) // c_tiles",
+        "test_launches.py", "test_offsets and image"),
+    "packs kept for ever": ("prepack.py", ", t.dtype, t._version)", ", t.dtype)", "test_prepack.py", "in_place"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "right", "wrong", "tests", "chosen"), BUGS.values(), ids=BUGS.keys())
+def test_bug_is_caught(file, right, wrong, tests, chosen, tmp_path):
+    package = tmp_path / "mixer_kernels"
+    shutil.copytree(Path(mixer_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    source = package / "backends" / "triton" / file
+    text = source.read_text()
+    assert text.count(right) == 1, f"{file} has {text.count(right)} times {right!r}: bring the planted bug up to date"
+    source.write_text(text.replace(right, wrong))
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", TESTS / tests, "-k", chosen],
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"},
+    )
+    assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "1 failed" in result.stdout, result.stdout[-2000:]

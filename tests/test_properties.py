@@ -1,0 +1,51 @@
+"""Hypothesis drives the combinations: shapes, strides, dtypes, options, targets; the accuracy rule holds for all."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from blocks import LAYOUTS, make_block, make_x, run, run_exact
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import mixer_kernels.functional as F
+from mixer_kernels.shapes import MixerShape
+from mixer_kernels.tuning.target import KNOWN_TARGETS, assume_target
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+EXTENTS = st.one_of(st.integers(1, 70), st.sampled_from((15, 16, 17, 31, 32, 33, 63, 64, 65, 96)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch_size=st.integers(1, 3),
+    tokens=st.one_of(EXTENTS, st.sampled_from((127, 128, 129, 208, 209, 256, 257))),
+    channels=EXTENTS,
+    token_hidden=EXTENTS,
+    channel_hidden=EXTENTS,
+    dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
+    layout=st.sampled_from(LAYOUTS),
+    approximate=st.sampled_from(F.APPROXIMATIONS),
+    affine=st.booleans(),
+    bias=st.booleans(),
+    mean=st.sampled_from((0.0, 1.0, 10.0)),
+    eps=st.sampled_from((1e-6, 1e-5, 1e-2)),
+    target=st.sampled_from(sorted(KNOWN_TARGETS)),
+    seed=st.integers(0, 2**16),
+)
+def test_any_block_matches_eager(
+    batch_size, tokens, channels, token_hidden, channel_hidden, dtype, layout, approximate, affine, bias, mean, eps,
+    target, seed, device,
+):  # fmt: skip
+    torch.manual_seed(seed)
+    shape = MixerShape(S=tokens, C=channels, D_S=token_hidden, D_C=channel_hidden)
+    block = make_block(shape, dtype, device, affine=affine, bias=bias)
+    x = make_x(batch_size, shape, dtype, device, layout, mean)
+    options = {"eps": eps, "approximate": approximate}
+    with assume_target(KNOWN_TARGETS[target]) if device == "cpu" else contextlib.nullcontext():
+        actual = run(block, x, "triton", **options)
+    assert_accurate(actual, run(block, x, "torch", **options), run_exact(block, x, **options))

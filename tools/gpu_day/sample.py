@@ -1,0 +1,161 @@
+"""One input of a block, our result on it, eager's, and float64's: the accuracy rule is that of tests/accuracy.py."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accuracy import assert_accurate
+from blocks import Block, make_block, make_x
+from torch import Tensor
+
+import mixer_kernels.functional as F
+from mixer_kernels.backends.triton.launch import intercept_launches
+from mixer_kernels.compile_check import TORCH_DTYPES
+from mixer_kernels.shapes import MixerShape
+from mixer_kernels.tuning.target import KNOWN_TARGETS, Target, assume_target
+
+from .memory import watched_memory
+from .tasks import Settings, Task
+
+LEVELS = {"token": F.token_mixing, "channel": F.channel_mixing, "block": F.mixer_block}
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What to run: the fields of mixer_kernels.compile_check.Case, and what else an input may be."""
+
+    shape: MixerShape
+    dtype: str = "bf16"  # of the products: "bf16", "fp16", "fp32" (IEEE), "tf32"
+    stream: str | None = None  # of x and the parameters, where it is not the products' (autocast)
+    batch_size: int = 3
+    layout: str = "contiguous"  # one of blocks.LAYOUTS
+    approximate: str = "none"
+    affine: bool = True
+    bias: bool = True
+    mean: float = 0.0  # of the rows, in standard deviations
+    special: str = ""  # "NaN", "Inf": one such element
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.stream or self.dtype]
+
+    @property
+    def dtype_name(self) -> str:
+        return f"{self.dtype} on {self.stream}" if self.stream_dtype is not TORCH_DTYPES[self.dtype] else self.dtype
+
+    @property
+    def shape_name(self) -> str:
+        return f"{self.batch_size}x{self.shape.S}x{self.shape.C} ({self.shape.D_S}, {self.shape.D_C})"
+
+    def title(self) -> str:
+        traits = [self.layout if self.layout != "contiguous" else "", self.special, self.dtype_name, self.shape_name]
+        traits += ["tanh" if self.approximate == "tanh" else "", "" if self.affine else "no affine"]
+        traits += ["" if self.bias else "no bias", f"mean {self.mean:g}" if self.mean else ""]
+        return " ".join(filter(None, traits))
+
+    def task(self, level: str, run: Any, prefix: str = "", config: str = "") -> Task:
+        return Task(f"{prefix}{level} {self.title()}", run, self.dtype_name, self.shape_name, config)
+
+    def make(self, device: str) -> tuple[Block, Tensor]:
+        """The parameters, in the dtype of the stream, and ``x [B, S, C]``."""
+        block = make_block(self.shape, self.stream_dtype, device, affine=self.affine, bias=self.bias)
+        x = make_x(self.batch_size, self.shape, self.stream_dtype, device, self.layout, self.mean)
+        if self.special:
+            x[-1, -1, -1] = float(self.special)
+        return block, x
+
+
+def parameters_of(block: Block, level: str) -> list[Tensor | None]:
+    return {"token": block.token, "channel": block.channel, "block": lambda: block.token() + block.channel()}[level]()
+
+
+@contextlib.contextmanager
+def float32_products(sample: Sample) -> Iterator[None]:
+    """IEEE or TF32, as the sample wants them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if sample.dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def arithmetic(sample: Sample, device: str) -> Iterator[None]:
+    """``float32_products``, no gradients, and autocast where the products are in another dtype than the stream."""
+    mixed = TORCH_DTYPES[sample.dtype] is not sample.stream_dtype
+    with float32_products(sample), torch.no_grad(), torch.autocast(device, TORCH_DTYPES[sample.dtype], enabled=mixed):
+        yield
+
+
+def ours(sample: Sample, level: str, block: Block, x: Tensor) -> Tensor:
+    """The Triton backend's result."""
+    with arithmetic(sample, x.device.type):
+        return LEVELS[level](x, *parameters_of(block, level), eps=EPS, approximate=sample.approximate, backend="triton")
+
+
+def eager_and_exact(sample: Sample, level: str, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The torch backend's results, in the sample's dtype and in float64."""
+    options = {"eps": EPS, "approximate": sample.approximate, "backend": "torch"}
+    with arithmetic(sample, x.device.type):
+        eager = LEVELS[level](x, *parameters_of(block, level), **options)
+    with torch.no_grad():
+        exact = LEVELS[level](x.double(), *parameters_of(block.to(torch.float64), level), **options)
+    return eager, exact
+
+
+def compare(values: dict[str, Any], actual: Tensor, eager: Tensor, exact: Tensor, what: str = "output") -> None:
+    """Note the largest error and its ratio to eager's, the worst of the task so far; then the accuracy rule."""
+    finite = exact.isfinite() & eager.isfinite() & actual.isfinite()
+    if bool(finite.any()):
+        error, theirs = ((t.double() - exact)[finite].abs().max().item() for t in (actual, eager))
+        values["max_err"] = max(error, values.get("max_err", 0.0))
+        if theirs:
+            values["err_vs_eager"] = max(error / theirs, values.get("err_vs_eager", 0.0))
+    assert_accurate(actual, eager, exact, what=what)
+
+
+def run_watched(
+    settings: Settings, case: str, sample: Sample, level: str, block: Block, x: Tensor, target: Target | None = None
+) -> Tensor:
+    """Our result in watched memory, on the tiles of ``target`` (default: the device's), ``--plant`` applied."""
+    with on_target(settings, target), watched_memory() as watch:
+        actual = ours(sample, level, block, x)
+        if settings.planted("redzone", case):
+            torch.as_strided(actual, (1,), (1,), actual.storage_offset() + actual.numel()).zero_()
+    watch.check(actual)
+    return planted(settings, case, actual)
+
+
+def planted(settings: Settings, case: str, result: Tensor) -> Tensor:
+    """``result``, with one element off by a random amount if ``--plant error`` names the case."""
+    if settings.planted("error", case):
+        result[-1, -1, -1] += 1 + torch.rand((), device=result.device)
+    return result
+
+
+@contextlib.contextmanager
+def on_target(settings: Settings, target: Target | None = None) -> Iterator[None]:
+    """Choose tiles as on ``target``; where none is given, as the GPU does for itself, or without one as on sm_90."""
+    if target is None and settings.rehearse:
+        target = KNOWN_TARGETS["sm_90"]
+    with contextlib.nullcontext() if target is None else assume_target(target):
+        yield
+
+
+@contextlib.contextmanager
+def noted_launches() -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Launch as usual, and note each kernel's name and options."""
+    noted: list[tuple[str, dict[str, Any]]] = []
+
+    def run(kernel: Any, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        noted.append((kernel.__name__, options))
+        kernel[grid](*args, **options)
+
+    with intercept_launches(run):
+        yield noted
