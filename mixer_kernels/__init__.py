@@ -5,9 +5,9 @@ functions. Importing this package needs no GPU, no Triton and no timm, and does 
 """
 
 from . import functional
-from .backends import use_backend
+from .backends import forget_packs, use_backend
 from .models import FusedMixer
 from .modules import FusedMixerBlock
 
 __version__ = "0.1.0"
-__all__ = ["FusedMixer", "FusedMixerBlock", "functional", "use_backend", "__version__"]
+__all__ = ["FusedMixer", "FusedMixerBlock", "forget_packs", "functional", "use_backend", "__version__"]

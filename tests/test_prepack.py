@@ -10,6 +10,7 @@ import pytest
 import torch
 from blocks import make_block, make_x, run
 
+import mixer_kernels
 from mixer_kernels.backends.triton import prepack
 from mixer_kernels.shapes import MixerShape
 
@@ -89,7 +90,7 @@ def test_a_write_through_data_needs_forget_packs(block, x):
     before = run(block, x, "triton")
     block.parameters["w1"].data.mul_(2)
     assert torch.equal(run(block, x, "triton"), before)
-    prepack.forget_packs()
+    mixer_kernels.forget_packs()
     assert torch.equal(run(block, x, "triton"), fresh(block, x))
 
 

@@ -12,6 +12,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -94,6 +95,18 @@ def why_not(
 def load(name: str) -> ModuleType:
     """The module of backend ``name``, imported on first use."""
     return importlib.import_module(f"{__package__}.{name}")
+
+
+def forget_packs() -> None:
+    """Drop the weights that backends have prepacked for inference.
+
+    Packs follow every change that PyTorch counts: in-place writes, optimizer steps, ``load_state_dict``, ``.to()``.
+    Needed only after a parameter was written through ``.data``, which PyTorch does not count.
+    """
+    for name in BACKENDS:
+        module = sys.modules.get(f"{__package__}.{name}")
+        if module is not None and hasattr(module, "forget_packs"):
+            module.forget_packs()
 
 
 def _checked(name: str, source: str) -> str:

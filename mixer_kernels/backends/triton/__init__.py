@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ...tuning.configs import MAX_FUSED_TOKENS
 from .channel_mixing import channel_mixing_products
+from .prepack import forget_packs
 from .row_statistics import _row_statistics_kernel, row_statistics
 from .token_mixing import token_mixing_fused
 from .token_products import token_mixing_products
+
+__all__ = ["channel_mixing_forward", "forget_packs", "interpreted", "token_mixing_forward", "why_not"]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -53,7 +53,7 @@ K_MULTIPLE = 64  # no kernel steps along K by more: padded to this, weights need
 
 
 def forget_packs() -> None:
-    """Drop all prepacked weights. Needed only after a parameter was written through ``.data``."""
+    """Drop all prepacked weights."""
     _packs.clear()
 
 
