@@ -106,15 +106,16 @@ def token_config(
         return TokenConfig(32, 16, 4, 1) if dtype is torch.float32 else TokenConfig(64, 32, 4, 1)
     if dtype is torch.float32 and hopper and not exact:
         return TokenConfig(64, 16, num_warps=8, num_stages=2)
+    few_tokens = sum(segments) <= 208
     if dtype is torch.float32 and lean and not exact:
-        return TokenConfig(64, 16, num_warps=8, num_stages=1)
+        return TokenConfig(64, 16, num_warps=8, num_stages=2 if few_tokens and target.capability >= 120 else 1)
     if dtype is torch.float32:
         # On mma.sync every tile of TF32 spills here; "high" allows TF32 and does not ask for it.
         return TokenConfig(32, 16, num_warps=8, num_stages=2, tf32=False)
     if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
-        return TokenConfig(128, 32, num_warps=8, num_stages=2) if lean else TokenConfig(64, 64, 8, 2)
-    few_tokens = sum(segments) <= 208
+        block_d = 32 if target.capability == 90 else 64
+        return TokenConfig(128, block_d, num_warps=8, num_stages=2) if lean else TokenConfig(64, 64, 8, 2)
     if lean and few_tokens:
         return TokenConfig(128, 16 if target.capability >= 120 else 32, num_warps=8, num_stages=2)
     if lean:
