@@ -141,9 +141,9 @@ def _token_mixing_fwd_kernel(
         n3 = _normalised(x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c, S3, N3, DTYPE, INT64)
         o3 = tl.zeros((BLOCK_C, N3), tl.float32)
 
-    late = -steps
+    turns = 0
     for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        late += 1
+        turns += 1
         offs_d = d0 + tl.arange(0, BLOCK_D)
         z = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
         z = _hidden(z, n0, w1_ptr, offs_d, 0, N0, S_PAD, PRECISION)
@@ -163,7 +163,7 @@ def _token_mixing_fwd_kernel(
             o3 = _mixed(o3, a, w2_ptr, offs_d, D, S3, N3, PRECISION)
 
     # late is 0, which the compiler cannot know: it may not keep the first reading's addresses through the loop.
-    late = tl.multiple_of(late, 16)
+    late = tl.multiple_of(turns - steps, 16)
     _store_residual(o0, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, 0, N0, INT64)
     if N1 > 0:
         _store_residual(o1, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, S1, N1, INT64)
