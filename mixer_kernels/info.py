@@ -136,11 +136,10 @@ def nvidia_smi(properties: Any) -> dict[str, str]:
 
 def backend_info(name: str, device: torch.device) -> dict[str, Any]:
     """For which dtypes backend ``name`` runs a forward pass on ``device``; where not, why; whether it was measured."""
-    reasons = {dtype: backends.why_not(name, device, dtype, dtype, needs_grad=False) for dtype in DTYPES}
+    reasons = {dtype: backends.why_not(name, device, dtype) for dtype in DTYPES}
     return {
         "runs": [_short(dtype) for dtype, reason in reasons.items() if reason is None],
         "why_not": {_short(dtype): reason for dtype, reason in reasons.items() if reason is not None},
-        "trains": backends.why_not(name, device, torch.float32, torch.float32, needs_grad=True) is None,
         # The torch backend is plain PyTorch: there is no kernel of ours in it to measure.
         "measured": None if name == "torch" or device.type == "cpu" else device_name(device) in measured_gpus(name),
     }
@@ -155,8 +154,7 @@ def measured_gpus(backend: str) -> list[str]:
 def _verdict(entry: dict[str, Any]) -> list[str]:
     lines = []
     if entry["runs"]:
-        modes = "inference and training" if entry["trains"] else "inference"
-        lines.append(f"runs: {', '.join(entry['runs'])}; {modes}")
+        lines.append(f"runs: {', '.join(entry['runs'])}")
     for reason in dict.fromkeys(entry["why_not"].values()):
         dtypes = [dtype for dtype, other in entry["why_not"].items() if other == reason]
         lines.append(f"does not run{'' if not entry['runs'] else ' ' + ', '.join(dtypes)}: {reason}")

@@ -11,32 +11,84 @@ from mixer_kernels import ops
 from mixer_kernels.shapes import MixerShape
 
 SHAPE = MixerShape(S=20, C=24, D_S=16, D_C=32)
+NAMES = ("token_mixing", "channel_mixing", "mixer_block", "token_mixing_backward", "channel_mixing_backward")
 
 
-def arguments(block, x, half):
-    options = (1e-6, "none", x.dtype, "triton")
-    if half == "token_mixing":
-        return (x, *block.token(), *options)
-    if half == "channel_mixing":
-        return (x, *block.channel(), *options)
-    return (x, *block.token(), *block.channel(), 1e-6, *options)
+NO_NOISE = (0.0, 0.0, None)
+
+
+def arguments(block, x, name, noise=NO_NOISE, keep_z=True, wanted=(True,) * 7):
+    """What functional or autograd pass to the operator ``name``."""
+    hidden, tokens = block.parameters["w3"].shape[0], x.shape[1]
+    half = block.token() if name.startswith("token") else block.channel()
+    if name == "mixer_block":
+        return (x, *block.token(), *block.channel(), 1e-6, 1e-6, "none", x.dtype, "triton")
+    if name == "token_mixing":
+        return (x, *half, 1e-6, "none", x.dtype, *noise, "triton")
+    if name == "channel_mixing":
+        return (x, *half, 1e-6, "none", x.dtype, *noise, "triton", keep_z)
+    mean, rstd = (torch.rand(x.shape[0] * tokens, device=x.device) for _ in range(2))
+    saved = (mean, rstd)
+    if name == "channel_mixing_backward":
+        z = torch.randn(x.shape[0] * tokens, hidden, device=x.device).to(x.dtype)
+        saved = (mean, rstd, z if keep_z else None)
+    present = [want and t is not None for want, t in zip(wanted, (x, *half), strict=True)]
+    return (torch.randn_like(x), x, *saved, *half, "none", x.dtype, *noise, "triton", present)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "transposed", "channel slice"))
 @pytest.mark.parametrize("affine", (True, False), ids=("all", "bare"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("name", ("token_mixing", "channel_mixing", "mixer_block"))
+@pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, dtype, affine, layout, device):
     block = make_block(SHAPE, dtype, device, affine=affine, bias=affine)
     x = make_x(2, SHAPE, dtype, device, layout)
     torch.library.opcheck(getattr(ops, name), arguments(block, x, name))
 
 
-def test_backward_through_an_operator_raises(device):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", ("token_mixing", "channel_mixing"))
+@pytest.mark.parametrize("keep_z", (True, False), ids=("fast", "min"))
+def test_opcheck_with_gradients(name, dtype, keep_z, device):
+    """Autograd registered, the same under AOT with fixed and dynamic shapes; some inputs frozen."""
+    block, x = make_block(SHAPE, dtype, device), make_x(2, SHAPE, dtype, device).requires_grad_()
+    for parameter in ("gamma1", "w1", "b2", "w3", "b3", "w4"):
+        block.parameters[parameter].requires_grad_()
+    torch.library.opcheck(getattr(ops, name), arguments(block, x, name, keep_z=keep_z))
+
+
+@pytest.mark.parametrize("name", ("token_mixing", "channel_mixing", "token_mixing_backward", "channel_mixing_backward"))
+def test_opcheck_with_noise(name, device):
+    block, x = make_block(SHAPE, torch.float32, device), make_x(2, SHAPE, torch.float32, device)
+    noise = (0.3, 0.2, torch.tensor([1234], device=device))
+    torch.library.opcheck(getattr(ops, name), arguments(block, x, name, noise, keep_z=False))
+
+
+def test_backward_through_the_block_operator_raises(device):
     block, x = make_block(SHAPE, torch.float32, device), make_x(2, SHAPE, torch.float32, device)
     y = ops.mixer_block(*arguments(block, x.requires_grad_(), "mixer_block"))
-    with pytest.raises(RuntimeError, match="no backward pass yet.*backend='torch'"):
+    with pytest.raises(RuntimeError, match="no gradient here.*backend='torch'"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("memory", F.MEMORY_MODES)
+def test_compiled_training_equals_eager(memory, device):
+    """Forward and backward in one graph each."""
+    block = make_block(SHAPE, torch.float32, device)
+    x = make_x(2, SHAPE, torch.float32, device)
+    names = list(block.parameters)
+
+    def f(x, *parameters):
+        block_parameters = dict(zip(names, parameters, strict=True))
+        return F.mixer_block(x * 2, **block_parameters, backend="triton", memory=memory).square().mean()
+
+    def gradients(function):
+        leaves = [t.detach().requires_grad_() for t in (x, *block.parameters.values())]
+        return torch.autograd.grad(function(*leaves), leaves)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for expected, actual in zip(gradients(f), gradients(compiled), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))

@@ -1,7 +1,8 @@
 """Which backend runs: the names, the user's choice, and the one rule for ``auto``.
 
-A backend is a module with ``token_mixing_forward``, ``channel_mixing_forward`` and ``why_not``, all with the same
-arguments. Backends are imported when first asked for: importing mixer_kernels needs neither Triton nor a GPU.
+A backend is a module with ``why_not``, ``token_mixing_forward`` and ``channel_mixing_forward`` and, unless autograd
+does that for it, their ``_backward``. Backends are imported when first asked for: importing mixer_kernels needs
+neither Triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -54,10 +55,8 @@ def choose(
     device_type: str,
     device_index: int | None,
     dtype: torch.dtype,
-    stream_dtype: torch.dtype,
-    needs_grad: bool,
 ) -> str:
-    """The name of the backend that runs products in ``dtype`` on a residual stream in ``stream_dtype``.
+    """The name of the backend that runs products in ``dtype`` on tensors of that device.
 
     Raises:
         ValueError: the name is not one of ``CHOICES``.
@@ -66,7 +65,7 @@ def choose(
     name = requested_backend() if backend is None else _checked(backend, "backend")
     device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
     if name != "auto":
-        reason = why_not(name, device, dtype, stream_dtype, needs_grad)
+        reason = why_not(name, device, dtype)
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run: {reason}")
         return name
@@ -74,22 +73,20 @@ def choose(
         _warn_once("auto", "torch", "the tensors are on the CPU; the kernels need a GPU")
         return "torch"
     for candidate in BACKENDS:
-        reason = why_not(candidate, device, dtype, stream_dtype, needs_grad)
+        reason = why_not(candidate, device, dtype)
         if reason is None:
             return candidate
         _warn_once(candidate, "torch", reason)
     raise AssertionError("the torch backend runs everywhere")
 
 
-def why_not(
-    name: str, device: torch.device, dtype: torch.dtype, stream_dtype: torch.dtype, needs_grad: bool
-) -> str | None:
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why backend ``name`` cannot run this, or None if it can."""
     try:
         module = load(name)
     except ImportError as error:
         return f"{error}. Install it (pip install {name}) or use backend='torch'"
-    return module.why_not(device, dtype, stream_dtype, needs_grad)
+    return module.why_not(device, dtype)
 
 
 def load(name: str) -> ModuleType:

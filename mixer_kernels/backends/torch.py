@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def why_not(device: torch.device, dtype: torch.dtype, stream_dtype: torch.dtype, needs_grad: bool) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run, or None. It always can."""
     return None
 
@@ -28,12 +28,15 @@ def token_mixing_forward(
     eps: float,
     approximate: str,
     dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
 ) -> Tensor:
     """``u [B, S, C]`` from ``x [B, S, C]``, ``w1 [D_S, S]``, ``w2 [S, D_S]``; products in ``dtype``."""
     n = _layer_norm(x, gamma, beta, eps)  # (1) (2)
     z = F.linear(n.to(dtype).transpose(1, 2), w1.to(dtype), _to(b1, dtype))  # (3), [B, C, D_S]
-    a = F.gelu(z, approximate=approximate)  # (4)
-    return x + F.linear(a, w2.to(dtype), _to(b2, dtype)).transpose(1, 2)  # (5)
+    a = _dropout(F.gelu(z, approximate=approximate), dropout_p)  # (4) (11)
+    branch = F.linear(a, w2.to(dtype), _to(b2, dtype)).transpose(1, 2)  # (5)
+    return x + _drop_path(_dropout(branch, dropout_p), drop_path_p)  # (12)
 
 
 def channel_mixing_forward(
@@ -48,12 +51,15 @@ def channel_mixing_forward(
     eps: float,
     approximate: str,
     dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
 ) -> Tensor:
     """``y [B, S, C]`` from ``u [B, S, C]``, ``w3 [D_C, C]``, ``w4 [C, D_C]``; products in ``dtype``."""
     n = _layer_norm(u, gamma, beta, eps)  # (1) (2)
     z = F.linear(n.to(dtype), w3.to(dtype), _to(b3, dtype))  # (6), [B, S, D_C]
-    a = F.gelu(z, approximate=approximate)  # (4)
-    return u + F.linear(a, w4.to(dtype), _to(b4, dtype))  # (7)
+    a = _dropout(F.gelu(z, approximate=approximate), dropout_p)  # (4) (11)
+    branch = F.linear(a, w4.to(dtype), _to(b4, dtype))  # (7)
+    return u + _drop_path(_dropout(branch, dropout_p), drop_path_p)  # (12)
 
 
 def _layer_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
@@ -64,3 +70,14 @@ def _layer_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 
 def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
+
+
+def _dropout(t: Tensor, p: float) -> Tensor:
+    return F.dropout(t, p) if p > 0 else t
+
+
+def _drop_path(branch: Tensor, p: float) -> Tensor:
+    if p == 0:
+        return branch
+    kept = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - p)
+    return branch * (kept / (1 - p) if p < 1 else kept)

@@ -153,7 +153,7 @@ def fused(
     """This package on backend ``name``."""
 
     def build() -> tuple[Callable[[Tensor], Tensor], None]:
-        reason = backends.why_not(name, device, dtype, dtype, needs_grad=False)
+        reason = backends.why_not(name, device, dtype)
         if reason is None and device.type == "cpu" and name != "torch":
             reason = "an interpreter on the CPU runs it, whose speed says nothing about the kernels"
         if reason is not None:

@@ -95,7 +95,7 @@ def compare_model(model: nn.Module, images: Tensor, *, name: str = "model", seco
         raise ValueError(f"images must be (batch, channels, height, width), not empty, got shape {tuple(images.shape)}")
     case, device = model_case(name, model, images), images.device
     inputs = rotated_inputs(images.shape, images.dtype, device)
-    chosen = backends.choose("auto", device.type, device.index, case.dtype, case.dtype, needs_grad=False)
+    chosen = backends.choose("auto", device.type, device.index, case.dtype)
     eager, *others = model_providers(case, model, inputs)
     providers = [eager, next(provider for provider in others if provider.name == chosen)]
     group = run_group(case, inputs, providers, reference_of(model), seconds=seconds, progress=no_progress)

@@ -152,3 +152,43 @@ def channel_product_config(
     if target.shared_memory < 120_000:
         return ProductConfig(128, 128, 32, num_warps=8, num_stages=4)
     return ProductConfig(128, 128, 64, num_warps=8, num_stages=4)
+
+
+def norm_backward_config(channels: int) -> StatisticsConfig:
+    """LayerNorm backward: whole rows, few at a time, since x, dn and dy and two sums lie in registers."""
+    block_c = max(16, 1 << (channels - 1).bit_length())
+    block_rows = 4 if block_c <= 1024 else 2 if block_c <= 2048 else 1
+    return StatisticsConfig(block_rows=block_rows, block_c=block_c, num_warps=8 if block_c <= 2048 else 16)
+
+
+def token_backward_config(
+    target: Target, dtype: torch.dtype, segments: tuple[int, int, int, int], exact: bool
+) -> TokenConfig:
+    """The tile of token mixing backward: n and g (in ``dtype``) and dn (float32) share the registers."""
+    if not target.is_nvidia:
+        return TokenConfig(16, 16, 4, 1) if dtype is torch.float32 else TokenConfig(32, 16, 4, 1)
+    if dtype is torch.float32:
+        return TokenConfig(16, 16, num_warps=8, num_stages=2, tf32=False)
+    if target.capability in (90, 100, 103):
+        return TokenConfig(64, 32, num_warps=4 if sum(segments) <= 208 else 8, num_stages=2)
+    return TokenConfig(64, 16, num_warps=4, num_stages=2)
+
+
+def weight_gradient_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
+    """The tile of a weight gradient of token mixing: D_S by S, summed over channels and images."""
+    if dtype is torch.float32:
+        return ProductConfig(64, 64, 16, num_warps=4, num_stages=2)
+    return ProductConfig(64, 64, 64, num_warps=4, num_stages=2 if target.is_nvidia else 1)
+
+
+def gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, depth: int) -> ProductConfig:
+    """The tile of g . W4 with GELU's backward in the epilogue, over ``depth`` channels."""
+    if dtype is torch.float32 and exact:
+        return ProductConfig(64, 64, 16, num_warps=8, num_stages=2)
+    if dtype is torch.float32:
+        return ProductConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if not target.is_nvidia:
+        return ProductConfig(128, 64, 32, num_warps=8, num_stages=1)
+    if depth % 64 != 0:
+        return ProductConfig(64, 64, 32, num_warps=4, num_stages=3)
+    return ProductConfig(128, 64, 64 if target.shared_memory > 120_000 else 32, num_warps=8, num_stages=3)

@@ -1,31 +1,42 @@
-"""The ``triton`` backend: fused forward kernels for NVIDIA (sm_80 and later) and AMD GPUs.
+"""The ``triton`` backend: fused kernels for NVIDIA (sm_80 and later) and AMD GPUs, forward and backward.
 
-A block is five launches: row statistics, token mixing (three launches for more than 256 tokens), row statistics,
-fc1, fc2.
+A block's forward is five launches: row statistics, token mixing (two launches for more than 256 tokens), row
+statistics, fc1, fc2.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
 from ...tuning.configs import MAX_FUSED_TOKENS
+from .backward import channel_mixing_gradients, token_mixing_gradients
 from .channel_mixing import channel_mixing_products
+from .noise import Noise
 from .prepack import forget_packs
 from .row_statistics import _row_statistics_kernel, row_statistics
 from .token_mixing import token_mixing_fused
 from .token_products import token_mixing_products
 
-__all__ = ["channel_mixing_forward", "forget_packs", "interpreted", "token_mixing_forward", "why_not"]
+__all__ = [
+    "channel_mixing_backward",
+    "channel_mixing_forward",
+    "forget_packs",
+    "interpreted",
+    "token_mixing_backward",
+    "token_mixing_forward",
+    "why_not",
+]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def why_not(device: torch.device, dtype: torch.dtype, stream_dtype: torch.dtype, needs_grad: bool) -> str | None:
-    """Why this backend cannot run products in ``dtype`` on a residual stream in ``stream_dtype``, or None."""
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run products in ``dtype`` on ``device``, or None."""
     remedy = "use backend='torch'"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"a Triton kernel needs a CUDA tensor, got one on {device.type}; {remedy}"
@@ -34,8 +45,6 @@ def why_not(device: torch.device, dtype: torch.dtype, stream_dtype: torch.dtype,
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"the Triton kernels need compute capability 8.0, got {major}.{minor}; {remedy}"
-    if needs_grad:
-        return f"the Triton kernels have no backward pass yet and a gradient is needed; {remedy} or torch.no_grad()"
     return None
 
 
@@ -56,17 +65,22 @@ def token_mixing_forward(
     eps: float,
     approximate: str,
     dtype: torch.dtype,
-) -> Tensor:
-    """``u [B, S, C]``, contiguous, from ``x [B, S, C]``, ``w1 [D_S, S]``, ``w2 [S, D_S]``; products in ``dtype``."""
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``; products in ``dtype``."""
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_no_statistics(x)
     mix = token_mixing_fused if x.shape[1] <= MAX_FUSED_TOKENS else token_mixing_products
     with _device_of(x):
         mean, rstd = row_statistics(x, eps)
-        return mix(
+        u = mix(
             x, mean, rstd, gamma, beta, w1, b1, w2, b2,
             approximate=approximate, dtype=dtype, precision=_precision(dtype),
+            noise=Noise(dropout_p, drop_path_p, seed),
         )  # fmt: skip
+    return u, mean, rstd
 
 
 def channel_mixing_forward(
@@ -81,16 +95,92 @@ def channel_mixing_forward(
     eps: float,
     approximate: str,
     dtype: torch.dtype,
-) -> Tensor:
-    """``y [B, S, C]``, contiguous, from ``u [B, S, C]``, ``w3 [D_C, C]``, ``w4 [C, D_C]``; products in ``dtype``."""
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    seed: Tensor | None = None,
+    keep_z: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``u [B, S, C]``, and z ``[B * S, D_C]`` if kept."""
     if u.numel() == 0:
-        return torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        z = u.new_empty((0, w3.shape[0]), dtype=dtype) if keep_z else None
+        return torch.empty(u.shape, dtype=u.dtype, device=u.device), *_no_statistics(u), z
     with _device_of(u):
         mean, rstd = row_statistics(u, eps)
-        return channel_mixing_products(
+        y, z = channel_mixing_products(
             u, mean, rstd, gamma, beta, w3, b3, w4, b4,
             approximate=approximate, dtype=dtype, precision=_precision(dtype),
+            noise=Noise(dropout_p, drop_path_p, seed), keep_z=keep_z,
         )  # fmt: skip
+    return y, mean, rstd, z
+
+
+def token_mixing_backward(
+    du: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    dropout_p: float,
+    drop_path_p: float,
+    seed: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``x, gamma, beta, w1, b1, w2, b2`` from ``du``, that of u; None where ``wanted`` is false."""
+    if x.numel() == 0:
+        return _zeros((x, gamma, beta, w1, b1, w2, b2), wanted)
+    with _device_of(x), torch.autocast(x.device.type, enabled=False):
+        return token_mixing_gradients(
+            du.contiguous(), x, mean, rstd, gamma, beta, w1, b1, w2, b2,
+            approximate=approximate, dtype=dtype, precision=_precision(dtype),
+            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
+        )  # fmt: skip
+
+
+def channel_mixing_backward(
+    dy: Tensor,
+    u: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    z: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    dropout_p: float,
+    drop_path_p: float,
+    seed: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``u, gamma, beta, w3, b3, w4, b4`` from ``dy``, that of y; None where ``wanted`` is false."""
+    if u.numel() == 0:
+        return _zeros((u, gamma, beta, w3, b3, w4, b4), wanted)
+    with _device_of(u), torch.autocast(u.device.type, enabled=False):
+        return channel_mixing_gradients(
+            dy.contiguous(), u, mean, rstd, z, gamma, beta, w3, b3, w4, b4,
+            approximate=approximate, dtype=dtype, precision=_precision(dtype),
+            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
+        )  # fmt: skip
+
+
+def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
+
+
+def _zeros(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(torch.zeros_like(t) if want else None for t, want in zip(inputs, wanted, strict=True))
 
 
 def _device_of(x: Tensor):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...tuning.configs import ProductConfig
 from ...tuning.target import Target
-from .channel_epilogue import ChannelProduct, fc1_epilogue, tile_origin
+from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden_dropout, tile_origin
+from .gelu import gelu
 from .launch import cdiv, launch
 
 
@@ -37,7 +38,8 @@ def _quarters(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def _channel_product_descriptor_kernel(
     left,  # descriptor of u or a [M, K], boxes BLOCK_M x BLOCK_K
     right,  # descriptor of W' or W4 [N, K_PAD], boxes BLOCK_N x BLOCK_K
-    out,  # descriptor of [M, N], boxes BLOCK_M x BLOCK_N / 4
+    out,  # descriptor of [M, N], boxes BLOCK_M x BLOCK_N / 4; fc1: or None
+    z,  # fc1: descriptor like out, or None
     u,  # fc2: descriptor of the residual [M, N], boxes as out
     bias_ptr,  # fc2: [N] or None
     mean_ptr,  # fc1: [M] float32
@@ -48,6 +50,12 @@ def _channel_product_descriptor_kernel(
     M,
     N,
     K,
+    S,  # rows to an image
+    seed_ptr,  # [1] int64 or None
+    dropout_p,
+    dropout_scale,
+    path_p,
+    path_scale,
     FC1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,6 +63,8 @@ def _channel_product_descriptor_kernel(
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
     TANH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DROP_PATH: tl.constexpr,
 ):
     SUB_N: tl.constexpr = BLOCK_N // 4
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -73,18 +83,24 @@ def _channel_product_descriptor_kernel(
             first = n0 + i * SUB_N
             offs_n = first + tl.arange(0, SUB_N)
             mask_n = offs_n < N
+            offs_m = m0 + tl.arange(0, BLOCK_M)
             if FC1:
-                offs_m = m0 + tl.arange(0, BLOCK_M)
                 mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)
                 rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
-                v = fc1_epilogue(
-                    parts[i], mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, True, TANH, False
-                )
+                v = fc1_epilogue(parts[i], mean, rstd, None, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, True)
+                if z is not None:
+                    z.store([m0, first], v.to(z.dtype))
+                if out is not None:
+                    v = gelu(v, TANH, False)
+                    if DROPOUT:
+                        v = hidden_dropout(v, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
+                    out.store([m0, first], v.to(out.dtype))
             else:
-                v = parts[i] + u.load([m0, first]).to(tl.float32)
-                if bias_ptr is not None:
-                    v += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-            out.store([m0, first], v.to(out.dtype))
+                v = fc2_epilogue(
+                    parts[i], u.load([m0, first]), bias_ptr, offs_m, offs_n, mask_n, S, seed_ptr, dropout_p,
+                    dropout_scale, path_p, path_scale, DROPOUT, DROP_PATH,
+                )  # fmt: skip
+                out.store([m0, first], v.to(out.dtype))
 
 
 @functools.cache
@@ -111,10 +127,10 @@ def fits(target: Target, u: Tensor, right: Tensor) -> bool:
 
 
 def run_product(config: ProductConfig, product: ChannelProduct, target: Target) -> None:
-    """Write ``product.out``; its operands meet ``fits``, and fc1 is folded."""
+    """Write ``product.out`` and ``product.z``; its operands meet ``fits``, and fc1 is folded."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # Triton >= 3.4
 
-    rows, columns = product.out.shape
+    rows, columns = product.result.shape
     programs = min(
         config.programs_per_sm * target.multiprocessors,
         cdiv(rows, config.block_m) * cdiv(columns, config.block_n),
@@ -126,7 +142,8 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
         programs,
         TensorDescriptor.from_tensor(left, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(product.right, [config.block_n, config.block_k]),
-        TensorDescriptor.from_tensor(product.out, out_box),
+        None if product.out is None else TensorDescriptor.from_tensor(product.out, out_box),
+        None if product.z is None else TensorDescriptor.from_tensor(product.z, out_box),
         None if product.is_fc1 else TensorDescriptor.from_tensor(product.u.flatten(0, 1), out_box),
         product.bias,
         product.mean,
@@ -137,6 +154,8 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
         rows,
         columns,
         product.K,
+        product.u.shape[1],
+        **product.noise.arguments(),
         FC1=product.is_fc1,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gelu import gelu
+from .noise import Noise, kept_branch, kept_hidden, kept_image
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class ChannelProduct:
 
     left: Tensor  # fc1: u [B, S, C]; fc2: a [M, D_C]
     right: Tensor  # [N, K_pad], zero-padded along K
-    out: Tensor  # [M, N], rows any stride
+    out: Tensor | None  # [M, N], rows any stride; None where only z is wanted
     u: Tensor  # [B, S, C], any strides
     K: int
     bias: Tensor | None  # [N]: b3 (applied) or b4
     approximate: str
     precision: str
+    noise: Noise
+    z: Tensor | None = None  # fc1: [M, N] strided like out, where to keep z for the backward pass
     mean: Tensor | None = None  # [M] float32
     rstd: Tensor | None = None  # [M] float32
     gamma: Tensor | None = None  # [C], applied
@@ -34,6 +36,11 @@ class ChannelProduct:
     wg: Tensor | None = None  # [N] float32, folded
     wb: Tensor | None = None  # [N] float32, folded
     scale: Tensor | None = None  # [N] float32, folded, or None for 1
+
+    @property
+    def result(self) -> Tensor:
+        """What the product writes, or one of two alike."""
+        return self.z if self.out is None else self.out
 
     @property
     def is_fc1(self) -> bool:
@@ -62,10 +69,9 @@ def tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 @triton.jit
 def fc1_epilogue(
-    acc, mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n,
-    FOLD: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
+    acc, mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """GELU(z) from the product: z by equation (8) if LayerNorm is folded, else acc + b3."""
+    """z from the product: by equation (8) if LayerNorm is folded, else acc + b3."""
     if FOLD:
         wg = tl.load(wg_ptr + offs_n, mask=mask_n, other=0.0)
         wb = tl.load(wb_ptr + offs_n, mask=mask_n, other=0.0)
@@ -77,4 +83,29 @@ def fc1_epilogue(
         z = acc
         if bias_ptr is not None:
             z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    return gelu(z, TANH, EXACT)
+    return z
+
+
+@triton.jit
+def fc2_epilogue(
+    acc, u, bias_ptr, offs_m, offs_n, mask_n, S, seed_ptr, dropout_p, dropout_scale, path_p, path_scale,
+    DROPOUT: tl.constexpr, DROP_PATH: tl.constexpr,
+):  # fmt: skip
+    """u + the branch, acc + b4, with its dropout and stochastic depth: equation (7)."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if DROPOUT:
+        acc *= kept_branch(
+            seed_ptr, offs_n[None, :], (offs_m % S)[:, None], (offs_m // S)[:, None], dropout_p, dropout_scale
+        )
+    if DROP_PATH:
+        acc *= kept_image(seed_ptr, offs_m // S, path_p, path_scale)[:, None]
+    return u.to(tl.float32) + acc
+
+
+@triton.jit
+def hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale):
+    """Dropout after the activation."""
+    return a * kept_hidden(
+        seed_ptr, offs_n[None, :], (offs_m % S)[:, None], (offs_m // S)[:, None], dropout_p, dropout_scale
+    )

@@ -13,6 +13,8 @@ float32 four times eager's error, and rounding a float32 stream to 16 bits befor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from ...tuning.target import target_of
 from . import channel_descriptors, channel_products
 from .channel_epilogue import ChannelProduct
 from .launch import round_up
+from .noise import Noise
 from .prepack import folded_weights, product_weight
 
 
@@ -38,24 +41,56 @@ def channel_mixing_products(
     approximate: str,
     dtype: torch.dtype,
     precision: str,
-) -> Tensor:
-    """``y [B, S, C]``, contiguous, from ``u`` and its row statistics."""
-    batch_size, tokens, channels = u.shape
-    rows, hidden = batch_size * tokens, w3.shape[0]
-    # Rows of a start on 16 bytes, for wide loads and tensor descriptors.
-    a = torch.empty(rows, round_up(hidden, 16 // dtype.itemsize), dtype=dtype, device=u.device)[:, :hidden]
+    noise: Noise,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``y [B, S, C]``, contiguous, from ``u`` and its row statistics; and z ``[B * S, D_C]`` if ``keep_z``."""
+    rows, hidden = u.shape[0] * u.shape[1], w3.shape[0]
+    a = _aligned_rows(rows, hidden, dtype, u.device)
+    z = _aligned_rows(rows, hidden, dtype, u.device) if keep_z else None
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    shared = {"u": u, "approximate": approximate, "precision": precision, "noise": noise}
+    _run(ChannelProduct(out=a, z=z, mean=mean, rstd=rstd, **_fc1(u, gamma, beta, w3, b3, dtype), **shared))
+    _run(ChannelProduct(left=a, right=product_weight(w4, dtype), out=y.view(rows, -1), K=hidden, bias=b4, **shared))
+    return y, z
+
+
+def channel_hidden(
+    u: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """z ``[B * S, D_C]``, recomputed for the backward pass."""
+    z = _aligned_rows(u.shape[0] * u.shape[1], w3.shape[0], dtype, u.device)
+    operands = _fc1(u, gamma, beta, w3, b3, dtype)
+    _run(
+        ChannelProduct(
+            out=None, z=z, u=u, mean=mean, rstd=rstd, approximate="none", precision=precision, noise=Noise(), **operands
+        )
+    )
+    return z
+
+
+def _aligned_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[rows, columns]`` whose rows start on 16 bytes, for wide loads and tensor descriptors."""
+    return torch.empty(rows, round_up(columns, 16 // dtype.itemsize), dtype=dtype, device=device)[:, :columns]
+
+
+def _fc1(u, gamma, beta, w3, b3, dtype) -> dict[str, Any]:
+    """fc1's operands, with LayerNorm folded into them or not."""
     if u.dtype is dtype and dtype.itemsize == 2:
         folded = folded_weights(w3, b3, gamma, beta, dtype)
-        norm = {"wg": folded.wg, "wb": folded.wb, "scale": folded.scale}
-        right, bias = folded.w3, None
+        norm = {"right": folded.w3, "bias": None, "wg": folded.wg, "wb": folded.wb, "scale": folded.scale}
     else:
-        norm = {"gamma": gamma, "beta": beta}
-        right, bias = product_weight(w3, dtype), b3
-    shared = {"u": u, "approximate": approximate, "precision": precision}
-    _run(ChannelProduct(left=u, right=right, out=a, K=channels, bias=bias, mean=mean, rstd=rstd, **norm, **shared))
-    _run(ChannelProduct(left=a, right=product_weight(w4, dtype), out=y.view(rows, -1), K=hidden, bias=b4, **shared))
-    return y
+        norm = {"right": product_weight(w3, dtype), "bias": b3, "gamma": gamma, "beta": beta}
+    return {"left": u, "K": u.shape[2], **norm}
 
 
 def _run(product: ChannelProduct) -> None:

@@ -6,15 +6,18 @@ import triton
 import triton.language as tl
 
 from ...tuning.configs import ProductConfig
-from .channel_epilogue import ChannelProduct, fc1_epilogue, tile_origin
+from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden_dropout, tile_origin
+from .gelu import gelu
 from .launch import cdiv, launch, needs_int64
+from .noise import kept_image
 
 
 @triton.jit
 def _channel_product_kernel(
     left_ptr,  # fc1: u [B, S, C], any strides; fc2: a [M, K]
     right_ptr,  # [N, K_PAD], zero-padded: W3, W' or W4
-    out_ptr,  # [M, N], row stride stride_out
+    out_ptr,  # [M, N], row stride stride_out; fc1: or None
+    z_ptr,  # fc1: [M, N] like out, or None
     bias_ptr,  # [N] or None
     u_ptr,  # fc2: the residual [B, S, C], any strides
     mean_ptr,  # fc1: [M] float32
@@ -34,6 +37,11 @@ def _channel_product_kernel(
     stride_c,
     stride_a,  # row stride of a
     stride_out,
+    seed_ptr,  # [1] int64 or None
+    dropout_p,
+    dropout_scale,
+    path_p,
+    path_scale,
     FC1: tl.constexpr,
     FOLD: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -43,6 +51,8 @@ def _channel_product_kernel(
     GROUP_M: tl.constexpr,
     TANH: tl.constexpr,
     PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DROP_PATH: tl.constexpr,
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = right_ptr.dtype.element_ty
@@ -71,8 +81,13 @@ def _channel_product_kernel(
         left_tile_ptr = left_ptr + row.to(tl.int64)[:, None] * stride_a + offs_k[None, :]
         step = BLOCK_K
 
+    depth = K
+    if DROP_PATH:
+        # A tile of dropped images takes no turn of the loop; fc1's garbage is multiplied by 0 in fc2, or not read.
+        kept = kept_image(seed_ptr, row // S, path_p, path_scale)
+        depth = tl.where(tl.max(kept, 0) > 0, K, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in range(0, depth, BLOCK_K):
         mask_k = offs_k < K - k0
         if EVEN_K:
             left = tl.load(left_tile_ptr)
@@ -91,26 +106,35 @@ def _channel_product_kernel(
         right_tile_ptr += BLOCK_K
 
     mask = mask_m[:, None] & mask_n[None, :]
+    offs_out = offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :]
     if FC1:
-        out = fc1_epilogue(acc, mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, FOLD, TANH, EXACT)
+        z = fc1_epilogue(acc, mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, FOLD)
+        if z_ptr is not None:
+            tl.store(z_ptr + offs_out, z.to(DTYPE), mask=mask)
+        if out_ptr is not None:
+            a = gelu(z, TANH, EXACT)
+            if DROPOUT:
+                a = hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
+            tl.store(out_ptr + offs_out, a.to(DTYPE), mask=mask)
     else:
         u = tl.load(u_ptr + offs_row[:, None] + offs_n[None, :] * stride_c, mask=mask, other=0.0)
-        out = acc + u.to(tl.float32)
-        if bias_ptr is not None:
-            out += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    out_tile_ptr = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :]
-    tl.store(out_tile_ptr, out.to(out_ptr.dtype.element_ty), mask=mask)
+        y = fc2_epilogue(
+            acc, u, bias_ptr, offs_m, offs_n, mask_n, S, seed_ptr, dropout_p, dropout_scale, path_p, path_scale,
+            DROPOUT, DROP_PATH,
+        )  # fmt: skip
+        tl.store(out_ptr + offs_out, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def run_product(config: ProductConfig, product: ChannelProduct) -> None:
-    """Write ``product.out``."""
-    (rows, columns), u = product.out.shape, product.u
+    """Write ``product.out`` and ``product.z``."""
+    (rows, columns), u = product.result.shape, product.u
     launch(
         _channel_product_kernel,
         cdiv(rows, config.block_m) * cdiv(columns, config.block_n),
         product.left,
         product.right,
         product.out,
+        product.z,
         product.bias,
         u,
         product.mean,
@@ -127,7 +151,8 @@ def run_product(config: ProductConfig, product: ChannelProduct) -> None:
         u.shape[1],
         *u.stride(),
         product.left.stride(0),
-        product.out.stride(0),
+        product.result.stride(0),
+        **product.noise.arguments(),
         FC1=product.is_fc1,
         FOLD=product.is_folded,
         EVEN_K=product.K % config.block_k == 0,

@@ -101,6 +101,16 @@ def product_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
     return _packed(("product", dtype), (w,), lambda: _padded(w, w.shape[0], round_up(w.shape[1], K_MULTIPLE), dtype))
 
 
+def transposed_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """The transpose of ``w [K, M]`` in ``dtype``, both sides padded to multiples of ``2 * K_MULTIPLE``."""
+
+    def pack() -> Tensor:
+        rows, columns = (round_up(extent, 2 * K_MULTIPLE) for extent in reversed(w.shape))
+        return _padded(w.t(), rows, columns, dtype)
+
+    return _packed(("transposed", dtype), (w,), pack)
+
+
 def _padded(w: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     if w.shape == (rows, columns):
         # detached: a pack that held the parameter itself would keep its own key alive

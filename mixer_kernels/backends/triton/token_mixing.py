@@ -24,6 +24,7 @@ from ...tuning.configs import token_config, token_segments
 from ...tuning.target import target_of
 from .gelu import gelu
 from .launch import cdiv, launch, needs_int64, round_up
+from .noise import Noise, kept_branch, kept_hidden, kept_image
 from .prepack import token_weights
 
 
@@ -61,8 +62,8 @@ def _mixed(o, a, w2_ptr, offs_d, D, S0: tl.constexpr, N: tl.constexpr, PRECISION
 
 @triton.jit
 def _store_residual(
-    o, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late,
-    S0: tl.constexpr, N: tl.constexpr, INT64: tl.constexpr,
+    o, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p, dropout_scale,
+    S0: tl.constexpr, N: tl.constexpr, DROPOUT: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """u = x + o' + b2 for tokens S0 to S0 + N; x is read again rather than kept, for its registers."""
     offs_s = S0 + late + tl.arange(0, N)
@@ -70,7 +71,10 @@ def _store_residual(
         offs_s = offs_s.to(tl.int64)
     mask = (offs_s < S)[:, None] & (offs_c < C)[None, :]
     x = tl.load(x_ptr + offs_s[:, None] * stride_s + offs_c[None, :] * stride_c, mask=mask, other=0.0)
-    u = x.to(tl.float32) + tl.trans(o) + tl.load(b2_ptr + offs_s)[:, None]
+    branch = tl.trans(o) + tl.load(b2_ptr + offs_s)[:, None]
+    if DROPOUT:
+        branch *= kept_branch(seed_ptr, offs_c[None, :], offs_s[:, None], image, dropout_p, dropout_scale)
+    u = x.to(tl.float32) + keep * branch
     tl.store(u_ptr + offs_s[:, None] * C + offs_c[None, :], u.to(u_ptr.dtype.element_ty), mask=mask)
 
 
@@ -93,6 +97,11 @@ def _token_mixing_fwd_kernel(
     stride_b,
     stride_s,
     stride_c,
+    seed_ptr,  # [1] int64 or None
+    dropout_p,
+    dropout_scale,
+    path_p,
+    path_scale,
     N0: tl.constexpr,  # the token segments; all but the first may be 0
     N1: tl.constexpr,
     N2: tl.constexpr,
@@ -102,6 +111,8 @@ def _token_mixing_fwd_kernel(
     STAGES: tl.constexpr,
     TANH: tl.constexpr,
     PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DROP_PATH: tl.constexpr,
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
@@ -112,6 +123,12 @@ def _token_mixing_fwd_kernel(
     S_PAD: tl.constexpr = N0 + N1 + N2 + N3
     c_tiles = tl.cdiv(C, BLOCK_C)
     image = (tl.program_id(0) // c_tiles).to(tl.int64)
+    keep = 1.0
+    depth = D
+    if DROP_PATH:
+        keep = kept_image(seed_ptr, image, path_p, path_scale)
+        depth = tl.where(keep > 0, D, 0)  # a dropped image takes no turn of the loop
+        steps = tl.where(keep > 0, steps, 0)
     offs_c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     if gamma_ptr is not None:
@@ -142,7 +159,7 @@ def _token_mixing_fwd_kernel(
         o3 = tl.zeros((BLOCK_C, N3), tl.float32)
 
     turns = 0
-    for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+    for d0 in tl.range(0, depth, BLOCK_D, num_stages=STAGES):
         turns += 1
         offs_d = d0 + tl.arange(0, BLOCK_D)
         z = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
@@ -153,7 +170,10 @@ def _token_mixing_fwd_kernel(
             z = _hidden(z, n2, w1_ptr, offs_d, S2, N2, S_PAD, PRECISION)
         if N3 > 0:
             z = _hidden(z, n3, w1_ptr, offs_d, S3, N3, S_PAD, PRECISION)
-        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT).to(DTYPE)
+        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+        if DROPOUT:
+            a *= kept_hidden(seed_ptr, offs_d[None, :], offs_c[:, None], image, dropout_p, dropout_scale)
+        a = a.to(DTYPE)
         o0 = _mixed(o0, a, w2_ptr, offs_d, D, 0, N0, PRECISION)
         if N1 > 0:
             o1 = _mixed(o1, a, w2_ptr, offs_d, D, S1, N1, PRECISION)
@@ -164,13 +184,25 @@ def _token_mixing_fwd_kernel(
 
     # late is 0, which the compiler cannot know: it may not keep the first reading's addresses through the loop.
     late = tl.multiple_of(turns - steps, 16)
-    _store_residual(o0, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, 0, N0, INT64)
+    _store_residual(
+        o0, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p,
+        dropout_scale, 0, N0, DROPOUT, INT64,
+    )  # fmt: skip
     if N1 > 0:
-        _store_residual(o1, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, S1, N1, INT64)
+        _store_residual(
+            o1, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p,
+            dropout_scale, S1, N1, DROPOUT, INT64,
+        )  # fmt: skip
     if N2 > 0:
-        _store_residual(o2, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, S2, N2, INT64)
+        _store_residual(
+            o2, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p,
+            dropout_scale, S2, N2, DROPOUT, INT64,
+        )  # fmt: skip
     if N3 > 0:
-        _store_residual(o3, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, S3, N3, INT64)
+        _store_residual(
+            o3, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p,
+            dropout_scale, S3, N3, DROPOUT, INT64,
+        )  # fmt: skip
 
 
 def token_mixing_fused(
@@ -187,6 +219,7 @@ def token_mixing_fused(
     approximate: str,
     dtype: torch.dtype,
     precision: str,
+    noise: Noise,
 ) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; S at most ``MAX_FUSED_TOKENS``."""
     batch_size, tokens, channels = x.shape
@@ -215,6 +248,7 @@ def token_mixing_fused(
         packed.w1.shape[0],
         packed.w1.shape[0] // config.block_d,
         *x.stride(),
+        **noise.arguments(),
         N0=segments[0],
         N1=segments[1],
         N2=segments[2],

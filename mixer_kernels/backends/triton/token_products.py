@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tuning.configs import ProductConfig, token_product_config
+from ...tuning.configs import token_product_config
 from ...tuning.target import target_of
 from .gelu import gelu
 from .launch import cdiv, launch, needs_int64, round_up
+from .noise import Noise, kept_branch, kept_hidden, kept_image
 from .prepack import token_weights
 
 
@@ -39,13 +40,21 @@ def _token_product_kernel(
     stride_b,
     stride_s,
     stride_c,
+    seed_ptr,  # [1] int64 or None
+    dropout_p,
+    dropout_scale,
+    path_p,
+    path_scale,
     FIRST: tl.constexpr,
+    KEEP_Z: tl.constexpr,  # FIRST: store z in place of a, for the backward pass
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     TANH: tl.constexpr,
     PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DROP_PATH: tl.constexpr,
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
@@ -58,6 +67,10 @@ def _token_product_kernel(
     m_tile = tl.program_id(0) % m_tiles
     c_tile = (tl.program_id(0) // m_tiles) % c_tiles
     image = (tl.program_id(0) // m_tiles // c_tiles).to(tl.int64)
+    keep = 1.0
+    if DROP_PATH:
+        keep = kept_image(seed_ptr, image, path_p, path_scale)
+        K = tl.where(keep > 0, K, 0)  # a dropped image takes no turn of the loop
     offs_m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = c_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -99,10 +112,18 @@ def _token_product_kernel(
     acc += tl.load(bias_ptr + offs_m)[:, None]
     offs_out = offs_m[:, None] * C + offs_c[None, :]
     if FIRST:
-        tl.store(a_ptr + offs_out, gelu(acc, TANH, EXACT).to(DTYPE), mask=mask)
+        a = acc
+        if not KEEP_Z:
+            a = gelu(acc, TANH, EXACT)
+            if DROPOUT:
+                a *= kept_hidden(seed_ptr, offs_m[:, None], offs_c[None, :], image, dropout_p, dropout_scale)
+        tl.store(a_ptr + offs_out, a.to(DTYPE), mask=mask)
     else:
         x = tl.load(x_ptr + offs_m[:, None] * stride_s + offs_c[None, :] * stride_c, mask=mask, other=0.0)
-        tl.store(u_ptr + image * S * C + offs_out, (acc + x.to(tl.float32)).to(u_ptr.dtype.element_ty), mask=mask)
+        if DROPOUT:
+            acc *= kept_branch(seed_ptr, offs_c[None, :], offs_m[:, None], image, dropout_p, dropout_scale)
+        u = x.to(tl.float32) + keep * acc
+        tl.store(u_ptr + image * S * C + offs_out, u.to(u_ptr.dtype.element_ty), mask=mask)
 
 
 def token_mixing_products(
@@ -119,49 +140,76 @@ def token_mixing_products(
     approximate: str,
     dtype: torch.dtype,
     precision: str,
+    noise: Noise,
 ) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; any S."""
-    batch_size, tokens, channels = x.shape
-    hidden = w1.shape[0]
-    config = token_product_config(target_of(x.device), dtype, exact=precision == "ieee")
-    multiple = max(config.block_m, config.block_k)
-    packed = token_weights(w1, b1, w2, b2, dtype, tokens=round_up(tokens, multiple), hidden=round_up(hidden, multiple))
-    a = torch.empty(batch_size, hidden, channels, dtype=dtype, device=x.device)
+    a = torch.empty(x.shape[0], w1.shape[0], x.shape[2], dtype=dtype, device=x.device)
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for first, w, bias, rows in ((True, packed.w1, packed.b1, hidden), (False, packed.w2, packed.b2, tokens)):
-        launch(
-            _token_product_kernel,
-            batch_size * cdiv(rows, config.block_m) * cdiv(channels, config.block_n),
-            w,
-            bias,
-            x,
-            mean,
-            rstd,
-            gamma,
-            beta,
-            a,
-            u,
-            tokens,
-            channels,
-            hidden,
-            w.shape[1],
-            *x.stride(),
-            FIRST=first,
-            **_meta(config),
-            TANH=approximate == "tanh",
-            PRECISION=precision,
-            INT64=needs_int64(x.shape[1:], x.stride()[1:])
-            or needs_int64((max(tokens, hidden), channels), (channels, 1)),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    weights = (w1, b1, w2, b2)
+    shared = {"approximate": approximate, "precision": precision, "noise": noise}
+    _run_product(x, mean, rstd, gamma, beta, weights, a, u, first=True, **shared)
+    _run_product(x, mean, rstd, gamma, beta, weights, a, u, first=False, **shared)
     return u
 
 
-def _meta(config: ProductConfig) -> dict[str, int]:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_C": config.block_n,
-        "BLOCK_K": config.block_k,
-        "STAGES": config.num_stages,
-    }
+def token_hidden(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    *,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """z ``[B, D_S, C]``, recomputed for the backward pass."""
+    z = torch.empty(x.shape[0], w1.shape[0], x.shape[2], dtype=dtype, device=x.device)
+    _run_product(
+        x, mean, rstd, gamma, beta, (w1, b1, w2, None), z, None, first=True, keep_z=True,
+        approximate="none", precision=precision, noise=Noise(),
+    )  # fmt: skip
+    return z
+
+
+def _run_product(
+    x, mean, rstd, gamma, beta, weights, a, u, *, first, approximate, precision, noise, keep_z=False
+) -> None:
+    batch_size, tokens, channels = x.shape
+    hidden = a.shape[1]
+    config = token_product_config(target_of(x.device), a.dtype, exact=precision == "ieee")
+    multiple = max(config.block_m, config.block_k)
+    packed = token_weights(*weights, a.dtype, tokens=round_up(tokens, multiple), hidden=round_up(hidden, multiple))
+    w, bias, rows = (packed.w1, packed.b1, hidden) if first else (packed.w2, packed.b2, tokens)
+    launch(
+        _token_product_kernel,
+        batch_size * cdiv(rows, config.block_m) * cdiv(channels, config.block_n),
+        w,
+        bias,
+        x,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        a,
+        u,
+        tokens,
+        channels,
+        hidden,
+        w.shape[1],
+        *x.stride(),
+        **noise.arguments(),
+        FIRST=first,
+        KEEP_Z=keep_z,
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        TANH=approximate == "tanh",
+        PRECISION=precision,
+        INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64((max(tokens, hidden), channels), (channels, 1)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,134 @@
+"""Channel mixing backward: the one product that has an epilogue, equation (20) of docs/maths.md.
+
+::
+
+    da = g . W4                    [M, D_C]
+    dz = da * GELU'(z)             and a = GELU(z), both written: the plain products dn = dz . W3, dW3 = dz' . n and
+                                   dW4' = a' . g are PyTorch's (cuBLAS)
+
+z is what the forward pass kept, or was recomputed. Column sums of dz, one row a tile of rows, give db3.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.configs import gelu_backward_config
+from ...tuning.target import target_of
+from .channel_epilogue import hidden_dropout, tile_origin
+from .gelu import gelu_and_slope
+from .launch import cdiv, launch, needs_int64
+from .noise import Noise
+
+
+@triton.jit
+def _channel_gelu_bwd_kernel(
+    g_ptr,  # [M, C] contiguous: the gradient of the branch
+    w4_ptr,  # [C, D_PAD], zero-padded along D_C
+    z_ptr,  # [M, D_C], row stride stride_z
+    dz_ptr,  # [M, D_C] contiguous
+    a_ptr,  # [M, D_C] contiguous, or None
+    sums_ptr,  # [row tiles, D_C] float32: column sums of dz
+    M,
+    C,
+    D_C,
+    D_PAD,
+    S,  # rows to an image
+    stride_z,
+    seed_ptr,  # [1] int64 or None
+    dropout_p,
+    dropout_scale,
+    path_p,
+    path_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DROP_PATH: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    DTYPE: tl.constexpr = w4_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    tile = tl.program_id(0)
+    if INT64:
+        tile = tile.to(tl.int64)
+    m0, n0 = tile_origin(tile, M, D_C, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask = (offs_m < M)[:, None] & (offs_n < D_C)[None, :]
+    row = tl.minimum(offs_m, M - 1).to(tl.int64)  # rows past M repeat the last one: they are not stored
+    g_tile_ptr = g_ptr + row[:, None] * C + offs_k[None, :]
+    w4_tile_ptr = w4_ptr + offs_k[:, None] * D_PAD + tl.minimum(offs_n, D_C - 1)[None, :]
+
+    da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, C, BLOCK_K):
+        if EVEN_K:
+            g = tl.load(g_tile_ptr)
+            w4 = tl.load(w4_tile_ptr)
+        else:
+            g = tl.load(g_tile_ptr, mask=(offs_k < C - k0)[None, :], other=0.0)
+            w4 = tl.load(w4_tile_ptr, mask=(offs_k < C - k0)[:, None], other=0.0)
+        da = tl.dot(g, w4, da, input_precision=PRECISION)
+        g_tile_ptr += BLOCK_K
+        w4_tile_ptr += BLOCK_K * D_PAD
+
+    z = tl.load(z_ptr + row[:, None] * stride_z + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    a, slope = gelu_and_slope(z, TANH, EXACT)
+    if DROPOUT:
+        a = hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
+        da = hidden_dropout(da, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
+    dz = tl.where(mask, da * slope, 0.0)
+    offs = offs_m.to(tl.int64)[:, None] * D_C + offs_n[None, :]
+    tl.store(dz_ptr + offs, dz.to(DTYPE), mask=mask)
+    if a_ptr is not None:
+        tl.store(a_ptr + offs, a.to(DTYPE), mask=mask)
+    tl.store(sums_ptr + (m0 // BLOCK_M) * D_C + offs_n, tl.sum(dz, 0), mask=offs_n < D_C)
+
+
+def channel_gelu_backward(
+    g: Tensor, w4: Tensor, z: Tensor, *, want_a: bool, approximate: str, precision: str, noise: Noise
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]`` and packed ``w4``."""
+    rows, hidden = z.shape
+    channels = g.shape[2]
+    config = gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee", depth=channels)
+    row_tiles = cdiv(rows, config.block_m)
+    dz = torch.empty(rows, hidden, dtype=g.dtype, device=g.device)
+    a = torch.empty_like(dz) if want_a else None
+    sums = torch.empty(row_tiles, hidden, dtype=torch.float32, device=g.device)
+    launch(
+        _channel_gelu_bwd_kernel,
+        row_tiles * cdiv(hidden, config.block_n),
+        g,
+        w4,
+        z,
+        dz,
+        a,
+        sums,
+        rows,
+        channels,
+        hidden,
+        w4.shape[1],
+        g.shape[1],
+        z.stride(0),
+        **noise.arguments(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        EVEN_K=channels % config.block_k == 0,
+        TANH=approximate == "tanh",
+        PRECISION=precision,
+        INT64=needs_int64((row_tiles + 1,), (max(hidden, config.block_m),)) or needs_int64((channels,), (w4.shape[1],)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dz, a, sums.sum(0)

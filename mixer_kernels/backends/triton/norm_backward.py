@@ -1,0 +1,135 @@
+"""LayerNorm backward with the residual, both halves' last step: equations (17) to (19) of docs/maths.md.
+
+One pass: reads ``x``, ``dn``, ``dy``, writes ``dx``, and ``n`` where a weight gradient needs it. Each program takes
+every so many rows and keeps its sums for dgamma, dbeta and the column sums of ``dy`` in registers; the partial sums
+are added by PyTorch, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.configs import norm_backward_config
+from ...tuning.target import target_of
+from .launch import cdiv, launch
+
+
+@triton.jit
+def _norm_bwd_kernel(
+    x_ptr,  # [B, S, C], any strides
+    dn_ptr,  # [B * S, C] contiguous: the gradient of n
+    dy_ptr,  # [B * S, C] contiguous: the gradient of the residual
+    mean_ptr,  # [B * S] float32
+    rstd_ptr,  # [B * S] float32
+    gamma_ptr,  # [C] or None
+    beta_ptr,  # [C] or None
+    dx_ptr,  # [B * S, C] contiguous
+    n_ptr,  # [B * S, C] contiguous, or None
+    sums_ptr,  # [programs, 3, C] float32: dgamma, dbeta, column sums of dy
+    rows,
+    S,
+    C,
+    stride_b,
+    stride_s,
+    stride_c,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    gamma = tl.full((BLOCK_C,), 1.0, tl.float32)
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    dgamma = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    dbeta = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    dy_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), PROGRAMS):
+        offs_r = tl.cast(block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < rows
+        mask = mask_r[:, None] & mask_c[None, :]
+        offs = offs_r[:, None] * C + offs_c[None, :]
+        offs_x = (offs_r // S)[:, None] * stride_b + (offs_r % S)[:, None] * stride_s + offs_c[None, :] * stride_c
+        mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)
+        x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
+        xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        if n_ptr is not None:
+            n = xhat * gamma[None, :]
+            if beta_ptr is not None:
+                n += tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+            tl.store(n_ptr + offs, n.to(n_ptr.dtype.element_ty), mask=mask)
+        dn = tl.load(dn_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dgamma += dn * xhat
+        dbeta += dn
+        dy_sum += dy
+        dxhat = dn * gamma[None, :]
+        mean_dxhat = tl.sum(dxhat, 1) / C
+        mean_dxhat_xhat = tl.sum(dxhat * xhat, 1) / C
+        dx = dy + rstd[:, None] * (dxhat - mean_dxhat[:, None] - xhat * mean_dxhat_xhat[:, None])
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    sums_ptr += tl.program_id(0).to(tl.int64) * 3 * C + offs_c
+    tl.store(sums_ptr, tl.sum(dgamma, 0), mask=mask_c)
+    tl.store(sums_ptr + C, tl.sum(dbeta, 0), mask=mask_c)
+    tl.store(sums_ptr + 2 * C, tl.sum(dy_sum, 0), mask=mask_c)
+
+
+class NormGradients(NamedTuple):
+    """What ``norm_backward`` returns; sums in float32."""
+
+    dx: Tensor  # [B, S, C]
+    n: Tensor | None  # [B, S, C]
+    dgamma: Tensor  # [C]
+    dbeta: Tensor  # [C]
+    dy_sum: Tensor  # [C]
+
+
+def norm_backward(
+    x: Tensor,
+    dn: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    n_dtype: torch.dtype | None,
+) -> NormGradients:
+    """``dx = dy + LayerNorm'(dn)``, the parameters' gradients, and n in ``n_dtype`` if one is given."""
+    batch_size, tokens, channels = x.shape
+    rows = batch_size * tokens
+    target = target_of(x.device)
+    config = norm_backward_config(channels)
+    programs = min(2 * target.multiprocessors, cdiv(rows, config.block_rows))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    n = None if n_dtype is None else torch.empty(x.shape, dtype=n_dtype, device=x.device)
+    sums = torch.empty(programs, 3, channels, dtype=torch.float32, device=x.device)
+    launch(
+        _norm_bwd_kernel,
+        programs,
+        x,
+        dn,
+        dy,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        dx,
+        n,
+        sums,
+        rows,
+        tokens,
+        channels,
+        *x.stride(),
+        BLOCK_R=config.block_rows,
+        BLOCK_C=config.block_c,
+        PROGRAMS=programs,
+        num_warps=config.num_warps,
+    )
+    # Each a tensor of its own: an operator's results may not share memory.
+    return NormGradients(dx, n, *(sums[:, i].sum(0) for i in range(3)))

@@ -1,0 +1,115 @@
+"""Token mixing backward over any number of tokens: the product that has an epilogue, equations (14) and (15).
+
+The path for more than 256 tokens; z ``[B, D_S, C]`` was recomputed by ``token_products``::
+
+    da[b] = W2' . g[b]                     [D_S, C]
+    dz[b] = da[b] * GELU'(z[b])            written over z, with a[b] = GELU(z[b]) beside it
+
+dn[b] = W1' . dz[b] is a plain product: PyTorch's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.configs import token_product_config
+from ...tuning.target import target_of
+from .gelu import gelu_and_slope
+from .launch import cdiv, launch, needs_int64
+from .noise import Noise, kept_hidden
+from .prepack import transposed_weight
+
+
+@triton.jit
+def _token_gelu_bwd_kernel(
+    w_ptr,  # [D_PAD, S_PAD], zero-padded: W2'
+    g_ptr,  # [B, S, C] contiguous
+    z_ptr,  # [B, D_S, C] contiguous
+    a_ptr,  # [B, D_S, C] contiguous
+    dz_ptr,  # [B, D_S, C] contiguous
+    S,
+    C,
+    D_S,
+    S_PAD,
+    seed_ptr,  # [1] int64 or None
+    dropout_p,
+    dropout_scale,
+    path_p,
+    path_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DROP_PATH: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    d_tiles = tl.cdiv(D_S, BLOCK_M)
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    offs_d = (tl.program_id(0) % d_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = (tl.program_id(0) // d_tiles % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = (tl.program_id(0) // d_tiles // c_tiles).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    w_tile_ptr = w_ptr + offs_d[:, None] * S_PAD + offs_k[None, :]
+    if INT64:
+        offs_d = offs_d.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+    g_ptr += image * S * C
+
+    da = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for k0 in tl.range(0, S, BLOCK_K, num_stages=STAGES):
+        mask = (k0 + offs_k < S)[:, None] & (offs_c < C)[None, :]
+        g = tl.load(g_ptr + (k0 + offs_k)[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+        da = tl.dot(tl.load(w_tile_ptr + k0), g, da, input_precision=PRECISION)
+
+    mask = (offs_d < D_S)[:, None] & (offs_c < C)[None, :]
+    offs = image * D_S * C + offs_d[:, None] * C + offs_c[None, :]
+    a, slope = gelu_and_slope(tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32), TANH, EXACT)
+    if DROPOUT:
+        kept = kept_hidden(seed_ptr, offs_d[:, None], offs_c[None, :], image, dropout_p, dropout_scale)
+        a *= kept
+        da *= kept
+    tl.store(a_ptr + offs, a.to(DTYPE), mask=mask)
+    tl.store(dz_ptr + offs, (da * slope).to(DTYPE), mask=mask)
+
+
+def token_gelu_backward(
+    g: Tensor, w2: Tensor, z: Tensor, *, approximate: str, precision: str, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """``(a, dz)`` ``[B, D_S, C]`` from ``g [B, S, C]``, ``w2 [S, D_S]`` and ``z [B, D_S, C]``, which dz overwrites."""
+    batch_size, hidden, channels = z.shape
+    tokens = g.shape[1]
+    config = token_product_config(target_of(g.device), g.dtype, exact=precision == "ieee")
+    packed = transposed_weight(w2, g.dtype)
+    a = torch.empty_like(z)
+    launch(
+        _token_gelu_bwd_kernel,
+        batch_size * cdiv(hidden, config.block_m) * cdiv(channels, config.block_n),
+        packed,
+        g,
+        z,
+        a,
+        z,
+        tokens,
+        channels,
+        hidden,
+        packed.shape[1],
+        **noise.arguments(),
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        TANH=approximate == "tanh",
+        PRECISION=precision,
+        INT64=needs_int64((max(tokens, hidden), channels), (channels, 1)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return a, z

@@ -1,0 +1,249 @@
+"""Every gradient of the kernels against float64, by the accuracy rule: at most three times eager's own error."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from accuracy import GRADIENT_FACTOR, assert_accurate
+from blocks import LAYOUTS, make_block, make_x
+from test_kernels import on_target
+
+import mixer_kernels.functional as F
+from mixer_kernels.shapes import MixerShape
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+SHAPES = {
+    "one of everything": MixerShape(S=1, C=1, D_S=1, D_C=1),
+    "below a tile": MixerShape(S=7, C=5, D_S=3, D_C=9),
+    "S=16": MixerShape(S=16, C=40, D_S=24, D_C=48),
+    "S/32": MixerShape(S=49, C=64, D_S=32, D_C=128),
+    "tile - 1": MixerShape(S=63, C=127, D_S=31, D_C=63),
+    "S/16": MixerShape(S=196, C=72, D_S=40, D_C=136),
+    "S/16 + 1": MixerShape(S=197, C=33, D_S=50, D_C=70),
+    "H/14": MixerShape(S=256, C=40, D_S=32, D_C=64),
+    "beyond the fused kernel": MixerShape(S=257, C=40, D_S=24, D_C=48),
+    "448 px": MixerShape(S=784, C=32, D_S=72, D_C=32),
+}
+
+
+def gradients(block, x, dy, backend, wanted=None, run=F.mixer_block, **options):
+    """Gradients of x and of every parameter (or of those ``wanted``) of the whole block, by name."""
+    inputs = {"x": x, **block.parameters}
+    leaves = {
+        name: t.detach().requires_grad_(wanted is None or name in wanted) for name, t in inputs.items() if t is not None
+    }
+    if x.stride() != leaves["x"].stride():
+        raise AssertionError("detach changed the layout")
+    arguments = {name: leaves.get(name) for name in inputs}
+    y = run(arguments.pop("x"), **arguments, backend=backend, **options)
+    names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    return dict(zip(names, torch.autograd.grad(y, [leaves[name] for name in names], dy), strict=True))
+
+
+def assert_gradients(block, x, dtype=None, target="sm_80", device="cpu", dy=None, **options):
+    dy = torch.randn_like(x, memory_format=torch.contiguous_format) if dy is None else dy
+    with on_target(target, device):
+        actual = gradients(block, x, dy, "triton", **options)
+    options.pop("memory", None)
+    eager = gradients(block, x, dy, "torch", **options)
+    exact = gradients(block.to(torch.float64), x.double(), dy.double(), "torch", **options)
+    assert actual.keys() == exact.keys()
+    for name in actual:
+        assert_accurate(actual[name], eager[name], exact[name], GRADIENT_FACTOR, what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("memory", F.MEMORY_MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_matches_eager(shape, dtype, memory, device):
+    # One image where there is one of everything: a sum of three roundings says nothing about who rounds better.
+    block, x = make_block(shape, dtype, device), make_x(1 if shape.C == 1 else 3, shape, dtype, device)
+    assert_gradients(block, x, memory=memory, device=device)
+
+
+@pytest.mark.parametrize("memory", F.MEMORY_MODES)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", ("S/32", "S/16", "beyond the fused kernel"))
+def test_tensor_descriptors_match_eager(name, dtype, memory, device):
+    block, x = make_block(SHAPES[name], dtype, device), make_x(2, SHAPES[name], dtype, device)
+    assert_gradients(block, x, memory=memory, target="sm_90", device=device)
+
+
+@pytest.mark.parametrize("approximate", F.APPROXIMATIONS)
+@pytest.mark.parametrize("affine", (True, False), ids=("affine", "no affine"))
+@pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_options(dtype, bias, affine, approximate, device):
+    shape = MixerShape(S=49, C=40, D_S=24, D_C=56)
+    block, x = make_block(shape, dtype, device, affine=affine, bias=bias), make_x(2, shape, dtype, device)
+    assert_gradients(block, x, approximate=approximate, device=device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_layouts(dtype, layout, device):
+    shape = MixerShape(S=49, C=40, D_S=24, D_C=48)
+    block, x = make_block(shape, dtype, device), make_x(2, shape, dtype, device, layout)
+    before = x.clone()
+    assert_gradients(block, x, device=device)
+    assert torch.equal(x, before)
+
+
+GRADIENT_LAYOUTS = {
+    "expanded": lambda x: torch.full((1, 1, 1), 0.5, dtype=x.dtype, device=x.device).expand(x.shape),
+    "transposed": lambda x: torch.randn_like(x.transpose(1, 2).contiguous()).transpose(1, 2),
+    "slice": lambda x: torch.randn(*x.shape[:2], 2 * x.shape[2], device=x.device).to(x.dtype)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("make", GRADIENT_LAYOUTS.values(), ids=GRADIENT_LAYOUTS.keys())
+def test_incoming_gradients_of_any_layout(make, device):
+    shape = MixerShape(S=49, C=40, D_S=24, D_C=48)
+    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device)
+    dy = make(x)
+    before = dy.clone()
+    assert_gradients(block, x, dy=dy, device=device)
+    assert torch.equal(dy, before)
+
+
+NAMES = ("x", "gamma1", "beta1", "w1", "b1", "w2", "b2", "gamma2", "beta2", "w3", "b3", "w4", "b4")
+
+
+@pytest.mark.parametrize("frozen", (False, True), ids=("alone", "all but"))
+@pytest.mark.parametrize("name", NAMES)
+def test_only_what_is_asked_for(name, frozen, device):
+    """Each input alone, and all but one: the same numbers as when all are wanted."""
+    shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
+    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device)
+    dy = torch.randn_like(x)
+    wanted = set(NAMES) - {name} if frozen else {name}
+    whole = gradients(block, x, dy, "triton")
+    part = gradients(block, x, dy, "triton", wanted=wanted)
+    assert part.keys() == wanted
+    for other in wanted:
+        torch.testing.assert_close(part[other], whole[other], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", ("token_mixing", "channel_mixing"))
+def test_launches_are_only_what_is_asked_for(half, device):
+    """dx alone makes no weight gradient; a bias alone makes no LayerNorm backward."""
+    if device == "cuda":
+        pytest.skip("counts in the strict interpreter, on the CPU")
+    import strict_interpreter
+
+    shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
+    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device)
+    parameters = block.token() if half == "token_mixing" else block.channel()
+
+    def kernels(*wanted):
+        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate((x, *parameters))]
+        y = getattr(F, half)(*leaves, backend="triton")
+        with strict_interpreter.record() as launches:
+            y.sum().backward()
+        return {one.kernel for one in launches}
+
+    assert "_token_weight_gradient_kernel" not in kernels(0)
+    assert "_norm_bwd_kernel" in kernels(0)
+    assert "_norm_bwd_kernel" not in kernels(4)
+    assert kernels(6) <= {"_token_mixing_bwd_kernel", "_token_weight_gradient_kernel"}
+
+
+@pytest.mark.parametrize("stream", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("products", (torch.float16, torch.bfloat16), ids=str)
+def test_autocast(products, stream, device):
+    shape = MixerShape(S=49, C=40, D_S=24, D_C=48)
+    block, x = make_block(shape, torch.float32, device), make_x(2, shape, stream, device)
+
+    def run(*arguments, **options):
+        with torch.autocast(device, products, enabled=arguments[0].dtype is not torch.float64):
+            return F.mixer_block(*arguments, **options)
+
+    dy = torch.randn(x.shape, dtype=torch.promote_types(stream, products), device=device)
+    for target in ("sm_80", "sm_90"):
+        with on_target(target, device):
+            actual = gradients(block, x, dy, "triton", run=run)
+        eager = gradients(block, x, dy, "torch", run=run)
+        exact = gradients(block.to(torch.float64), x.double(), dy.double(), "torch", run=run)
+        for name in actual:
+            assert_accurate(actual[name], eager[name], exact[name], GRADIENT_FACTOR, what=f"gradient of {name}")
+
+
+def test_empty_batch(device):
+    shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
+    block, x = make_block(shape, torch.float32, device), make_x(0, shape, torch.float32, device)
+    for name, gradient in gradients(block, x, torch.empty_like(x), "triton").items():
+        assert torch.equal(gradient, torch.zeros_like(gradient)), name
+
+
+def test_backward_twice_is_bit_identical(device):
+    shape = MixerShape(S=49, C=40, D_S=24, D_C=48)
+    block, x = make_block(shape, torch.bfloat16, device), make_x(3, shape, torch.bfloat16, device)
+    leaves = [x.requires_grad_(), *(p.requires_grad_() for p in block.parameters.values())]
+    y = F.mixer_block(x, **block.parameters, backend="triton")
+    dy = torch.randn_like(y)
+    first, second = (torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_second_derivative_raises(device):
+    shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
+    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device).requires_grad_()
+    for half, parameters in ((F.token_mixing, block.token()), (F.channel_mixing, block.channel())):
+        y = half(x, *parameters, backend="triton")
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
+            dx.sum().backward()
+
+
+def test_saved_bytes():
+    """Per block of B/16, of what eager autograd keeps: fast at most 0.40, min at most 0.14."""
+    shape = MixerShape(S=196, C=768, D_S=384, D_C=3072)
+    block = make_block(shape, torch.bfloat16, "cpu")
+    x = make_x(2, shape, torch.bfloat16, "cpu").requires_grad_()
+    weights = {p.requires_grad_().untyped_storage().data_ptr() for p in block.parameters.values()}
+
+    def saved(backend, memory):
+        seen = {}
+
+        def pack(t):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = t.numel() * t.itemsize if storage.nbytes() < t.numel() else storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            F.mixer_block(x, **block.parameters, backend=backend, memory=memory)
+        return sum(seen.values())
+
+    from mixer_kernels.backends.triton.launch import intercept_launches
+
+    eager = saved("torch", "fast")
+    with intercept_launches(lambda *_: None):  # counts what is kept; nothing has to be computed
+        assert saved("triton", "fast") <= 0.40 * eager
+        assert saved("triton", "min") <= 0.14 * eager
+
+
+def test_gradient_pairs_do_not_depend_on_memory_mode(device):
+    shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
+    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device)
+    dy = torch.randn_like(x)
+    fast, small = (gradients(block, x, dy, "triton", memory=memory) for memory in F.MEMORY_MODES)
+    assert all(torch.equal(fast[name], small[name]) for name in fast)
+
+
+def test_no_floats_are_added_atomically():
+    """Reductions run in a fixed order: the kernels' sources use no atomic at all."""
+    from pathlib import Path
+
+    import mixer_kernels.backends.triton as backend
+
+    sources = list(Path(backend.__file__).parent.glob("*.py"))
+    assert len(sources) > 10
+    assert not [
+        path.name for path, word in itertools.product(sources, ("atomic_add", "atomic_cas")) if word in path.read_text()
+    ]
