@@ -5,8 +5,8 @@ measured together, round by round (``mixer_kernels.bench.timing``, as on the com
 due. Each benchmark then hands its provider's rounds to pytest-benchmark, whose statistics, comparison and JSON work on
 them as on its own.
 
-The suite takes under three minutes on a CPU, and on a GPU most of an hour, nearly all of it torch.compile's search:
-choose with ``-k "B/16 and bf16-256"``.
+The suite takes under three minutes on a CPU, and on a GPU hours, nearly all of it torch.compile's search: choose with
+``-k "B/16 and bf16-256"`` or ``-k "training and B/16"``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from mixer_kernels import info
 from mixer_kernels.bench.progress import no_progress
-from mixer_kernels.bench.providers import PROVIDERS
+from mixer_kernels.bench.providers import provider_names
 from mixer_kernels.bench.report import Row, table
 from mixer_kernels.bench.run import Group, is_defect, prepare_providers, release, run_group
 from mixer_kernels.bench.workloads import Workload, prepare_workload, workloads
@@ -56,7 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "workload" in metafunc.fixturenames:
         level = metafunc.module.LEVELS[metafunc.function.__name__]
-        pairs = [(workload, provider) for workload in workloads(level, DEVICE) for provider in PROVIDERS]
+        mode = getattr(metafunc.module, "MODE", "infer")
+        names = provider_names(level, mode)
+        pairs = [(workload, provider) for workload in workloads(level, DEVICE, mode) for provider in names]
         metafunc.parametrize("workload, provider", pairs, ids=[f"{workload}-{name}" for workload, name in pairs])
 
 
@@ -121,6 +123,7 @@ def _group(request: pytest.FixtureRequest, workload: Workload) -> Group:
             prepared.reference,
             seconds=SECONDS,
             progress=no_progress,
+            parameters=prepared.parameters,
         )
         del prepared
         release(DEVICE)

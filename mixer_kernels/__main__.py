@@ -10,7 +10,7 @@ from collections.abc import Sequence
 # Each command is a module with main(argv), imported when it is asked for: `info` must run where others cannot.
 COMMANDS = {
     "info": ("mixer_kernels.info", "versions, devices, which backends run here and why not"),
-    "bench": ("mixer_kernels.bench.cli", "throughput of a whole model, with its baselines"),
+    "bench": ("mixer_kernels.bench.cli", "throughput of a whole model, inference or training, with its baselines"),
     "compile-check": ("mixer_kernels.compile_check", "compile every tile config for every GPU, without one"),
 }
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .modules import LAYER_NORM, FusedMixerBlock, Mlp, factory_kwargs, pair
+from .functional import MEMORY_MODES
+from .modules import LAYER_NORM, FusedMixerBlock, Mlp, factory_kwargs, one_of, pair
 from .shapes import SPECS
 
 GLOBAL_POOLS = ("", "avg")
@@ -87,9 +88,12 @@ class FusedMixer(nn.Module):
         stem_norm: normalise after the patch embedding.
         global_pool: "avg" for the mean over tokens, "" for none (logits ``[B, S, num_classes]``).
         device, dtype: of the parameters.
+        memory: what training keeps, "fast" or "min" as in ``FusedMixerBlock``. ``block_layer`` gets it only if it is
+            not the default, so that blocks that know no ``memory`` work.
 
     Raises:
-        ValueError: unknown ``global_pool``, or an image smaller than a patch.
+        ValueError: unknown ``global_pool`` or ``memory``, or an image smaller than a patch.
+        TypeError: ``block_layer`` takes no ``memory`` and it is not the default.
     """
 
     def __init__(
@@ -113,12 +117,15 @@ class FusedMixer(nn.Module):
         global_pool: str = "avg",
         device=None,
         dtype=None,
+        *,
+        memory: str = "fast",
     ) -> None:
         super().__init__()
         factory = factory_kwargs(device, dtype)
+        block_options = {} if one_of("memory", memory, MEMORY_MODES) == "fast" else {"memory": memory}
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = _one_of("global_pool", global_pool, GLOBAL_POOLS)
+        self.global_pool = one_of("global_pool", global_pool, GLOBAL_POOLS)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.grad_checkpointing = False
 
@@ -135,6 +142,7 @@ class FusedMixer(nn.Module):
                     act_layer=act_layer,
                     drop=proj_drop_rate,
                     drop_path=drop_path_rate,
+                    **block_options,
                     **factory,
                 )
                 for _ in range(num_blocks)
@@ -213,7 +221,7 @@ class FusedMixer(nn.Module):
         Raises:
             ValueError: unknown ``output_fmt``, or a block that the model does not have.
         """
-        _one_of("output_fmt", output_fmt, OUTPUT_FORMATS)
+        one_of("output_fmt", output_fmt, OUTPUT_FORMATS)
         take = _block_indices(len(self.blocks), indices)
         x = self.stem(x)
         intermediates = []
@@ -249,7 +257,7 @@ class FusedMixer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new last layer for ``num_classes`` in place (0: none), and optionally another pooling."""
         if global_pool is not None:
-            self.global_pool = _one_of("global_pool", global_pool, GLOBAL_POOLS)
+            self.global_pool = one_of("global_pool", global_pool, GLOBAL_POOLS)
         self.num_classes = num_classes
         like = next(self.parameters())
         self.head = (
@@ -331,12 +339,6 @@ def _block_indices(num_blocks: int, indices: int | Sequence[int] | None) -> list
     if not indices or not all(-num_blocks <= i < num_blocks for i in indices):
         raise ValueError(f"indices must be blocks from {-num_blocks} to {num_blocks - 1}, got {list(indices)}")
     return [i % num_blocks for i in indices]
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -99,7 +99,8 @@ class FusedMixerBlock(nn.Module):
 
     and computed just so, with one warning for each reason on the logger "mixer_kernels", where the kernels do not
     cover the submodules (``why_not_fused`` says why): norms other than LayerNorm over C, MLPs other than ``Mlp``,
-    activations other than GELU (erf or tanh), active dropout or stochastic depth, hooks on a submodule.
+    activations other than GELU (erf or tanh), active dropouts that differ, stochastic depth that does not rescale,
+    hooks on a submodule. On the ``torch`` backend a seed gives timm's dropout masks; on the kernels it gives others.
 
     Args:
         dim: channels C.
@@ -112,9 +113,11 @@ class FusedMixerBlock(nn.Module):
         drop: dropout probability after the activation and after the second product of both MLPs.
         drop_path: stochastic depth probability of both branches.
         device, dtype: of the parameters; passed on to the layers if given.
+        memory: what training keeps for the backward pass of the kernels, "fast" or "min" as in ``functional``.
 
-    Raises (from ``forward``):
-        ValueError, TypeError, RuntimeError: as ``functional.mixer_block``.
+    Raises:
+        ValueError: unknown ``memory``, or three values for a pair.
+        ValueError, TypeError, RuntimeError (from ``forward``): as ``functional.mixer_block``.
     """
 
     def __init__(
@@ -129,9 +132,12 @@ class FusedMixerBlock(nn.Module):
         drop_path: float = 0.0,
         device=None,
         dtype=None,
+        *,
+        memory: str = "fast",
     ) -> None:
         super().__init__()
         factory = factory_kwargs(device, dtype)
+        self.memory = one_of("memory", memory, functional.MEMORY_MODES)
         tokens_dim, channels_dim = (int(ratio * dim) for ratio in pair(mlp_ratio))
         self.norm1 = norm_layer(dim, **factory)
         self.mlp_tokens = mlp_layer(seq_len, tokens_dim, act_layer=act_layer, drop=drop, **factory)
@@ -140,7 +146,7 @@ class FusedMixerBlock(nn.Module):
         self.mlp_channels = mlp_layer(dim, channels_dim, act_layer=act_layer, drop=drop, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Reads nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
+        # Needs nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
         reason = why_not_fused(self)
         if reason is not None:
             _warn_once(reason)
@@ -154,6 +160,9 @@ class FusedMixerBlock(nn.Module):
             *(norm2.weight, norm2.bias, w3.weight, w3.bias, w4.weight, w4.bias),
             eps=(norm1.eps, norm2.eps),
             approximate=_approximate(tokens.act),
+            dropout_p=_dropout_p(tokens.drop1),
+            drop_path_p=_drop_path_p(self.drop_path),
+            memory=getattr(self, "memory", "fast"),
         )
 
 
@@ -171,6 +180,7 @@ def why_not_fused(block: nn.Module) -> str | None:
         or _why_not_mlp("mlp_channels", channels)
         or _why_not_norm("norm1", parts["norm1"], channels._modules["fc1"].in_features)
         or _why_not_norm("norm2", parts["norm2"], channels._modules["fc1"].in_features)
+        or _why_not_same_dropout(tokens, channels)
         or _why_not_drop_path(drop_path)
         or _why_not_same_gelu(tokens._modules["act"], channels._modules["act"])
     )
@@ -193,10 +203,7 @@ def _why_not_mlp(name: str, mlp: nn.Module) -> str | None:
     if _approximate(act) is None:
         return f"{name} has {type(act).__name__}, not GELU"
     for drop in (drop1, drop2):
-        if type(drop) is nn.Dropout:
-            if drop.training and drop.p > 0:
-                return "dropout is active"
-        elif type(drop) is not nn.Identity:
+        if type(drop) is not nn.Dropout and type(drop) is not nn.Identity:
             return f"{name} has {type(drop).__name__}, not Dropout"
     for part in (mlp, fc1, act, drop1, norm, fc2, drop2):
         if _is_hooked(part):
@@ -216,11 +223,20 @@ def _why_not_norm(name: str, norm: nn.Module, channels: int) -> str | None:
     return None
 
 
+def _why_not_same_dropout(tokens: nn.Module, channels: nn.Module) -> str | None:
+    tokens, channels = tokens._modules, channels._modules
+    p = _dropout_p(tokens["drop1"])
+    for drop in (tokens["drop2"], channels["drop1"], channels["drop2"]):
+        if _dropout_p(drop) != p:
+            return "the dropouts have different probabilities or modes"
+    return None
+
+
 def _why_not_drop_path(drop_path: nn.Module) -> str | None:
     cls = type(drop_path)
     if cls is DropPath or _is_timm(cls, "drop", "DropPath"):
-        if drop_path.training and drop_path.drop_prob:
-            return "stochastic depth is active"
+        if _drop_path_p(drop_path) and not drop_path.scale_by_keep:
+            return "stochastic depth does not rescale (scale_by_keep=False)"
     elif cls is not nn.Identity:
         return f"drop_path is {cls.__name__}, not DropPath"
     return "drop_path has hooks or a replaced forward" if _is_hooked(drop_path) else None
@@ -240,6 +256,16 @@ def _approximate(act: nn.Module) -> str | None:
     if _is_timm(cls, "activations", "GELUTanh"):
         return "tanh"
     return None
+
+
+def _dropout_p(drop: nn.Module) -> float:
+    """With what probability this nn.Dropout or nn.Identity drops right now."""
+    return drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+
+
+def _drop_path_p(drop_path: nn.Module) -> float:
+    """With what probability this DropPath or nn.Identity drops right now."""
+    return drop_path.drop_prob if drop_path.training and type(drop_path) is not nn.Identity else 0.0
 
 
 def _is_timm(cls: type, module: str, name: str) -> bool:
@@ -295,3 +321,10 @@ def pair(value):
     if len(value) != 2:
         raise ValueError(f"expected one value or two, got {value}")
     return tuple(value)
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """``value`` if it is allowed; else a ValueError that names the argument."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value

@@ -20,7 +20,14 @@ from mixer_kernels.bench.bare import bare_function, bare_model
 from mixer_kernels.bench.cases import Case, function_case, model_case
 from mixer_kernels.bench.plot import check_plot, plot
 from mixer_kernels.bench.progress import no_progress, progress_line
-from mixer_kernels.bench.providers import EAGER, PROVIDERS, CannotRun, Provider, Weights, function_providers
+from mixer_kernels.bench.providers import (
+    EAGER,
+    PROVIDERS,
+    CannotRun,
+    Provider,
+    Weights,
+    function_providers,
+)
 from mixer_kernels.bench.report import Row, group_rows, table
 from mixer_kernels.bench.run import is_defect, run_group
 from mixer_kernels.bench.timing import DeviceClock, HostClock, Samples, _measure, measure, rotated_inputs
@@ -287,7 +294,9 @@ def run_cli(*arguments: str) -> int:
     "arguments, message",
     [
         (["--model", "Z/9"], "'B/16'"),
-        (["--mode", "train"], "'infer'"),
+        (["--mode", "fit"], "'infer'"),
+        (["--saved-bytes", "--batch-size", "2"], "--batch-size does not go with it"),
+        (["--saved-bytes", "--mode", "train"], "--mode does not go with it"),
         (["--backend", "cudnn"], "'triton'"),
         (["--baseline", "jit"], "'compile'"),
         (["--dtype", "int8"], "'bf16'"),

@@ -84,7 +84,16 @@ def test_rehearsal(tmp_path):
     assert not document["passed"], "a rehearsal is no pass"
     assert document["versions"]["torch"] == torch.__version__
     phases = {phase["name"]: phase["complete"] for phase in document["phases"]}
-    assert list(phases) == ["probe", "correctness", "repeats", "streams", "large", "compiled", "benchmarks"]
+    assert list(phases) == [
+        "probe",
+        "correctness",
+        "gradients",
+        "repeats",
+        "streams",
+        "large",
+        "compiled",
+        "benchmarks",
+    ]
     assert all(phases.values())
     rows = document["rows"]
     assert {row["status"] for row in rows} == {"ok", "skipped"}
@@ -94,37 +103,49 @@ def test_rehearsal(tmp_path):
     assert {"fp32", "fp16", "bf16", "bf16 on fp32"} <= {row["dtype"] for row in correctness}
     assert all(row["max_err"] > 0 and row["err_vs_eager"] > 0 and row["config"] for row in correctness)
     assert any(row["case"].startswith("tiles of sm_80") for row in correctness)
-    assert [row["repeats_equal"] for row in rows if row["phase"] == "repeats"] == [3, 3]
+    assert [row["repeats_equal"] for row in rows if row["phase"] == "repeats"] == [3] * 5
+    gradients = [row for row in rows if row["phase"] == "gradients"]
+    assert {"fp32", "bf16", "bf16 on fp32"} == {row["dtype"] for row in gradients}
+    assert all(row["status"] == "ok" and row["max_err"] > 0 for row in gradients)
+    for text in ("backward tiles of sm_80", "fast: channel", "min: channel", "transposed", "min: block"):
+        assert any(text in row["case"] for row in gradients), text
+    assert any("constant rows" in row["case"] for row in correctness)
     streams = {row["case"].split(":")[0]: row for row in rows if row["phase"] == "streams"}
     threads = streams.pop("four threads")
     assert threads["status"] == "ok"
-    assert len(streams) == 6 and {row["reason"] for row in streams.values()} == {"needs a GPU"}
+    assert len(streams) == 7 and {row["reason"] for row in streams.values()} == {"needs a GPU"}
     assert {"eager", "torch", "bare"} <= {row["provider"] for row in document["throughput"] if row.get("ms")}
+    trained = [row for row in document["throughput"] if row["mode"] == "train"]
+    assert [row["provider"] for row in trained] == ["eager", "compile", "torch", "triton fast", "triton min", "bare"]
+    assert all(row["memory_mib"] > 0 for row in trained if row["provider"] in ("eager", "torch"))
 
     table = result.stdout[result.stdout.index("\nphase ") :]
     assert "skipped streams: needs a GPU" in table and "\npassed: " in table
 
 
 def test_what_goes_wrong_is_named(tmp_path):
-    """An element that is off, a write beside the output, a crash: three rows that fail, and the others run."""
+    """Elements that are off in a result and in a gradient, a write beside the output, a crash: the others run."""
     plants = {
-        "crash": "B = 0: token",
-        "error": "images far apart: channel bf16 2x3x",
-        "redzone": "tokens far apart: token bf16 2x3x",
+        "crash": "crash:B = 0: token",
+        "output": "error:images far apart: channel bf16 2x3x",
+        "gradient": "error:backward, min: block bf16",
+        "redzone": "redzone:tokens far apart: token bf16 2x3x",
     }
-    arguments = [f"{kind}:{text}" for kind, text in plants.items()]
-    result = gpu_day("--rehearse", "--phases", "large", "--output", str(tmp_path), "--plant", *arguments)
+    result = gpu_day("--rehearse", "--phases", "repeats,large", "--output", str(tmp_path), "--plant", *plants.values())
     assert result.returncode == 1, result.stdout[-4000:] + result.stderr
     rows = read(tmp_path)["rows"]
     failed = {row["case"]: row["reason"] for row in rows if row["status"] == "failed"}
-    assert len(failed) == 3 and len(rows) > 15
-    reasons = {kind: next(failed[case] for case in failed if text in case) for kind, text in plants.items()}
-    assert reasons["error"].startswith("max error of output")
+    assert len(failed) == 4 and len(rows) > 20
+    reasons = {
+        name: next(failed[case] for case in failed if plant.partition(":")[2] in case) for name, plant in plants.items()
+    }
+    assert reasons["output"].startswith("max error of output")
+    assert reasons["gradient"].startswith("max error of gradient of x")
     assert reasons["redzone"] == "a kernel wrote behind a tensor of shape (2, 3, 8)"
     assert "SIGABRT" in reasons["crash"]
     closing = result.stdout[result.stdout.index("\nphase ") :]
-    assert all(f"FAILED large: {case}: " in closing for case in failed)
-    assert "FAILED: 3 failed, 0 not reached" in closing
+    assert all(f": {case}: " in closing for case in failed)
+    assert "FAILED: 4 failed, 0 not reached" in closing
 
 
 def test_without_a_gpu(tmp_path):
@@ -137,7 +158,7 @@ def test_without_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--phases", "repeats,streems"), "expected some of correctness,repeats"),
+        (("--phases", "repeats,streems"), "expected some of correctness,gradients,repeats"),
         (("--budget", "0"), "--budget must be > 0 seconds, got 0"),
         (("--plant", "typo:x"), "got 'typo:x', expected KIND:TEXT"),
     ],

@@ -17,7 +17,7 @@ import timm
 import torch
 from timm.layers import GluMlp
 from timm.models._manipulate import group_parameters
-from timm.models.mlp_mixer import MlpMixer
+from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
 
 from mixer_kernels import FusedMixer, FusedMixerBlock, functional
@@ -299,6 +299,19 @@ def test_copies_compute_the_same() -> None:
     images = images_for(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(images), model(images))
+
+
+def test_memory_reaches_the_blocks_and_only_if_asked_for() -> None:
+    assert {block.memory for block in FusedMixer(**SMALL, memory="min").blocks} == {"min"}
+    assert {block.memory for block in FusedMixer(**SMALL).blocks} == {"fast"}
+    blocks = FusedMixer(**SMALL, block_layer=partial(FusedMixerBlock, memory="min")).blocks
+    assert {block.memory for block in blocks} == {"min"}  # the default does not overrule it
+    foreign = FusedMixer(**SMALL, block_layer=MixerBlock)
+    assert torch.isfinite(foreign(images_for(foreign))).all()
+    with pytest.raises(TypeError, match="memory"):
+        FusedMixer(**SMALL, block_layer=MixerBlock, memory="min")
+    with pytest.raises(ValueError, match="memory must be one of 'fast', 'min', got 'max'"):
+        FusedMixer(**SMALL, memory="max")
 
 
 def test_every_block_goes_through_the_functional_api(monkeypatch) -> None:

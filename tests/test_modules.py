@@ -1,6 +1,6 @@
 """FusedMixerBlock against timm's MixerBlock: equal to the last bit, because the torch backend runs the same operators.
 
-All on the CPU, where "auto" means the torch backend; the kernels have tests of their own.
+On the CPU, where "auto" means the torch backend, unless a test asks for the kernels, which have tests of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
-from mixer_kernels import FusedMixerBlock, functional, modules
+from mixer_kernels import FusedMixerBlock, functional, modules, use_backend
 from mixer_kernels.modules import DropPath, Mlp, why_not_fused
 
 DIM, SEQ_LEN, BATCH = 24, 10, 3
@@ -173,18 +173,94 @@ def test_every_reason_is_said(said) -> None:
     assert len(said) == len(set(said)) == len(UNCOVERED)
 
 
-@pytest.mark.parametrize("config", [{"drop": 0.3}, {"drop_path": 0.4}, {"drop": 0.2, "drop_path": 0.2}], ids=str)
-def test_active_dropout_draws_timms_masks(config, said) -> None:
+NOISE = [{"drop": 0.3}, {"drop_path": 0.4}, {"drop": 0.2, "drop_path": 0.2}, {"drop": 1.0}, {"drop_path": 1.0}]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("patch_embedded", [False, True], ids=["contiguous", "patch_embedded"])
+@pytest.mark.parametrize("config", NOISE, ids=str)
+def test_active_dropout_draws_timms_masks(config, patch_embedded, autocast, said, monkeypatch) -> None:
     theirs, ours = twins(**config)
-    x = tokens_for(ours)
-    torch.manual_seed(3)
-    expected = run(theirs.train(), x)
-    torch.manual_seed(3)
-    assert_same(expected, run(ours.train(), x))
+    x = tokens_for(ours, patch_embedded=patch_embedded)
+    calls = count_calls(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.manual_seed(3)
+        expected = run(theirs.train(), x)
+        state = torch.get_rng_state()
+        torch.manual_seed(3)
+        assert_same(expected, run(ours.train(), x))
+    assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(expected[0], theirs.eval()(x))  # it was active
-    assert len(said) == 1 and "is active" in said[0]
-    assert why_not_fused(ours.eval()) is None
-    assert torch.equal(ours(x), theirs.eval()(x))
+    assert len(calls) == 1 and said == []
+    assert torch.equal(ours.eval()(x), theirs(x))
+
+
+def other_dropouts(block: nn.Module) -> None:
+    block.mlp_channels.drop2.p = 0.4
+
+
+def one_mlp_in_eval(block: nn.Module) -> None:
+    block.mlp_tokens.eval()
+
+
+def one_dropout_gone(block: nn.Module) -> None:
+    block.mlp_tokens.drop1 = nn.Identity()
+
+
+def not_rescaled(block: nn.Module) -> None:
+    block.drop_path.scale_by_keep = False
+
+
+@pytest.mark.parametrize("change", [other_dropouts, one_mlp_in_eval, one_dropout_gone, not_rescaled])
+def test_noise_that_the_kernels_do_not_have_is_timms(change, said, monkeypatch) -> None:
+    pair = twins(drop=0.3, drop_path=0.3)
+    results = []
+    calls = count_calls(monkeypatch)
+    for block in pair:
+        change(block.train())
+        torch.manual_seed(3)
+        results.append(run(block, tokens_for(block)))
+    assert_same(*results)
+    pair[1](tokens_for(pair[1]))
+    assert not calls
+    assert len(said) == 1 and ("rescale" if change is not_rescaled else "different probabilities") in said[0]
+    assert why_not_fused(pair[1].eval()) is None
+
+
+def options_of_a_call(block: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The keywords with which a block calls functional.mixer_block."""
+    seen = {}
+    monkeypatch.setattr(functional, "mixer_block", lambda x, *args, **kwargs: seen.update(kwargs) or x)
+    FusedMixerBlock.forward(block, tokens_for(block))
+    return seen
+
+
+@pytest.mark.parametrize("cls", [MixerBlock, FusedMixerBlock])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_noise_follows_the_mode(cls, training, monkeypatch) -> None:
+    seen = options_of_a_call(cls(DIM, SEQ_LEN, drop=0.1, drop_path=0.2).train(training), monkeypatch)
+    assert (seen["dropout_p"], seen["drop_path_p"]) == ((0.1, 0.2) if training else (0.0, 0.0))
+
+
+def test_memory_reaches_the_function(monkeypatch) -> None:
+    assert options_of_a_call(FusedMixerBlock(DIM, SEQ_LEN, memory="min"), monkeypatch)["memory"] == "min"
+    assert options_of_a_call(FusedMixerBlock(DIM, SEQ_LEN), monkeypatch)["memory"] == "fast"
+    assert options_of_a_call(MixerBlock(DIM, SEQ_LEN), monkeypatch)["memory"] == "fast"
+    with pytest.raises(ValueError, match="memory must be one of 'fast', 'min', got 'max'"):
+        FusedMixerBlock(DIM, SEQ_LEN, memory="max")
+
+
+@pytest.mark.parametrize(("memory", "kept"), [("fast", True), ("min", False)])
+def test_memory_decides_whether_z_is_kept(memory, kept, device) -> None:
+    """On the kernels; z is the one saved tensor of B * S rows and D_C columns."""
+    block = FusedMixerBlock(DIM, SEQ_LEN, memory=memory, device=device)
+    shapes = []
+    with (
+        use_backend("triton"),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t),
+    ):
+        block(tokens_for(block).to(device))
+    assert ((BATCH * SEQ_LEN, 4 * DIM) in shapes) is kept
 
 
 @pytest.mark.parametrize(("probability", "scale"), [(0.0, True), (0.3, True), (0.3, False), (1.0, True)])

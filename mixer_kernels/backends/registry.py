@@ -98,7 +98,8 @@ def forget_packs() -> None:
     """Drop the weights that backends have prepacked for inference.
 
     Packs follow every change that PyTorch counts: in-place writes, optimizer steps, ``load_state_dict``, ``.to()``.
-    Needed only after a parameter was written through ``.data``, which PyTorch does not count.
+    Needed only after a write that PyTorch does not count: through ``.data``, by a replayed CUDA graph of a training
+    step, by a fused optimizer under ``torch.compile``.
     """
     for name in BACKENDS:
         module = sys.modules.get(f"{__package__}.{name}")

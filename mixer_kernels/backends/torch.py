@@ -1,7 +1,8 @@
 """The ``torch`` backend: the oracle and the fallback.
 
 Plain PyTorch, equation by equation from docs/maths.md: any device, any floating dtype, differentiable by autograd,
-traced through by ``torch.compile``. The functions take what every backend's functions take.
+traced through by ``torch.compile``. The functions take what every backend's functions take. Dropout and stochastic
+depth draw what timm's modules draw, in their order, so that a seed gives timm's masks.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def token_mixing_forward(
     n = _layer_norm(x, gamma, beta, eps)  # (1) (2)
     z = F.linear(n.to(dtype).transpose(1, 2), w1.to(dtype), _to(b1, dtype))  # (3), [B, C, D_S]
     a = _dropout(F.gelu(z, approximate=approximate), dropout_p)  # (4) (11)
-    branch = F.linear(a, w2.to(dtype), _to(b2, dtype)).transpose(1, 2)  # (5)
-    return x + _drop_path(_dropout(branch, dropout_p), drop_path_p)  # (12)
+    branch = _dropout(F.linear(a, w2.to(dtype), _to(b2, dtype)), dropout_p)  # (5) (11)
+    return x + _drop_path(branch.transpose(1, 2), drop_path_p)  # (12)
 
 
 def channel_mixing_forward(
@@ -58,8 +59,8 @@ def channel_mixing_forward(
     n = _layer_norm(u, gamma, beta, eps)  # (1) (2)
     z = F.linear(n.to(dtype), w3.to(dtype), _to(b3, dtype))  # (6), [B, S, D_C]
     a = _dropout(F.gelu(z, approximate=approximate), dropout_p)  # (4) (11)
-    branch = F.linear(a, w4.to(dtype), _to(b4, dtype))  # (7)
-    return u + _drop_path(_dropout(branch, dropout_p), drop_path_p)  # (12)
+    branch = _dropout(F.linear(a, w4.to(dtype), _to(b4, dtype)), dropout_p)  # (7) (11)
+    return u + _drop_path(branch, drop_path_p)  # (12)
 
 
 def _layer_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:

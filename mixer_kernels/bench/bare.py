@@ -2,6 +2,7 @@
 
 No norm, bias, GELU, residual or transpose, all buffers allocated beforehand: what the rest of a block costs is what a
 provider takes longer than this. Of the token half's products there are several layouts; the fastest here is taken.
+Forward and backward are three times the forward products: each has two in the backward pass, of the same FLOPs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,19 @@ def bare_function(case: Case, inputs: list[Tensor], num_blocks: int = 1) -> Bare
 
     Calls take turns among ``num_blocks`` sets of weights, so that a model's blocks do not find theirs in the cache.
     """
+    products = _forward_products(case, inputs, num_blocks)
+    if case.passes == 1:
+        return products
+
+    def run(x: Tensor) -> Tensor:
+        for _ in range(case.passes):
+            y = products.run(x)
+        return y
+
+    return BareProducts(run, f"{case.passes} x ({products.layout})")
+
+
+def _forward_products(case: Case, inputs: list[Tensor], num_blocks: int) -> BareProducts:
     if case.level == "channel":
         return _channel_products(case, inputs, num_blocks)
     layouts = _token_layouts(case, inputs, num_blocks)
@@ -58,14 +72,19 @@ def bare_model(case: Case, model: torch.nn.Module, inputs: list[Tensor]) -> Bare
     block = bare_function(case, streams, num_blocks)
     patch = model.stem.proj.weight.detach().flatten(1)
     stem = torch.empty(batch_size * shape.S, shape.C, **options)
-    head = getattr(model.head, "weight", None)
+    head = None if getattr(model.head, "weight", None) is None else model.head.weight.detach()
     pooled = torch.randn(batch_size, shape.C, **options)
 
     def run(images: Tensor) -> Tensor:
-        torch.mm(images.view(batch_size * shape.S, patch.shape[1]), patch.T, out=stem)
+        for _ in range(min(case.passes, 2)):  # the images need no gradient
+            torch.mm(images.view(batch_size * shape.S, patch.shape[1]), patch.T, out=stem)
         for index in range(num_blocks):
             block.run(streams[index % 2])
-        return pooled if head is None else torch.mm(pooled, head.T)
+        logits = pooled
+        if head is not None:
+            for _ in range(case.passes):
+                logits = torch.mm(pooled, head.T)
+        return logits
 
     return BareProducts(run, block.layout)
 

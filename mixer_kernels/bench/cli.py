@@ -1,4 +1,4 @@
-"""``python -m mixer_kernels bench``: the throughput of a whole model."""
+"""``python -m mixer_kernels bench``: the throughput of a whole model, in inference or training; saved bytes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch
 from .. import backends
 from ..models import FusedMixer
 from ..shapes import SPECS
-from .cases import DTYPES, check_img_size, model_case
+from .cases import DTYPES, MODES, check_img_size, model_case
+from .memory import saved_rows, saved_table, write_saved_json
 from .plot import check_plot, plot
 from .progress import progress_line
-from .providers import PROVIDERS
+from .providers import provider_names
 from .report import Report, Row, group_rows
 from .run import is_out_of_memory, release, run_group
 from .timing import rotated_inputs
+from .training import Step
 from .whole_model import model_providers, randomize_, reference_of
 
 BASELINES = ("eager", "compile", "bare")
@@ -36,23 +38,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--dtype tf32 is a mode of CUDA devices; on a CPU use fp32")
         if arguments.plot:
             check_plot(arguments.plot)
+        if arguments.saved_bytes:
+            _check_saved_bytes(arguments, parser)
         for path in filter(None, (arguments.json, arguments.plot)):
             if not Path(path).parent.is_dir():
                 raise ValueError(f"there is no directory {str(Path(path).parent)!r} to write {path!r} into")
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    if arguments.saved_bytes:
+        return _saved_bytes(arguments)
     on_gpu = device.type == "cuda"
+    training = arguments.mode == "train"
     dtype_name = arguments.dtype or ("bf16" if on_gpu else "fp32")
     if dtype_name == "tf32":
         torch.set_float32_matmul_precision("high")
     dtype = DTYPES["fp32" if dtype_name == "tf32" else dtype_name]
-    batch_sizes = arguments.batch_size or ([1, 32, 256] if on_gpu else [1])
+    batch_sizes = arguments.batch_size or ([1, 32, 256] if on_gpu and not training else [32, 128] if on_gpu else [1])
     wanted = {"eager", *arguments.baseline, *(arguments.backend or backends.BACKENDS)}
     rows: list[Row] = []
     with progress_line(len(batch_sizes)) as (say, advance):
         say(f"building Mixer-{arguments.model}")
         model = FusedMixer.from_spec(arguments.model, img_size=arguments.img_size).to(device, dtype)
-        randomize_(model).eval().requires_grad_(False)
+        randomize_(model).train(training).requires_grad_(training)
         for batch_size in batch_sizes:
             rows += _measure(arguments, model, batch_size, wanted, say)
             advance()
@@ -63,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write_json(arguments.json)
     if arguments.plot:
         plot(rows, report.device["name"], arguments.plot)
-    return 0 if any(row.ms is not None and row.provider in backends.BACKENDS for row in rows) else 1
+    return 0 if any(row.ms is not None and row.provider.split()[0] in backends.BACKENDS for row in rows) else 1
 
 
 def _measure(
@@ -76,24 +83,29 @@ def _measure(
     parameter = next(model.parameters())
     size = (batch_size, IN_CHANS, arguments.img_size, arguments.img_size)
     # The case needs the sizes of a batch, not the batch: there may be no memory for one.
-    case = model_case(arguments.model, model, torch.empty(size, dtype=parameter.dtype, device="meta"))
+    case = model_case(arguments.model, model, torch.empty(size, dtype=parameter.dtype, device="meta"), arguments.mode)
     try:
         inputs = rotated_inputs(size, parameter.dtype, parameter.device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        names = [name for name in PROVIDERS if name in wanted]
+        names = [name for name in provider_names("model", arguments.mode) if name.split()[0] in wanted]
         return group_rows(case, parameter.device, names, {}, dict.fromkeys(names, "out of memory"), {})
-    providers = [each for each in model_providers(case, model, inputs) if each.name in wanted]
+    providers = [each for each in model_providers(case, model, inputs) if each.name.split()[0] in wanted]
+    reference = reference_of(model)
+    if case.mode == "train":
+        step = Step(model, batch_size, model.num_classes)
+        providers, reference = [step.of(each) for each in providers], step.reference
     group = run_group(
         case,
         inputs,
         providers,
-        reference_of(model),
+        reference,
         seconds=arguments.seconds,
         progress=lambda text: say(f"batch {batch_size}: {text}"),
+        parameters=list(model.parameters()),
     )
-    del inputs, providers
+    del inputs, providers, reference
     release(parameter.device)
     return group.rows
 
@@ -102,11 +114,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixer_kernels bench",
         description="Throughput of a whole Mixer: eager PyTorch, torch.compile, the fused backends, and the bare "
-        "matrix products, measured round by round in one run.",
+        "matrix products, measured round by round in one run. With --saved-bytes: what training keeps, on any machine.",
     )
     parser.add_argument("--model", choices=SPECS, default="B/16", help="the paper's name (default: %(default)s)")
-    parser.add_argument("--batch-size", type=_positive, nargs="+", metavar="N", help="default: 1 32 256; on a CPU 1")
-    parser.add_argument("--mode", choices=["infer"], default="infer", help="what to measure (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=_positive, nargs="+", metavar="N", help="default: 1 32 256, to train 32 128; on a CPU 1"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="infer",
+        help="train: forward, loss, backward and AdamW, a row for each memory mode (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--saved-bytes",
+        action="store_true",
+        help="print the activation bytes that training keeps per block and image, of eager PyTorch and of the kernels "
+        "in each memory mode; nothing is run, no GPU is needed; takes --model, --img-size, --dtype (default: bf16), "
+        "--json",
+    )
     parser.add_argument(
         "--dtype", choices=[*DTYPES, "tf32"], help="of weights and activations (default: bf16; on a CPU fp32)"
     )
@@ -124,6 +150,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write the rows, versions and device")
     parser.add_argument("--plot", metavar="FILE", help="draw the throughput (.png, .svg, .pdf); needs matplotlib")
     return parser
+
+
+def _check_saved_bytes(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for name in ("batch_size", "mode", "device", "backend", "baseline", "seconds", "plot"):
+        if getattr(arguments, name) != parser.get_default(name):
+            raise ValueError(f"--saved-bytes measures nothing: --{name.replace('_', '-')} does not go with it")
+
+
+def _saved_bytes(arguments: argparse.Namespace) -> int:
+    name = arguments.dtype or "bf16"
+    rows = saved_rows(arguments.model, name, DTYPES["fp32" if name == "tf32" else name], arguments.img_size)
+    print(saved_table(rows))
+    if arguments.json:
+        write_saved_json(rows, arguments.json)
+    return 0
 
 
 def _positive(text: str) -> int:

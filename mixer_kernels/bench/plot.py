@@ -11,6 +11,7 @@ from .report import Row, significant
 
 # Okabe and Ito's palette: told apart with any colour vision, and in print.
 _COLORS = {"eager": "#999999", "compile": "#56B4E9", "bare": "#DDDDDD", "torch": "#009E73", "triton": "#D55E00"}
+_COLORS |= {"triton fast": _COLORS["triton"], "triton min": "#E69F00"}
 _OTHER_COLOR = "#CC79A7"
 _LABELS = {
     "eager": "eager PyTorch",
@@ -18,6 +19,8 @@ _LABELS = {
     "bare": "bare products",
     "torch": "torch backend",
     "triton": "Triton kernels",
+    "triton fast": 'Triton, memory="fast"',
+    "triton min": 'Triton, memory="min"',
 }
 
 
@@ -45,7 +48,8 @@ def plot(rows: Sequence[Row], device_name: str, path: str | Path) -> None:
     bars = max(len(panel) for panel in panels)
     height = 0.9 + len(panels) * (0.45 + 0.34 * bars)
     figure = Figure(figsize=(7.2, height), layout="constrained")
-    figure.suptitle(f"Mixer-{rows[0].name} inference, {rows[0].dtype}, {device_name}", fontsize=12, fontweight="bold")
+    what = "training step" if rows[0].mode == "train" else "inference"
+    figure.suptitle(f"Mixer-{rows[0].name} {what}, {rows[0].dtype}, {device_name}", fontsize=12, fontweight="bold")
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
         _draw_panel(axes, panel)
     figure.supxlabel("images per second", fontsize=10)

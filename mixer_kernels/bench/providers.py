@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,22 @@ from .. import backends, functional
 from ..shapes import MixerShape
 from .bare import BareProducts, bare_function
 from .cases import Case
+from .check import COMPILED_GRADIENT_FACTOR, GRADIENT_FACTOR
 
 EPS = 1e-6  # timm's
 PROVIDERS = ("eager", "compile", *reversed(backends.BACKENDS), "bare")  # in the order of the rows
+TRAINING_PROVIDERS = ("eager", "compile", "torch", "triton fast", "triton min", "bare")  # one row a memory mode
+
+
+def provider_names(level: str, mode: str) -> tuple[str, ...]:
+    """The rows of a case, in their order. The token half saves the same in every memory mode."""
+    return TRAINING_PROVIDERS if mode == "train" and level != "token" else PROVIDERS
+
+
+def backend_and_memory(provider: str) -> tuple[str, str | None]:
+    """What a row of this package runs on: the backend's name and the memory mode, None where there is no choice."""
+    backend, _, memory = provider.partition(" ")
+    return backend, memory or None
 
 
 class CannotRun(Exception):
@@ -32,8 +46,9 @@ class Provider:
     """``build`` returns the function to time, and a few words about it for the report's ``detail``."""
 
     name: str
-    build: Callable[[], tuple[Callable[[Tensor], Tensor], str | None]]
+    build: Callable[[], tuple[Callable[[Tensor], Any], str | None]]  # in mode "train" see training
     computes_case: bool = True  # False: it does less, so there is no result to compare with eager's
+    gradient_factor: float = GRADIENT_FACTOR  # see check
 
 
 @dataclass
@@ -71,15 +86,34 @@ class Weights:
             w4=normal(C, D_C, std=1 / math.sqrt(D_C)), b4=normal(C),
         )  # fmt: skip
 
+    @classmethod
+    def empty(cls, shape: MixerShape, dtype: torch.dtype) -> Weights:
+        """Sizes without data, on the meta device, for what needs gradients."""
+        S, C, D_S, D_C = shape.S, shape.C, shape.D_S, shape.D_C
+        sizes = (C,), (C,), (D_S, S), (D_S,), (S, D_S), (S,), (C,), (C,), (D_C, C), (D_C,), (C, D_C), (C,)
+        return cls(*(torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for size in sizes))
+
+    @classmethod
+    def names(cls, level: str) -> list[str]:
+        """What ``half(level)`` returns, by name."""
+        names = [field.name for field in fields(cls)]
+        return {"token": names[:6], "channel": names[6:], "block": names}[level]
+
+    def require_gradients(self) -> Weights:
+        """For training; in place."""
+        for weight in self.all():
+            weight.requires_grad_()
+        return self
+
     def all(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
     def half(self, level: str) -> list[Tensor]:
         """The arguments of ``functional``'s function of that level, after ``x``."""
-        return {"token": self.all()[:6], "channel": self.all()[6:], "block": self.all()}[level]
+        return [getattr(self, name) for name in self.names(level)]
 
     def double(self) -> Weights:
-        return Weights(*(weight.double() for weight in self.all()))
+        return Weights(*(weight.detach().double() for weight in self.all()))
 
 
 def eager_token_mixing(x: Tensor, weights: Weights) -> Tensor:
@@ -108,9 +142,12 @@ FUSED = {
 
 
 def function_providers(
-    case: Case, inputs: list[Tensor], weights: Weights, *, compiler: str = "inductor"
+    case: Case, inputs: list[Tensor], weights: Weights, *, compiler: str = "inductor", compile_mode: str | None = None
 ) -> list[Provider]:
-    """Every provider of the token half, the channel half or the block, in the order of ``PROVIDERS``."""
+    """Every provider of the token half, the channel half or the block, in the order of ``provider_names``.
+
+    They compute the result alone; for mode "train" ``training.with_gradients`` takes each further.
+    """
     eager = EAGER[case.level]
     device = inputs[0].device
 
@@ -119,42 +156,58 @@ def function_providers(
 
     def run_on(name: str) -> Callable[[Tensor], Tensor]:
         function, arguments = FUSED[case.level], weights.half(case.level)
-        return lambda x: function(x, *arguments, eps=EPS, backend=name)
+        backend, memory = backend_and_memory(name)
+        options = {"backend": backend} if memory is None else {"backend": backend, "memory": memory}
+        return lambda x: function(x, *arguments, eps=EPS, **options)
 
     return [
         Provider("eager", lambda: (run_eager, None)),
-        compiled(run_eager, device, compiler),
-        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in reversed(backends.BACKENDS)),
+        compiled(run_eager, device, compiler, compile_mode),
+        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in ours_of(case)),
         bare(lambda: bare_function(case, inputs)),
     ]
 
 
-def compiled(function: Callable[[Tensor], Tensor], device: torch.device, compiler: str = "inductor") -> Provider:
+def ours_of(case: Case) -> tuple[str, ...]:
+    """The names of this package's rows."""
+    return provider_names(case.level, case.mode)[2:-1]
+
+
+def compiled(
+    function: Callable[[Tensor], Tensor],
+    device: torch.device,
+    compiler: str = "inductor",
+    mode: str | None = None,
+) -> Provider:
     """``torch.compile`` of the eager function, static shapes, no graph break.
 
     On a GPU in mode "max-autotune-no-cudagraphs": the choice among all kernels, without the CUDA graph, which would
     copy each input into its own buffer first; launch times are kept out of device time for every provider alike
-    (see timing). On a CPU in the default mode. With ``compiler="eager"`` the function is traced and not compiled.
+    (see timing). On a CPU in the default mode. ``mode`` wins over both. With ``compiler="eager"`` the function is
+    traced and not compiled.
     """
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" and compiler == "inductor" else None
+    if mode is None:
+        mode = "max-autotune-no-cudagraphs" if device.type == "cuda" and compiler == "inductor" else "default"
 
     def build() -> tuple[Callable[[Tensor], Tensor], str]:
         # One code object serves all shapes; past a few PyTorch would stop compiling it.
         torch.compiler.reset()
-        run = torch.compile(function, backend=compiler, mode=mode, fullgraph=True, dynamic=False)
-        return run, f"mode={mode or 'default'}"
+        chosen = None if mode == "default" else mode
+        run = torch.compile(function, backend=compiler, mode=chosen, fullgraph=True, dynamic=False)
+        return run, f"mode={mode}"
 
-    return Provider("compile", build)
+    return Provider("compile", build, gradient_factor=COMPILED_GRADIENT_FACTOR)
 
 
 def fused(
     name: str, function: Callable[[], Callable[[Tensor], Tensor]], dtype: torch.dtype, device: torch.device
 ) -> Provider:
-    """This package on backend ``name``."""
+    """This package, as ``backend_and_memory(name)`` says."""
+    backend, _ = backend_and_memory(name)
 
     def build() -> tuple[Callable[[Tensor], Tensor], None]:
-        reason = backends.why_not(name, device, dtype)
-        if reason is None and device.type == "cpu" and name != "torch":
+        reason = backends.why_not(backend, device, dtype)
+        if reason is None and device.type == "cpu" and backend != "torch":
             reason = "an interpreter on the CPU runs it, whose speed says nothing about the kernels"
         if reason is not None:
             raise CannotRun(reason)

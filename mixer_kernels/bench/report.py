@@ -17,10 +17,13 @@ from .roofline import floor_seconds
 from .timing import Samples
 
 LEVEL_TITLES = {"token": "token mixing", "channel": "channel mixing", "block": "block", "model": "whole model"}
+TRAINING_TITLES = {level: f"{title}, forward + backward" for level, title in LEVEL_TITLES.items()}
+TRAINING_TITLES["model"] = "whole model, training step (forward, loss, backward, AdamW)"
 LEGEND = (
     "ms: median, on a GPU device time; call ms: what a caller sees, launches included. TFLOP/s: useful FLOPs of the "
     "products.\nGB/s: least bytes. roofline: least possible time / time. vs eager, vs compile: their time / time, more "
-    "is better.\n/ bare: time / time of the bare matrix products, less is better. Ratios are within one run."
+    "is better.\n/ bare: time / time of the bare matrix products, less is better. Ratios are within one run.\n"
+    "MiB: on a GPU, allocated at most during a call on top of what was before; on a CPU, what autograd saves to train."
 )
 
 
@@ -37,6 +40,7 @@ class Row:
     dtype: str
     batch_size: int
     provider: str
+    mode: str = "infer"
     ms: float | None = None
     call_ms: float | None = None
     images_per_s: float | None = None
@@ -46,13 +50,14 @@ class Row:
     speedup_vs_eager: float | None = None
     speedup_vs_compile: float | None = None
     time_vs_bare: float | None = None
+    memory_mib: float | None = None  # see memory
     rounds: int = 0
     reason: str | None = None
     detail: str | None = None
 
     @property
     def group(self) -> tuple:
-        return (self.level, self.name, self.S, self.C, self.D_S, self.D_C, self.dtype, self.batch_size)
+        return (self.level, self.name, self.S, self.C, self.D_S, self.D_C, self.dtype, self.batch_size, self.mode)
 
 
 def group_rows(
@@ -62,10 +67,12 @@ def group_rows(
     samples: dict[str, Samples],
     failures: dict[str, str],
     details: dict[str, str],
+    memory: dict[str, int | None] | None = None,
 ) -> list[Row]:
     """The rows of one case, whose providers were measured in one run: only then may they be divided by each other."""
-    dtype = case.dtype_name(device)
-    floor = floor_seconds(case.flops, case.bytes, dtype, info.device_name(device))
+    dtype, least = case.dtype_name(device), case.bytes
+    floor = None if least is None else floor_seconds(case.flops, least, dtype, info.device_name(device))
+    used = memory or {}
     median = {name: each.median for name, each in samples.items()}
 
     def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -74,7 +81,7 @@ def group_rows(
     rows = []
     for provider in providers:
         row = {"level": case.level, "name": case.name, **asdict(case.shape), "dtype": dtype}
-        row |= {"batch_size": case.batch_size, "provider": provider, "detail": details.get(provider)}
+        row |= {"batch_size": case.batch_size, "provider": provider, "mode": case.mode, "detail": details.get(provider)}
         if provider not in samples:
             rows.append(Row(**row, reason=failures[provider]))
             continue
@@ -86,11 +93,12 @@ def group_rows(
                 call_ms=None if call is None else call * 1e3,
                 images_per_s=case.batch_size / seconds,
                 tflops=case.flops / seconds / 1e12,
-                gb_per_s=case.bytes / seconds / 1e9,
+                gb_per_s=None if least is None else least / seconds / 1e9,
                 roofline_share=ratio(floor, seconds),
                 speedup_vs_eager=ratio(median.get("eager"), seconds),
                 speedup_vs_compile=ratio(median.get("compile"), seconds),
                 time_vs_bare=ratio(seconds, median.get("bare")),
+                memory_mib=None if used.get(provider) is None else used[provider] / 2**20,
                 rounds=len(samples[provider].seconds),
             )
         )
@@ -131,6 +139,7 @@ _COLUMNS = (
     ("ms", "ms", "{:.3f}".format),
     ("call ms", "call_ms", "{:.3f}".format),
     ("img/s", "images_per_s", significant),
+    ("MiB", "memory_mib", "{:,.1f}".format),
     ("TFLOP/s", "tflops", significant),
     ("GB/s", "gb_per_s", significant),
     ("roofline", "roofline_share", "{:.0%}".format),
@@ -163,7 +172,8 @@ def table(rows: Sequence[Row], legend: bool = True) -> str:
 
 def _title(row: Row) -> str:
     sizes = f"S {row.S}, C {row.C}, D_S {row.D_S}, D_C {row.D_C}"
-    return f"{LEVEL_TITLES[row.level]}, {row.name} ({sizes}), {row.dtype}, batch {row.batch_size}"
+    title = (TRAINING_TITLES if row.mode == "train" else LEVEL_TITLES)[row.level]
+    return f"{title}, {row.name} ({sizes}), {row.dtype}, batch {row.batch_size}"
 
 
 def _cell(row: Row, attribute: str, form: Callable[[float], str]) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cases import Case
-from .check import why_wrong
+from .check import why_wrong, why_wrong_in_training
+from .memory import memory_of
 from .providers import CannotRun, Provider
 from .report import Row, group_rows
 from .timing import Samples, measure
@@ -34,18 +36,20 @@ def run_group(
     case: Case,
     inputs: list[Tensor],
     providers: Sequence[Provider],
-    reference: Callable[[Tensor], Tensor],
+    reference: Callable[[Tensor], Any],
     *,
     seconds: float,
     progress: Callable[[str], None],
+    parameters: Sequence[Tensor] = (),
 ) -> Group:
     """Measure ``case`` by each of ``providers``, the first of which is eager; one row each, in their order.
 
     Args:
         inputs: a batch for each call to rotate over.
-        reference: eager in float64, on a few images.
+        reference: eager in float64: its result on a few images; in mode "train" all that is checked, on a whole batch.
         seconds: about how long to time each provider.
         progress: told what happens now.
+        parameters: the weights, which are no memory that a call takes.
     """
     built, details, failures = prepare_providers(case, inputs, providers, reference, progress=progress)
     samples: dict[str, Samples] = {}
@@ -55,7 +59,8 @@ def run_group(
                 samples = measure(built, inputs, seconds=seconds, progress=progress)
         except Exception as error:
             failures.update(dict.fromkeys(built, _describe(error)))
-    rows = group_rows(case, inputs[0].device, [p.name for p in providers], samples, failures, details)
+    memory = {name: memory_of(built[name], inputs[0], case.mode, parameters) for name in samples}
+    rows = group_rows(case, inputs[0].device, [p.name for p in providers], samples, failures, details, memory)
     return Group(rows, samples)
 
 
@@ -63,20 +68,21 @@ def prepare_providers(
     case: Case,
     inputs: list[Tensor],
     providers: Sequence[Provider],
-    reference: Callable[[Tensor], Tensor],
+    reference: Callable[[Tensor], Any],
     *,
     progress: Callable[[str], None],
-) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, Callable[[Tensor], Any]], dict[str, str], dict[str, str]]:
     """Build each provider and call it once.
 
     Returns:
         The functions whose results are right, details about them, and why the others have no speed; all by provider.
     """
-    functions: dict[str, Callable[[Tensor], Tensor]] = {}
+    functions: dict[str, Callable[[Tensor], Any]] = {}
     details: dict[str, str] = {}
     failures: dict[str, str] = {}
     images = sorted({0, case.batch_size - 1})
     eager_result = expected = None
+    training = case.mode == "train"
     with torch.no_grad():
         for provider in providers:
             progress(f"preparing {provider.name}")
@@ -85,8 +91,12 @@ def prepare_providers(
                 result = function(inputs[0])
                 if provider.computes_case:
                     if eager_result is None:
-                        eager_result, expected = result, reference(inputs[0][images].double())
-                    wrong = why_wrong(result, eager_result, expected, images)
+                        eager_result = result
+                        expected = reference(inputs[0] if training else inputs[0][images].double())
+                    if training:
+                        wrong = why_wrong_in_training(result, eager_result, expected, provider.gradient_factor)
+                    else:
+                        wrong = why_wrong(result, eager_result, expected, images)
                     if wrong is not None:
                         failures[provider.name] = f"wrong: {wrong}"
                         continue

@@ -12,7 +12,7 @@ from .. import backends
 from .bare import bare_model
 from .cases import Case, model_case
 from .progress import no_progress
-from .providers import Provider, bare, compiled, fused
+from .providers import Provider, backend_and_memory, bare, compiled, fused, ours_of
 from .report import Report
 from .run import run_group
 from .timing import rotated_inputs
@@ -48,23 +48,35 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def model_providers(
-    case: Case, model: nn.Module, inputs: list[Tensor], *, compiler: str = "inductor"
+    case: Case,
+    model: nn.Module,
+    inputs: list[Tensor],
+    *,
+    compiler: str = "inductor",
+    compile_mode: str | None = None,
 ) -> list[Provider]:
-    """Every provider of a whole model in eval mode, all on the same weights, in the order of ``PROVIDERS``."""
+    """Every provider of a whole model, all on the same weights, in the order of ``provider_names``.
+
+    They compute the logits alone; for mode "train" ``training.with_step`` takes each further.
+    """
     eager = EagerMixer(model)
     device = inputs[0].device
 
     def run_on(name: str) -> Callable[[Tensor], Tensor]:
+        backend, memory = backend_and_memory(name)
+
         def run(images: Tensor) -> Tensor:
-            with backends.use_backend(name):
+            for block in model.blocks if memory else ():
+                block.memory = memory
+            with backends.use_backend(backend):
                 return model(images)
 
         return run
 
     return [
         Provider("eager", lambda: (eager, None)),
-        compiled(eager, device, compiler),
-        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in reversed(backends.BACKENDS)),
+        compiled(eager, device, compiler, compile_mode),
+        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in ours_of(case)),
         bare(lambda: bare_model(case, model, inputs)),
     ]
 

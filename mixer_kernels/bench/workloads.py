@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..shapes import SPECS
 from .cases import DTYPES, Case, function_case, model_case
 from .providers import EAGER, Provider, Weights, function_providers
 from .timing import rotated_inputs
+from .training import Step, gradients_reference, with_gradients
 from .whole_model import model_providers, randomize_, reference_of
 
 IMG_SIZE = 224
@@ -28,9 +30,11 @@ class Workload:
     dtype: str  # one of cases.DTYPES
     batch_size: int
     num_blocks: int | None = None  # of a whole model; None for as many as it has
+    mode: str = "infer"  # one of cases.MODES
 
     def __str__(self) -> str:
-        return f"{self.display_name}-{self.dtype}-{self.batch_size}"
+        text = f"{self.display_name}-{self.dtype}-{self.batch_size}"
+        return f"{text}-train" if self.mode == "train" else text
 
     @property
     def display_name(self) -> str:
@@ -44,28 +48,45 @@ class Prepared:
     case: Case
     inputs: list[Tensor]
     providers: list[Provider]
-    reference: Callable[[Tensor], Tensor]
+    reference: Callable[[Tensor], Any]
+    parameters: list[Tensor] = field(default_factory=list)
 
 
-def prepare_workload(workload: Workload, device: torch.device, *, smoke: bool = False) -> Prepared:
+def prepare_workload(
+    workload: Workload, device: torch.device, *, smoke: bool = False, compile_mode: str | None = None
+) -> Prepared:
     """Make weights, inputs and providers; in a smoke run ``torch.compile`` traces but generates no code."""
-    dtype, compiler = DTYPES[workload.dtype], "eager" if smoke else "inductor"
+    training = workload.mode == "train"
+    dtype, compiler = DTYPES[workload.dtype], {"compiler": "eager" if smoke else "inductor"}
+    compiler["compile_mode"] = compile_mode
     if workload.level != "model":
-        case = function_case(workload.level, workload.name, dtype, workload.batch_size, IMG_SIZE)
+        case = function_case(workload.level, workload.name, dtype, workload.batch_size, IMG_SIZE, workload.mode)
         weights = Weights.random(case.shape, dtype, device)
         inputs = rotated_inputs((workload.batch_size, case.shape.S, case.shape.C), dtype, device)
-        providers = function_providers(case, inputs, weights, compiler=compiler)
+        if training:
+            weights.require_gradients()
+        providers = function_providers(case, inputs, weights, **compiler)
+        if training:
+            providers = [with_gradients(provider, workload.level, inputs, weights) for provider in providers]
+            reference = gradients_reference(workload.level, inputs, weights)
+            return Prepared(case, inputs, providers, reference, weights.all())
         return Prepared(case, inputs, providers, lambda x: EAGER[workload.level](x, weights.double()))
     options = {} if workload.num_blocks is None else {"num_blocks": workload.num_blocks}
     model = FusedMixer.from_spec(workload.name, img_size=IMG_SIZE, **options).to(device, dtype)
-    randomize_(model).eval().requires_grad_(False)
+    randomize_(model).train(training).requires_grad_(training)
     inputs = rotated_inputs((workload.batch_size, IN_CHANS, IMG_SIZE, IMG_SIZE), dtype, device)
-    case = model_case(workload.display_name, model, inputs[0])
-    return Prepared(case, inputs, model_providers(case, model, inputs, compiler=compiler), reference_of(model))
+    case = model_case(workload.display_name, model, inputs[0], workload.mode)
+    providers = model_providers(case, model, inputs, **compiler)
+    if training:
+        step = Step(model, workload.batch_size, model.num_classes)
+        return Prepared(case, inputs, [step.of(each) for each in providers], step.reference, list(model.parameters()))
+    return Prepared(case, inputs, providers, reference_of(model))
 
 
-def workloads(level: str, device: torch.device) -> list[Workload]:
-    """The workloads of one level on this kind of device."""
+def workloads(level: str, device: torch.device, mode: str = "infer") -> list[Workload]:
+    """The workloads of one level and mode on this kind of device."""
+    if mode == "train":
+        return _TRAINING_ON_CPU[level] if device.type == "cpu" else _training_on_gpu(level)
     if device.type == "cpu":
         return _ON_CPU[level]
     on_all = (256, 32, 1) if level in ("block", "model") else (256,)
@@ -75,9 +96,24 @@ def workloads(level: str, device: torch.device) -> list[Workload]:
     return chosen + [Workload(level, "B/16", dtype, 256) for dtype in ("fp16", "fp32")]
 
 
+def _training_on_gpu(level: str) -> list[Workload]:
+    # Of 64 images, L/16 in eager PyTorch keeps 10 GiB in bfloat16.
+    names = {"block": SPECS, "model": ("S/16", "B/16", "L/16")}.get(level, ("B/16",))
+    batch_size = 64 if level == "model" else 128
+    chosen = [Workload(level, name, "bf16", batch_size, mode="train") for name in names]
+    return chosen + [Workload(level, "B/16", dtype, batch_size, mode="train") for dtype in ("fp16", "fp32")]
+
+
 _ON_CPU = {
     "token": [Workload("token", "S/32", "fp32", 4), Workload("token", "S/16", "fp32", 1)],
     "channel": [Workload("channel", "S/32", "fp32", 4)],
     "block": [Workload("block", "S/32", "fp32", 4), Workload("block", "S/32", "bf16", 4)],
     "model": [Workload("model", "S/32", "fp32", 2, num_blocks=2)],
+}
+
+_TRAINING_ON_CPU = {
+    "token": [Workload("token", "S/32", "fp32", 2, mode="train")],
+    "channel": [Workload("channel", "S/32", "fp32", 2, mode="train")],
+    "block": [Workload("block", "S/32", "fp32", 2, mode="train")],
+    "model": [Workload("model", "S/32", "fp32", 2, num_blocks=1, mode="train")],
 }

@@ -9,7 +9,7 @@ the resource report; where a GPU has measured them, benchmarks/results says so.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -162,23 +162,29 @@ def norm_backward_config(channels: int) -> StatisticsConfig:
 
 
 def token_backward_config(
-    target: Target, dtype: torch.dtype, segments: tuple[int, int, int, int], exact: bool
+    target: Target, dtype: torch.dtype, segments: tuple[int, int, int, int], vectorised: bool
 ) -> TokenConfig:
     """The tile of token mixing backward: n and g (in ``dtype``) and dn (float32) share the registers."""
     if not target.is_nvidia:
         return TokenConfig(16, 16, 4, 1) if dtype is torch.float32 else TokenConfig(32, 16, 4, 1)
     if dtype is torch.float32:
-        return TokenConfig(16, 16, num_warps=8, num_stages=2, tf32=False)
+        return TokenConfig(16, 16, num_warps=8, num_stages=1, tf32=False)
     if target.capability in (90, 100, 103):
-        return TokenConfig(64, 32, num_warps=4 if sum(segments) <= 208 else 8, num_stages=2)
-    return TokenConfig(64, 16, num_warps=4, num_stages=2)
+        return TokenConfig(64, 32, num_warps=4 if sum(segments) <= 208 and vectorised else 8, num_stages=2)
+    return TokenConfig(64, 16, num_warps=8, num_stages=2)
 
 
 def weight_gradient_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
     """The tile of a weight gradient of token mixing: D_S by S, summed over channels and images."""
     if dtype is torch.float32:
-        return ProductConfig(64, 64, 16, num_warps=4, num_stages=2)
-    return ProductConfig(64, 64, 64, num_warps=4, num_stages=2 if target.is_nvidia else 1)
+        return ProductConfig(64, 64, 16, num_warps=4, num_stages=1)
+    return ProductConfig(64, 64, 64, num_warps=8, num_stages=2 if target.is_nvidia else 1)
+
+
+def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
+    """The tile of W2' . g with GELU's backward in the epilogue."""
+    config = token_product_config(target, dtype, exact)
+    return config if dtype is torch.float32 else replace(config, num_warps=8)
 
 
 def gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, depth: int) -> ProductConfig:

@@ -40,7 +40,8 @@ class Phase:
 PHASES = (
     Phase("probe", 30),
     Phase("correctness", 190, parallel=True),
-    Phase("repeats", 50),
+    Phase("gradients", 150, parallel=True),
+    Phase("repeats", 60),
     Phase("streams", 50),
     Phase("large", 55),
     Phase("compiled", 45),

@@ -8,11 +8,12 @@ the same: so the kernels on pointers run on an sm_90 too, which takes tensor des
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from blocks import LAYOUTS
+from blocks import LAYOUTS, Block
+from torch import Tensor
 
 from mixer_kernels import compile_check
 from mixer_kernels.backends import triton as backend
@@ -54,7 +55,7 @@ SHAPES = (
 
 def tasks(settings: Settings) -> list[Task]:
     own, others = [], []
-    for target, sample, level in _tiles(settings):
+    for target, sample, level in tile_samples(settings, launches_of):
         prefix = "tiles " if target is None else f"tiles of {target.name}: "
         (own if target is None else others).append(_task(settings, sample, level, target, prefix))
     inputs = [_task(settings, sample, level) for sample in _inputs(settings) for level in HALVES]
@@ -71,7 +72,7 @@ def _task(settings: Settings, sample: Sample, level: str, target: Target | None 
         before = x.clone()
         with noted_launches() as launches:
             actual = run_watched(settings, case, sample, level, block, x, target)
-        values["config"] = "; ".join(_tile(options) for name, options in launches if "statistics" not in name)
+        values["config"] = "; ".join(tile_name(options) for name, options in launches if "statistics" not in name)
         assert torch.equal(x.nan_to_num(), before.nan_to_num()), "x was written to"
         eager, exact = eager_and_exact(sample, level, block, x)
         if sample.mean:  # the residual hides the error of what is added to it
@@ -82,8 +83,13 @@ def _task(settings: Settings, sample: Sample, level: str, target: Target | None 
     return sample.task(level, run, prefix)
 
 
-def _tiles(settings: Settings) -> Iterator[tuple[Target | None, Sample, str]]:
-    """(target, sample, half) for the cases that reach every configuration; None for this GPU's own tiles."""
+def tile_samples(
+    settings: Settings, launches: Callable[[Sample, str, Target], set[tuple]]
+) -> Iterator[tuple[Target | None, Sample, str]]:
+    """(target, sample, half) for the cases that reach every configuration; None for this GPU's own tiles.
+
+    ``launches`` says what a sample launches, so that nothing of another target runs twice.
+    """
     cases = list(_rehearsed() if settings.rehearse else compile_check.cases())
     own = _own_target(settings)
     seen: set[tuple] = set()
@@ -95,7 +101,7 @@ def _tiles(settings: Settings) -> Iterator[tuple[Target | None, Sample, str]]:
                 affine=not case.bare, bias=not case.bare,
             )  # fmt: skip
             for level in HALVES:
-                launched = _launched(sample, level, target or own)
+                launched = launches(sample, level, target or own)
                 if target is None or not launched <= seen:
                     yield target, sample, level
                 seen |= launched
@@ -112,8 +118,19 @@ def _own_target(settings: Settings) -> Target:
         return target_of(torch.device("cpu") if settings.rehearse else torch.empty(0, device="cuda").device)
 
 
-def _launched(sample: Sample, level: str, target: Target) -> set[tuple]:
-    """What tells the launches of one half apart: kernel, options, dtypes. Meta tensors: nothing runs."""
+def launches_of(sample: Sample, level: str, target: Target) -> set[tuple]:
+    """What tells the launches of one half's forward pass apart."""
+    run = {"token": backend.token_mixing_forward, "channel": backend.channel_mixing_forward}[level]
+
+    def forward(block: Block, x: Tensor) -> None:
+        options = {"eps": EPS, "approximate": sample.approximate, "dtype": TORCH_DTYPES[sample.dtype]}
+        run(x, *parameters_of(block, level), **options)
+
+    return noted_of(sample, target, forward)
+
+
+def noted_of(sample: Sample, target: Target, run: Callable[[Block, Tensor], object]) -> set[tuple]:
+    """Kernel, options and dtypes of all that ``run`` launches. Meta tensors: nothing runs."""
     launched = set()
 
     def note(kernel: Any, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -121,10 +138,8 @@ def _launched(sample: Sample, level: str, target: Target) -> set[tuple]:
         launched.add((kernel.__name__, chosen, tuple(_dtype(arg) for arg in args)))
 
     block, x = sample.make("meta")
-    run = {"token": backend.token_mixing_forward, "channel": backend.channel_mixing_forward}[level]
-    options = {"eps": EPS, "approximate": sample.approximate, "dtype": TORCH_DTYPES[sample.dtype]}
     with float32_products(sample), assume_target(target), intercept_launches(note):
-        run(x, *parameters_of(block, level), **options)
+        run(block, x)
     return launched
 
 
@@ -134,7 +149,7 @@ def _dtype(argument: Any) -> Any:
     return getattr(argument, "base", argument).dtype
 
 
-def _tile(options: dict[str, Any]) -> str:
+def tile_name(options: dict[str, Any]) -> str:
     blocks = "x".join(str(value) for name, value in options.items() if name.startswith("BLOCK_"))
     return f"{blocks} w{options['num_warps']} s{options['num_stages']}"
 
@@ -155,7 +170,7 @@ def _inputs(settings: Settings) -> Iterator[Sample]:
         yield Sample(small, dtype, affine=False, bias=False)
         yield Sample(small, dtype, stream="fp32", mean=30.0)
         yield from (Sample(MixerShape(S=17, C=256, D_S=16, D_C=64), dtype, mean=mean) for mean in (3.0, 30.0))
-        yield from (Sample(small, dtype, special=special) for special in ("NaN", "Inf"))
+        yield from (Sample(small, dtype, special=special) for special in ("NaN", "Inf", "constant rows"))
 
 
 def _rehearsed() -> Iterator[compile_check.Case]:

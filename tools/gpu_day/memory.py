@@ -29,6 +29,10 @@ class Watch:
         """Raise AssertionError if a kernel wrote beside a tensor, or left some of ``output`` unwritten by it."""
         addresses = {buffer.untyped_storage().data_ptr() for buffer, _ in self._buffers}
         assert output.untyped_storage().data_ptr() in addresses, "the output does not lie between red zones"
+        self.check_zones()
+
+    def check_zones(self) -> None:
+        """Raise AssertionError if a kernel wrote beside a tensor."""
         for buffer, size in self._buffers:
             for where, zone in (("before", buffer[:RED_ZONE]), ("behind", buffer[-RED_ZONE:])):
                 assert bool((zone == MARK).all()), f"a kernel wrote {where} a tensor of shape {tuple(size)}"

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accuracy import assert_accurate
-from blocks import Block, make_block, make_x
+from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
+from blocks import CHANNEL_NAMES, TOKEN_NAMES, Block, make_block, make_x
 from torch import Tensor
 
 import mixer_kernels.functional as F
@@ -38,7 +38,7 @@ class Sample:
     affine: bool = True
     bias: bool = True
     mean: float = 0.0  # of the rows, in standard deviations
-    special: str = ""  # "NaN", "Inf": one such element
+    special: str = ""  # "NaN", "Inf": one such element; "constant rows": rows without variance
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -65,7 +65,10 @@ class Sample:
         """The parameters, in the dtype of the stream, and ``x [B, S, C]``."""
         block = make_block(self.shape, self.stream_dtype, device, affine=self.affine, bias=self.bias)
         x = make_x(self.batch_size, self.shape, self.stream_dtype, device, self.layout, self.mean)
-        if self.special:
+        if self.special == "constant rows":
+            values = torch.tensor([0.1, 3.0, -7.3, 1e-3], device=device).to(x.dtype)
+            x.copy_(values.repeat(-(-self.shape.S // 4))[None, : self.shape.S, None].expand(x.shape))
+        elif self.special:
             x[-1, -1, -1] = float(self.special)
         return block, x
 
@@ -109,7 +112,14 @@ def eager_and_exact(sample: Sample, level: str, block: Block, x: Tensor) -> tupl
     return eager, exact
 
 
-def compare(values: dict[str, Any], actual: Tensor, eager: Tensor, exact: Tensor, what: str = "output") -> None:
+def compare(
+    values: dict[str, Any],
+    actual: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    what: str = "output",
+    factor: float = FORWARD_FACTOR,
+) -> None:
     """Note the largest error and its ratio to eager's, the worst of the task so far; then the accuracy rule."""
     finite = exact.isfinite() & eager.isfinite() & actual.isfinite()
     if bool(finite.any()):
@@ -117,7 +127,35 @@ def compare(values: dict[str, Any], actual: Tensor, eager: Tensor, exact: Tensor
         values["max_err"] = max(error, values.get("max_err", 0.0))
         if theirs:
             values["err_vs_eager"] = max(error / theirs, values.get("err_vs_eager", 0.0))
-    assert_accurate(actual, eager, exact, what=what)
+    assert_accurate(actual, eager, exact, factor, what=what)
+
+
+def gradients_of(
+    sample: Sample, level: str, block: Block, x: Tensor, dy: Tensor, backend: str = "triton", **options: Any
+) -> dict[str, Tensor]:
+    """The output and the gradients of ``x`` and of every parameter, by name, through autograd."""
+    names = {"token": TOKEN_NAMES, "channel": CHANNEL_NAMES, "block": (*TOKEN_NAMES, *CHANNEL_NAMES)}[level]
+    x = x.detach().requires_grad_()
+    parameters = [None if p is None else p.detach().requires_grad_() for p in parameters_of(block, level)]
+    exact = x.dtype is torch.float64
+    context = torch.enable_grad() if exact else arithmetic(sample, x.device.type)
+    with context, torch.enable_grad():
+        y = LEVELS[level](x, *parameters, eps=EPS, approximate=sample.approximate, backend=backend, **options)
+    leaves = {"x": x, **{name: p for name, p in zip(names, parameters, strict=True) if p is not None}}
+    with float32_products(sample):
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    return {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def compare_gradients(
+    values: dict[str, Any], sample: Sample, level: str, block: Block, x: Tensor, dy: Tensor, actual: dict[str, Tensor]
+) -> None:
+    """``actual`` against eager's and float64's gradients, at most three times eager's own error."""
+    eager = gradients_of(sample, level, block, x, dy, "torch")
+    exact = gradients_of(sample, level, block.to(torch.float64), x.double(), dy.double(), "torch")
+    for name in actual:
+        what, factor = ("output", FORWARD_FACTOR) if name == "output" else (f"gradient of {name}", GRADIENT_FACTOR)
+        compare(values, actual[name], eager[name], exact[name], what, factor)
 
 
 def run_watched(

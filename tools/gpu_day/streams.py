@@ -12,7 +12,18 @@ from torch import Tensor
 from mixer_kernels.backends.triton.prepack import forget_packs
 from mixer_kernels.shapes import SPECS, MixerShape
 
-from .sample import Sample, compare, eager_and_exact, on_target, ours, parameters_of, planted
+from .sample import (
+    EPS,
+    LEVELS,
+    Sample,
+    arithmetic,
+    compare,
+    eager_and_exact,
+    on_target,
+    ours,
+    parameters_of,
+    planted,
+)
 from .tasks import Settings, Skip, Task
 
 SLEEP_CYCLES = 100_000_000  # some 50 ms: longer than the host needs to queue what follows
@@ -39,6 +50,7 @@ def tasks(settings: Settings) -> list[Task]:
         "packs dropped while another stream reads them": _dropped_while_read,
         "graph, inputs change": _graph_inputs,
         "graph, weights change in place": _graph_weights,
+        "graph, training step with dropout": _graph_training,
         "second GPU": _second_gpu,
     }
     found = [_task(settings, name, check, sample, True) for name, check in on_gpu.items() for sample in samples]
@@ -146,6 +158,51 @@ def _graph_weights(settings: Settings, case: str, sample: Sample, values: dict[s
         graph.replay()
         _same(settings, case, y, ours(sample, "block", block, x), f"replay {number + 1} on new weights")
     compare(values, y, *eager_and_exact(sample, "block", block, x))
+
+
+def _graph_training(settings: Settings, case: str, sample: Sample, values: dict[str, Any]) -> None:
+    """Forward, backward and a step of SGD: a new mask each replay, and the masks of a plain call on the same seed."""
+    block, x = sample.make("cuda")
+    parameters = [parameter.requires_grad_() for parameter in parameters_of(block, "block")]
+    dy = torch.randn_like(x)
+
+    def step() -> list[Tensor]:
+        with arithmetic(sample, "cuda"), torch.enable_grad():
+            noise = {"dropout_p": 0.1, "drop_path_p": 0.25}
+            y = LEVELS["block"](x, *parameters, eps=EPS, backend="triton", **noise)
+        gradients = torch.autograd.grad(y, parameters, dy)
+        with torch.no_grad():
+            torch._foreach_add_(parameters, list(gradients), alpha=-1e-3)
+        return [y.detach(), *gradients]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    start = [parameter.detach().clone() for parameter in parameters]
+
+    def rewind() -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, start)
+
+    for number in range(3):
+        rewind()
+        torch.cuda.manual_seed(number)
+        graph.replay()
+        replayed = [t.detach().clone() for t in (*results, *parameters)]
+        rewind()
+        graph.replay()
+        assert not torch.equal(results[0], replayed[0]), "two replays drop the same elements"
+        rewind()
+        torch.cuda.manual_seed(number)
+        expected = [*step(), *parameters]
+        for index, (actual, plain) in enumerate(zip(replayed, expected, strict=True)):
+            _same(settings, case, actual, plain.detach(), f"replay {number + 1}, result {index}")
 
 
 def _second_gpu(settings: Settings, case: str, sample: Sample, values: dict[str, Any]) -> None:

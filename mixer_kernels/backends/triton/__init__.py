@@ -136,7 +136,7 @@ def token_mixing_backward(
     """Gradients of ``x, gamma, beta, w1, b1, w2, b2`` from ``du``, that of u; None where ``wanted`` is false."""
     if x.numel() == 0:
         return _zeros((x, gamma, beta, w1, b1, w2, b2), wanted)
-    with _device_of(x), torch.autocast(x.device.type, enabled=False):
+    with _device_of(x), _without_autocast(x):
         return token_mixing_gradients(
             du.contiguous(), x, mean, rstd, gamma, beta, w1, b1, w2, b2,
             approximate=approximate, dtype=dtype, precision=_precision(dtype),
@@ -167,7 +167,7 @@ def channel_mixing_backward(
     """Gradients of ``u, gamma, beta, w3, b3, w4, b4`` from ``dy``, that of y; None where ``wanted`` is false."""
     if u.numel() == 0:
         return _zeros((u, gamma, beta, w3, b3, w4, b4), wanted)
-    with _device_of(u), torch.autocast(u.device.type, enabled=False):
+    with _device_of(u), _without_autocast(u):
         return channel_mixing_gradients(
             dy.contiguous(), u, mean, rstd, z, gamma, beta, w3, b3, w4, b4,
             approximate=approximate, dtype=dtype, precision=_precision(dtype),
@@ -186,6 +186,12 @@ def _zeros(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Ten
 def _device_of(x: Tensor):
     """Triton launches on the current device, whatever device its arguments are on."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _without_autocast(x: Tensor):
+    """The plain products of backward have their dtypes already, also where backward is called under autocast."""
+    known = x.device.type != "meta"  # autocast does not know that device
+    return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -23,7 +23,7 @@ from .channel_mixing import channel_hidden
 from .noise import Noise
 from .norm_backward import norm_backward
 from .prepack import product_weight
-from .token_mixing_backward import token_mixing_backward_fused
+from .token_data_gradient import token_data_gradient
 from .token_products import token_hidden
 from .token_products_backward import token_gelu_backward
 from .token_weight_gradients import weight_gradient
@@ -62,7 +62,7 @@ def token_mixing_gradients(
             dn = torch.empty(x.shape, dtype=dtype, device=x.device)
             a = torch.empty(hidden, dtype=dtype, device=x.device) if want_a else None
             dz = torch.empty(hidden, dtype=dtype, device=x.device) if want_dz else None
-            token_mixing_backward_fused(x, g, mean, rstd, gamma, beta, w1, b1, w2, dn, a, dz, dtype=dtype, **shared)
+            token_data_gradient(x, g, mean, rstd, gamma, beta, w1, b1, w2, dn, a, dz, dtype=dtype, **shared)
         else:
             z = token_hidden(x, mean, rstd, gamma, beta, w1, b1, w2, dtype=dtype, precision=precision)
             a, dz = token_gelu_backward(g, w2, z, **shared)

@@ -5,18 +5,22 @@ the kernels every mask on weights. A weight that needs nothing is passed on as i
 
 Packs are kept per parameter and remade when any of their sources changed: another storage, shape, dtype or version
 counter, which every in-place write, optimizer step, ``load_state_dict`` and ``.to()`` bumps or replaces. A write
-through ``.data`` bumps nothing and cannot be seen; ``forget_packs()`` is for that. While a CUDA graph is captured,
+through ``.data``, a replayed CUDA graph and a compiled step of a fused optimizer bump nothing and cannot be seen;
+``forget_packs()`` is for them. While a CUDA graph is captured,
 packing is captured along, so that replays follow the weights.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .launch import round_up
@@ -136,6 +140,7 @@ def _packed(key: tuple[Any, ...], tensors: tuple[Tensor | None, ...], pack: Call
         or (on_gpu and torch.cuda.is_current_stream_capturing())
     ):
         return pack()
+    _count_optimizer_steps()
     sources = tuple(None if t is None else _identity(t) for t in tensors)
     packs = _packs.setdefault(owner, {})
     entry = packs.get(key)
@@ -147,6 +152,22 @@ def _packed(key: tuple[Any, ...], tensors: tuple[Tensor | None, ...], pack: Call
     elif on_gpu:
         _wait(entry, torch.cuda.current_stream(owner.device))
     return entry.weights
+
+
+@functools.cache
+def _count_optimizer_steps() -> None:
+    """Have every optimizer's step raise the version counters of what it wrote: PyTorch's fused ones do not.
+
+    Once, and only when there is a pack that could go stale: importing has no side effects.
+    """
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                increment_version(parameter)
 
 
 def _identity(t: Tensor) -> tuple[Any, ...]:

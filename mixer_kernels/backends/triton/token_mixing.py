@@ -223,7 +223,7 @@ def token_mixing_fused(
 ) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; S at most ``MAX_FUSED_TOKENS``."""
     batch_size, tokens, channels = x.shape
-    vectorised = _is_vectorised(x)
+    vectorised = is_vectorised(x)
     segments = token_segments(tokens, longest=128 if vectorised and x.dtype is dtype else 64)
     config = token_config(
         target_of(x.device), dtype, x.dtype, segments, exact=precision == "ieee", vectorised=vectorised
@@ -265,7 +265,7 @@ def token_mixing_fused(
     return u
 
 
-def _is_vectorised(x: Tensor) -> bool:
+def is_vectorised(x: Tensor) -> bool:
     """Whether rows of ``x``, and of a contiguous result, are runs of whole 16-byte vectors."""
     rows = (x.stride(0), x.stride(1), x.shape[2])
     return x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(row * x.element_size() % 16 == 0 for row in rows)

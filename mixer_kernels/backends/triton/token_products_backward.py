@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tuning.configs import token_product_config
+from ...tuning.configs import token_gelu_backward_config
 from ...tuning.target import target_of
 from .gelu import gelu_and_slope
 from .launch import cdiv, launch, needs_int64
@@ -86,7 +86,7 @@ def token_gelu_backward(
     """``(a, dz)`` ``[B, D_S, C]`` from ``g [B, S, C]``, ``w2 [S, D_S]`` and ``z [B, D_S, C]``, which dz overwrites."""
     batch_size, hidden, channels = z.shape
     tokens = g.shape[1]
-    config = token_product_config(target_of(g.device), g.dtype, exact=precision == "ieee")
+    config = token_gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee")
     packed = transposed_weight(w2, g.dtype)
     a = torch.empty_like(z)
     launch(

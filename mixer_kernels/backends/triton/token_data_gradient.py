@@ -23,7 +23,7 @@ from .gelu import gelu_and_slope
 from .launch import cdiv, launch, needs_int64, round_up
 from .noise import Noise, kept_hidden, kept_image
 from .prepack import token_weights
-from .token_mixing import _hidden, _normalised
+from .token_mixing import _hidden, _normalised, is_vectorised
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def _input(dn, dz, w1_ptr, offs_d, S0: tl.constexpr, N: tl.constexpr, S_PAD: tl.
 
 
 @triton.jit
-def _store(dn, dn_ptr, S, C, offs_c, S0: tl.constexpr, N: tl.constexpr):
-    offs_s = S0 + tl.arange(0, N)
+def _store(dn, dn_ptr, S, C, offs_c, late, S0: tl.constexpr, N: tl.constexpr):
+    offs_s = S0 + late + tl.arange(0, N)
     mask = (offs_s < S)[:, None] & (offs_c < C)[None, :]
     tl.store(dn_ptr + offs_s[:, None] * C + offs_c[None, :], tl.trans(dn).to(dn_ptr.dtype.element_ty), mask=mask)
 
@@ -73,6 +73,7 @@ def _token_mixing_bwd_kernel(
     C,
     D_S,
     D,  # D_S padded to a multiple of BLOCK_D
+    steps,  # D / BLOCK_D
     stride_b,
     stride_s,
     stride_c,
@@ -113,7 +114,9 @@ def _token_mixing_bwd_kernel(
     depth = D
     if DROP_PATH:
         # A dropped image takes no turn of the loop: its dn is 0, and the weight gradients do not read its a and dz.
-        depth = tl.where(kept_image(seed_ptr, image, path_p, path_scale) > 0, D, 0)
+        keep = kept_image(seed_ptr, image, path_p, path_scale)
+        depth = tl.where(keep > 0, D, 0)
+        steps = tl.where(keep > 0, steps, 0)
     if INT64:
         offs_c = offs_c.to(tl.int64)
     x_ptr += image * stride_b
@@ -139,7 +142,9 @@ def _token_mixing_bwd_kernel(
         g3 = _gradient(g_ptr, S, C, offs_c, S3, N3, DTYPE)
         dn3 = tl.zeros((BLOCK_C, N3), tl.float32)
 
+    turns = 0
     for d0 in tl.range(0, depth, BLOCK_D, num_stages=STAGES):
+        turns += 1
         offs_d = d0 + tl.arange(0, BLOCK_D)
         z = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
         da = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
@@ -174,16 +179,18 @@ def _token_mixing_bwd_kernel(
         if N3 > 0:
             dn3 = _input(dn3, dz, w1_ptr, offs_d, S3, N3, S_PAD, PRECISION)
 
-    _store(dn0, dn_ptr, S, C, offs_c, 0, N0)
+    # late is 0, which the compiler cannot know: it may not keep the gradient's addresses through the loop.
+    late = tl.multiple_of(turns - steps, 16)
+    _store(dn0, dn_ptr, S, C, offs_c, late, 0, N0)
     if N1 > 0:
-        _store(dn1, dn_ptr, S, C, offs_c, S1, N1)
+        _store(dn1, dn_ptr, S, C, offs_c, late, S1, N1)
     if N2 > 0:
-        _store(dn2, dn_ptr, S, C, offs_c, S2, N2)
+        _store(dn2, dn_ptr, S, C, offs_c, late, S2, N2)
     if N3 > 0:
-        _store(dn3, dn_ptr, S, C, offs_c, S3, N3)
+        _store(dn3, dn_ptr, S, C, offs_c, late, S3, N3)
 
 
-def token_mixing_backward_fused(
+def token_data_gradient(
     x: Tensor,
     g: Tensor,
     mean: Tensor,
@@ -205,7 +212,7 @@ def token_mixing_backward_fused(
     """Write ``dn [B, S, C]``, and ``a`` and ``dz`` ``[B, D_S, C]`` where they are wanted; S up to 256."""
     batch_size, tokens, channels = x.shape
     segments = token_segments(tokens, longest=64)
-    config = token_backward_config(target_of(x.device), dtype, segments, exact=precision == "ieee")
+    config = token_backward_config(target_of(x.device), dtype, segments, vectorised=is_vectorised(x))
     packed = token_weights(w1, b1, w2, None, dtype, tokens=sum(segments), hidden=round_up(w1.shape[0], config.block_d))
     launch(
         _token_mixing_bwd_kernel,
@@ -226,6 +233,7 @@ def token_mixing_backward_fused(
         channels,
         w1.shape[0],
         packed.w1.shape[0],
+        packed.w1.shape[0] // config.block_d,
         *x.stride(),
         **noise.arguments(),
         N0=segments[0],
