@@ -167,9 +167,12 @@ def token_backward_config(
     """The tile of token mixing backward: n and g (in ``dtype``) and dn (float32) share the registers."""
     if not target.is_nvidia:
         return TokenConfig(16, 16, 4, 1) if dtype is torch.float32 else TokenConfig(32, 16, 4, 1)
+    hopper = target.capability in (90, 100, 103)
+    if dtype is torch.float32 and hopper:
+        return TokenConfig(16, 16, num_warps=4, num_stages=2, tf32=False)
     if dtype is torch.float32:
         return TokenConfig(16, 16, num_warps=8, num_stages=1, tf32=False)
-    if target.capability in (90, 100, 103):
+    if hopper:
         return TokenConfig(64, 32, num_warps=4 if sum(segments) <= 208 and vectorised else 8, num_stages=2)
     return TokenConfig(64, 16, num_warps=8, num_stages=2)
 
