@@ -6,10 +6,11 @@ import contextlib
 
 import pytest
 import torch
-from accuracy import assert_accurate
+from accuracy import GRADIENT_FACTOR, assert_accurate
 from blocks import LAYOUTS, make_block, make_x, run, run_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_backward import gradients
 
 import mixer_kernels.functional as F
 from mixer_kernels.shapes import MixerShape
@@ -49,3 +50,36 @@ def test_any_block_matches_eager(
     with assume_target(KNOWN_TARGETS[target]) if device == "cpu" else contextlib.nullcontext():
         actual = run(block, x, "triton", **options)
     assert_accurate(actual, run(block, x, "torch", **options), run_exact(block, x, **options))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch_size=st.integers(2, 3),
+    tokens=st.one_of(st.integers(2, 70), st.sampled_from((129, 209, 257))),
+    channels=st.integers(8, 70),
+    token_hidden=st.integers(2, 66),
+    channel_hidden=st.integers(2, 66),
+    dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
+    layout=st.sampled_from(LAYOUTS),
+    approximate=st.sampled_from(F.APPROXIMATIONS),
+    affine=st.booleans(),
+    bias=st.booleans(),
+    memory=st.sampled_from(F.MEMORY_MODES),
+    target=st.sampled_from(sorted(KNOWN_TARGETS)),
+    seed=st.integers(0, 2**16),
+)
+def test_any_gradient_matches_eager(
+    batch_size, tokens, channels, token_hidden, channel_hidden, dtype, layout, approximate, affine, bias, memory,
+    target, seed, device,
+):  # fmt: skip
+    torch.manual_seed(seed)
+    shape = MixerShape(S=tokens, C=channels, D_S=token_hidden, D_C=channel_hidden)
+    block = make_block(shape, dtype, device, affine=affine, bias=bias)
+    x = make_x(batch_size, shape, dtype, device, layout)
+    dy = torch.randn(x.shape, device=device).to(dtype)
+    with assume_target(KNOWN_TARGETS[target]) if device == "cpu" else contextlib.nullcontext():
+        actual = gradients(block, x, dy, "triton", approximate=approximate, memory=memory)
+    eager = gradients(block, x, dy, "torch", approximate=approximate)
+    exact = gradients(block.to(torch.float64), x.double(), dy.double(), "torch", approximate=approximate)
+    for name in actual:
+        assert_accurate(actual[name], eager[name], exact[name], GRADIENT_FACTOR, what=f"gradient of {name}")

@@ -181,7 +181,8 @@ def weight_gradient_config(target: Target, dtype: torch.dtype, exact: bool) -> P
     """The tile of a weight gradient of token mixing: D_S by S, summed over channels and images."""
     if dtype is torch.float32:
         return ProductConfig(64, 64, 16, num_warps=4, num_stages=1)
-    return ProductConfig(64, 64, 64, num_warps=8, num_stages=2 if target.is_nvidia else 1)
+    block_k = 64 if target.capability in (90, 100, 103) else 32
+    return ProductConfig(64, 64, block_k, num_warps=8, num_stages=2 if target.is_nvidia else 1)
 
 
 def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
