@@ -115,7 +115,8 @@ def token_config(
     if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
         block_d = 32 if target.capability == 90 else 64
-        return TokenConfig(128, block_d, num_warps=8, num_stages=2) if lean else TokenConfig(64, 64, 8, 2)
+        fits = lean and (sum(segments) <= 224 or target.capability > 90)
+        return TokenConfig(128, block_d, num_warps=8, num_stages=2) if fits else TokenConfig(64, 64, 8, 2)
     if lean and few_tokens:
         return TokenConfig(128, 16 if target.capability >= 120 else 32, num_warps=8, num_stages=2)
     if lean:
@@ -168,7 +169,7 @@ def token_backward_config(
     if not target.is_nvidia:
         return TokenConfig(16, 16, 4, 1) if dtype is torch.float32 else TokenConfig(32, 16, 4, 1)
     hopper = target.capability in (90, 100, 103)
-    if dtype is torch.float32 and hopper:
+    if dtype is torch.float32 and hopper and sum(segments) <= 208:
         return TokenConfig(16, 16, num_warps=4, num_stages=2, tf32=False)
     if dtype is torch.float32:
         return TokenConfig(16, 16, num_warps=8, num_stages=1, tf32=False)
@@ -180,8 +181,9 @@ def token_backward_config(
 def weight_gradient_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
     """The tile of a weight gradient of token mixing: D_S by S, summed over channels and images."""
     if dtype is torch.float32:
-        return ProductConfig(64, 64, 16, num_warps=4, num_stages=1)
-    block_k = 64 if target.capability in (90, 100, 103) else 32
+        block = 32 if target.capability in (90, 100, 103) else 64
+        return ProductConfig(block, block, 16, num_warps=4, num_stages=1)
+    block_k = 64 if target.capability == 90 else 32
     return ProductConfig(64, 64, block_k, num_warps=8, num_stages=2 if target.is_nvidia else 1)
 
 
