@@ -181,7 +181,7 @@ def token_backward_config(
 def weight_gradient_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
     """The tile of a weight gradient of token mixing: D_S by S, summed over channels and images."""
     if dtype is torch.float32:
-        block = 32 if target.capability in (90, 100, 103) else 64
+        block = 32 if exact and target.capability in (90, 100, 103) else 64
         return ProductConfig(block, block, 16, num_warps=4, num_stages=1)
     block_k = 64 if target.capability == 90 else 32
     return ProductConfig(64, 64, block_k, num_warps=8, num_stages=2 if target.is_nvidia else 1)
