@@ -40,6 +40,7 @@ class Case:
     transposed: bool = False  # x with strides (S*C, 1, S), as timm's patch embedding gives it
     bare: bool = False  # no bias, no gamma, no beta
     offset: int = 0  # elements by which x is off its alignment
+    noise: bool = False  # dropout and stochastic depth
     backward: bool = True  # the backward pass as well
 
 
@@ -94,7 +95,10 @@ def cases() -> Iterator[Case]:
             yield Case(shape, dtype, stream)
         yield Case(b16, dtype, stream, approximate="tanh")
         yield Case(b16, dtype, stream, transposed=True)
+        yield Case(b16, dtype, stream, noise=True)
         yield Case(MixerShape(S=197, C=99, D_S=50, D_C=397), dtype, stream, bare=True, offset=1)
+    for shape in (shapes[256], shapes[784]):
+        yield Case(shape, "bf16", "bf16", noise=True)
     for tokens in range(16, 257, 16):
         yield Case(dataclasses.replace(b16, S=tokens), "bf16", "bf16", backward=tokens in (208, 224))
 
@@ -223,7 +227,9 @@ def _run(backend, case: Case) -> None:
 
     x = torch.empty(2 * shape.S * shape.C + case.offset, dtype=TORCH_DTYPES[case.stream], device="meta")[case.offset :]
     x = x.view(2, shape.C, shape.S).transpose(1, 2) if case.transposed else x.view(2, shape.S, shape.C)
-    common = {"approximate": case.approximate, "dtype": dtype}
+    rate, seed = (0.1, torch.empty(1, dtype=torch.int64, device="meta")) if case.noise else (0.0, None)
+    noise = {"dropout_p": rate, "drop_path_p": rate, "seed": seed}
+    common = {"approximate": case.approximate, "dtype": dtype, **noise}
     tokens = (
         vector(shape.C), vector(shape.C), parameter(shape.D_S, shape.S), vector(shape.D_S),
         parameter(shape.S, shape.D_S), vector(shape.S),
@@ -237,18 +243,17 @@ def _run(backend, case: Case) -> None:
         u = x
     _, *saved = backend.channel_mixing_forward(u, *channels, eps=1e-6, **common, keep_z=case.backward)
     if case.backward:
-        noise = {"dropout_p": 0.0, "drop_path_p": 0.0, "seed": None}
         for gradients, inputs, half, kept in (
             (backend.token_mixing_backward, x, tokens, statistics),
             (backend.channel_mixing_backward, u, channels, saved),
         ):
             wanted = [t is not None for t in (x, *half)]
-            gradients(torch.empty_like(u), inputs, *kept, *half, **common, **noise, wanted=wanted)
+            gradients(torch.empty_like(u), inputs, *kept, *half, **common, wanted=wanted)
 
 
 def _title(case: Case) -> str:
     shape = case.shape
-    traits = "".join(f" {name}" for name in ("transposed", "bare") if getattr(case, name))
+    traits = "".join(f" {name}" for name in ("transposed", "noise", "bare") if getattr(case, name))
     stream = "" if case.stream in (case.dtype, "fp32" if case.dtype == "tf32" else case.dtype) else f" on {case.stream}"
     tanh = " tanh" if case.approximate == "tanh" else ""
     return f"{case.dtype}{stream} S={shape.S} C={shape.C}{tanh}{traits}"

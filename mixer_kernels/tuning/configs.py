@@ -93,12 +93,13 @@ def token_config(
     segments: tuple[int, int, int, int],
     exact: bool,
     vectorised: bool,
+    noise: bool,
 ) -> TokenConfig:
     """The tile of fused token mixing. ``exact``: float32 products in IEEE arithmetic rather than TF32;
-    ``vectorised``: channels are contiguous and rows start on 16 bytes.
+    ``vectorised``: channels are contiguous and rows start on 16 bytes; ``noise``: dropout or stochastic depth.
 
     o (BLOCK_C x padded tokens, float32) and n (the same, in ``dtype``) live in registers: they decide the tile. A
-    float32 stream or a transposed view takes registers for addresses and conversions on top.
+    float32 stream or a transposed view takes registers for addresses and conversions on top, noise its counters.
     """
     lean = stream_dtype is dtype and vectorised
     hopper = target.capability in (90, 100, 103)
@@ -107,6 +108,7 @@ def token_config(
     if dtype is torch.float32 and hopper and not exact:
         return TokenConfig(64, 16, num_warps=8, num_stages=2)
     few_tokens = sum(segments) <= 208
+    lean = lean and not noise
     if dtype is torch.float32 and lean and not exact:
         return TokenConfig(64, 16, num_warps=8, num_stages=2 if few_tokens and target.capability >= 120 else 1)
     if dtype is torch.float32:
@@ -124,24 +126,27 @@ def token_config(
     return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised else TokenConfig(64, 16, 8, 2)
 
 
-def token_product_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
+def token_product_config(target: Target, dtype: torch.dtype, exact: bool, noise: bool) -> ProductConfig:
     """The tile of the two products of token mixing over more than ``MAX_FUSED_TOKENS`` tokens."""
     if dtype is torch.float32:
         return ProductConfig(64, 64, 32, num_warps=4, num_stages=1 if exact else 2)
     if not target.is_nvidia:
         return ProductConfig(64, 128, 32, num_warps=4, num_stages=1)
-    return ProductConfig(64, 128, 32, num_warps=4, num_stages=3)
+    return ProductConfig(64, 128, 32, num_warps=8 if noise else 4, num_stages=3)
 
 
 def channel_product_config(
-    target: Target, dtype: torch.dtype, exact: bool, first: bool, depth: int, descriptors: bool
+    target: Target, dtype: torch.dtype, exact: bool, first: bool, depth: int, descriptors: bool, noise: bool
 ) -> ProductConfig:
-    """The tile of a channel product over ``depth``: fc1 (``first``) or fc2, on tensor descriptors or on pointers."""
+    """The tile of a channel product over ``depth``: fc1 (``first``) or fc2, on tensor descriptors or on pointers.
+
+    ``noise``: dropout or stochastic depth, whose random numbers take registers in the epilogue.
+    """
     if dtype is torch.float32 and exact:
         return ProductConfig(128, 64, 16, num_warps=8, num_stages=2)
     if dtype is torch.float32:
         return ProductConfig(64, 64, 32, num_warps=4, num_stages=2)
-    if descriptors and first:
+    if descriptors and (first or noise):
         # Two programs a multiprocessor, so that the epilogue of one runs under the product of the other.
         return ProductConfig(128, 128, 64, num_warps=8, num_stages=3, programs_per_sm=2)
     if descriptors:
@@ -150,6 +155,8 @@ def channel_product_config(
         return ProductConfig(128, 128, 32, num_warps=8, num_stages=1)
     if depth % 64 != 0:
         return ProductConfig(64, 64, 32, num_warps=4, num_stages=3)
+    if noise:
+        return ProductConfig(128, 64, 32, num_warps=8, num_stages=4)
     if target.shared_memory < 120_000:
         return ProductConfig(128, 128, 32, num_warps=8, num_stages=4)
     return ProductConfig(128, 128, 64, num_warps=8, num_stages=4)
@@ -189,7 +196,7 @@ def weight_gradient_config(target: Target, dtype: torch.dtype, exact: bool) -> P
 
 def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
     """The tile of W2' . g with GELU's backward in the epilogue."""
-    config = token_product_config(target, dtype, exact)
+    config = token_product_config(target, dtype, exact, noise=False)
     return config if dtype is torch.float32 else replace(config, num_warps=8)
 
 
@@ -198,7 +205,7 @@ def gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, depth:
     if dtype is torch.float32 and exact:
         return ProductConfig(64, 64, 16, num_warps=8, num_stages=2)
     if dtype is torch.float32:
-        return ProductConfig(64, 64, 32, num_warps=4, num_stages=2)
+        return ProductConfig(64, 64, 32, num_warps=8, num_stages=2)
     if not target.is_nvidia:
         return ProductConfig(128, 64, 32, num_warps=8, num_stages=1)
     if depth % 64 != 0:

@@ -18,6 +18,7 @@ from ...tuning.target import Target
 from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden_dropout, tile_origin
 from .gelu import gelu
 from .launch import cdiv, launch
+from .noise import kept_image
 
 
 @triton.jit
@@ -74,7 +75,13 @@ def _channel_product_descriptor_kernel(
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         m0, n0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, tl.cdiv(K, BLOCK_K)):
+        steps = tl.cdiv(K, BLOCK_K)
+        if DROP_PATH:
+            # A tile of dropped images takes no turn; fc1's garbage is multiplied by 0 in fc2, or not read.
+            row = tl.minimum(m0 + tl.arange(0, BLOCK_M), M - 1)
+            kept = kept_image(seed_ptr, row // S, path_p, path_scale)
+            steps = tl.where(tl.max(kept, 0) > 0, steps, 0)
+        for k in range(0, steps):
             acc = tl.dot(left.load([m0, k * BLOCK_K]), right.load([n0, k * BLOCK_K]).T, acc)
         done += PROGRAMS
         m0, n0 = tile_origin(done, M, N, BLOCK_M, BLOCK_N, GROUP_M)

@@ -97,8 +97,9 @@ def _run(product: ChannelProduct) -> None:
     target = target_of(product.u.device)
     descriptors = channel_descriptors.fits(target, product.u, product.right)
     config = channel_product_config(
-        target, product.dtype, product.precision == "ieee", product.is_fc1, product.K, descriptors
-    )
+        target, product.dtype, product.precision == "ieee", product.is_fc1, product.K, descriptors,
+        noise=product.noise.on_branch,
+    )  # fmt: skip
     if descriptors:
         channel_descriptors.run_product(config, product, target)
     else:

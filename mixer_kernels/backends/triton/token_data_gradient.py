@@ -23,7 +23,7 @@ from .gelu import gelu_and_slope
 from .launch import cdiv, launch, needs_int64, round_up
 from .noise import Noise, kept_hidden, kept_image
 from .prepack import token_weights
-from .token_mixing import _hidden, _normalised, is_vectorised
+from .token_mixing import _channels_of_program, _hidden, _normalised, is_vectorised
 
 
 @triton.jit
@@ -101,24 +101,13 @@ def _token_mixing_bwd_kernel(
     S2: tl.constexpr = N0 + N1
     S3: tl.constexpr = N0 + N1 + N2
     S_PAD: tl.constexpr = N0 + N1 + N2 + N3
-    c_tiles = tl.cdiv(C, BLOCK_C)
-    image = (tl.program_id(0) // c_tiles).to(tl.int64)
-    offs_c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    gamma = tl.full((BLOCK_C,), 1.0, tl.float32)
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    beta = tl.zeros((BLOCK_C,), tl.float32)
-    if beta_ptr is not None:
-        beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    image, offs_c, gamma, beta = _channels_of_program(gamma_ptr, beta_ptr, C, BLOCK_C, INT64)
     depth = D
     if DROP_PATH:
         # A dropped image takes no turn of the loop: its dn is 0, and the weight gradients do not read its a and dz.
         keep = kept_image(seed_ptr, image, path_p, path_scale)
         depth = tl.where(keep > 0, D, 0)
         steps = tl.where(keep > 0, steps, 0)
-    if INT64:
-        offs_c = offs_c.to(tl.int64)
     x_ptr += image * stride_b
     g_ptr += image * S * C
     dn_ptr += image * S * C
@@ -165,7 +154,7 @@ def _token_mixing_bwd_kernel(
             a *= kept
             da *= kept
         dz = (da * slope).to(DTYPE)
-        mask = (offs_d < D_S)[:, None] & mask_c[None, :]
+        mask = (offs_d < D_S)[:, None] & (offs_c < C)[None, :]
         offs = hidden + offs_d[:, None] * C + offs_c[None, :]
         if a_ptr is not None:
             tl.store(a_ptr + offs, tl.trans(a.to(DTYPE)), mask=mask)

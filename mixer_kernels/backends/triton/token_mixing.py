@@ -29,6 +29,23 @@ from .prepack import token_weights
 
 
 @triton.jit
+def _channels_of_program(gamma_ptr, beta_ptr, C, BLOCK_C: tl.constexpr, INT64: tl.constexpr):
+    """The program's image and channels, with their gamma and beta: 1 and 0 where LayerNorm has none."""
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    image = (tl.program_id(0) // c_tiles).to(tl.int64)
+    offs_c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    gamma = tl.full((BLOCK_C,), 1.0, tl.float32)
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+    beta = tl.zeros((BLOCK_C,), tl.float32)
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+    if INT64:
+        offs_c = offs_c.to(tl.int64)
+    return image, offs_c, gamma, beta
+
+
+@triton.jit
 def _normalised(
     x_ptr, mean_ptr, rstd_ptr, gamma, beta, S, C, stride_s, stride_c, offs_c,
     S0: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, INT64: tl.constexpr,
@@ -121,26 +138,13 @@ def _token_mixing_fwd_kernel(
     S2: tl.constexpr = N0 + N1
     S3: tl.constexpr = N0 + N1 + N2
     S_PAD: tl.constexpr = N0 + N1 + N2 + N3
-    c_tiles = tl.cdiv(C, BLOCK_C)
-    image = (tl.program_id(0) // c_tiles).to(tl.int64)
+    image, offs_c, gamma, beta = _channels_of_program(gamma_ptr, beta_ptr, C, BLOCK_C, INT64)
     keep = 1.0
     depth = D
     if DROP_PATH:
         keep = kept_image(seed_ptr, image, path_p, path_scale)
         depth = tl.where(keep > 0, D, 0)  # a dropped image takes no turn of the loop
         steps = tl.where(keep > 0, steps, 0)
-    offs_c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    else:
-        gamma = tl.full((BLOCK_C,), 1.0, tl.float32)
-    if beta_ptr is not None:
-        beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    else:
-        beta = tl.zeros((BLOCK_C,), tl.float32)
-    if INT64:
-        offs_c = offs_c.to(tl.int64)
     x_ptr += image * stride_b
     u_ptr += image * S * C
     mean_ptr += image * S
@@ -226,8 +230,9 @@ def token_mixing_fused(
     vectorised = is_vectorised(x)
     segments = token_segments(tokens, longest=128 if vectorised and x.dtype is dtype else 64)
     config = token_config(
-        target_of(x.device), dtype, x.dtype, segments, exact=precision == "ieee", vectorised=vectorised
-    )
+        target_of(x.device), dtype, x.dtype, segments,
+        exact=precision == "ieee", vectorised=vectorised, noise=noise.on_branch,
+    )  # fmt: skip
     packed = token_weights(w1, b1, w2, b2, dtype, tokens=sum(segments), hidden=round_up(w1.shape[0], config.block_d))
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(

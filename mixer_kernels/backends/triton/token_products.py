@@ -179,7 +179,8 @@ def _run_product(
 ) -> None:
     batch_size, tokens, channels = x.shape
     hidden = a.shape[1]
-    config = token_product_config(target_of(x.device), a.dtype, exact=precision == "ieee")
+    target, exact = target_of(x.device), precision == "ieee"
+    config = token_product_config(target, a.dtype, exact, noise=noise.on_branch)
     multiple = max(config.block_m, config.block_k)
     packed = token_weights(*weights, a.dtype, tokens=round_up(tokens, multiple), hidden=round_up(hidden, multiple))
     w, bias, rows = (packed.w1, packed.b1, hidden) if first else (packed.w2, packed.b2, tokens)
