@@ -113,7 +113,7 @@ def token_config(
         return TokenConfig(64, 16, num_warps=8, num_stages=2 if few_tokens and target.capability >= 120 else 1)
     if dtype is torch.float32:
         # On mma.sync every tile of TF32 spills here; "high" allows TF32 and does not ask for it.
-        return TokenConfig(32, 16, num_warps=8, num_stages=2, tf32=False)
+        return TokenConfig(32, 16, num_warps=8, num_stages=2 if vectorised else 1, tf32=False)
     if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
         block_d = 32 if target.capability == 90 else 64
@@ -123,7 +123,7 @@ def token_config(
         return TokenConfig(128, 16 if target.capability >= 120 else 32, num_warps=8, num_stages=2)
     if lean:
         return TokenConfig(64, 16, num_warps=4, num_stages=2)
-    return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised else TokenConfig(64, 16, 8, 2)
+    return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised and not noise else TokenConfig(64, 16, 8, 2)
 
 
 def token_product_config(target: Target, dtype: torch.dtype, exact: bool, noise: bool) -> ProductConfig:
@@ -165,7 +165,7 @@ def channel_product_config(
 def norm_backward_config(channels: int) -> StatisticsConfig:
     """LayerNorm backward: whole rows, few at a time, since x, dn and dy and two sums lie in registers."""
     block_c = max(16, 1 << (channels - 1).bit_length())
-    block_rows = 4 if block_c <= 1024 else 2 if block_c <= 2048 else 1
+    block_rows = min(16, 2048 // block_c) if block_c <= 1024 else 2 if block_c <= 2048 else 1
     return StatisticsConfig(block_rows=block_rows, block_c=block_c, num_warps=8 if block_c <= 2048 else 16)
 
 

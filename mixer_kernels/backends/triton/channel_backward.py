@@ -66,7 +66,7 @@ def _channel_gelu_bwd_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < D_C)[None, :]
     row = tl.minimum(offs_m, M - 1).to(tl.int64)  # rows past M repeat the last one: they are not stored
     g_tile_ptr = g_ptr + row[:, None] * C + offs_k[None, :]
-    w4_tile_ptr = w4_ptr + offs_k[:, None] * D_PAD + tl.minimum(offs_n, D_C - 1)[None, :]
+    w4_tile_ptr = w4_ptr + offs_k[:, None] * D_PAD + offs_n[None, :]  # inside the padding: wide loads need no mask
 
     da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, C, BLOCK_K):
