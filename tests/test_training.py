@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mixer_kernels import FusedMixer, use_backend
 
-DIGITS = {"num_classes": 10, "img_size": 8, "in_chans": 1, "patch_size": 2, "num_blocks": 2, "embed_dim": 32}
+# The model that `make demo` trains.
+DIGITS = {"num_classes": 10, "img_size": 8, "in_chans": 1, "patch_size": 2, "num_blocks": 4, "embed_dim": 64}
 TINY = {"num_classes": 3, "img_size": 4, "in_chans": 1, "patch_size": 2, "num_blocks": 2, "embed_dim": 8}
 NOISE = {"proj_drop_rate": 0.2, "drop_path_rate": 0.3}
 LEARNING_RATE = 3e-3
@@ -126,13 +127,15 @@ def test_float32_follows_the_torch_backend(device) -> None:
 
 
 def test_bfloat16_autocast_follows_the_torch_backend(device) -> None:
-    """At most three times as far from float32 training as the torch backend's own bfloat16 autocast is."""
+    """At most three times as far from float32 training as the torch backend's own bfloat16 autocast is.
+
+    Measured on the weights, some hundred thousand numbers: in the mean of a loss, rounding errors cancel by luck.
+    """
     model, batch = make_model(device, **DIGITS), make_batch(device, 16, DIGITS)
-    losses, weights = train(model, batch, 4, torch.bfloat16)
+    _, weights = train(model, batch, 4, torch.bfloat16)
     with use_backend("torch"):
-        eager_losses, eager = train(model, batch, 4, torch.bfloat16)
-        exact_losses, exact = train(model, batch, 4)
-    assert 0 < (losses - exact_losses).norm() <= 3 * (eager_losses - exact_losses).norm()
+        _, eager = train(model, batch, 4, torch.bfloat16)
+        _, exact = train(model, batch, 4)
     assert 0 < distance(weights, exact) <= 3 * distance(eager, exact)
 
 
