@@ -196,7 +196,10 @@ def _compile_case(target_name: str, case: Case) -> dict[str, Row]:
         try:
             compiled = kernel.warmup(*args, grid=grid, **options)
         except Exception as error:  # the compiler's errors have no common base: each is a row
-            message = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"
+            cause = error
+            while cause.__cause__ is not None:  # an error in a helper arrives wrapped in one of its caller
+                cause = cause.__cause__
+            message = f"{type(error).__name__}: {str(cause).strip().splitlines()[-1][:300]}"
             key = f"{kernel.__name__}{options}"
             rows[key] = Row(target_name, kernel.__name__, _title(case), _tile(options), 0, 0, 0, "", 0.0, [message])
             return
