@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # More arguments for the program that a target runs: make test ARGS="-k token -x"
 ARGS ?=
-# Targets of compile-check: make compile-check ARCH="sm_80 sm_90"
+# Targets of compile-check and cuda-gates: make compile-check ARCH="sm_80 sm_90"
 ARCH ?= all
 
 VENV := .venv
@@ -13,10 +13,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
 OLDEST_TRITON := 3.6.0
 OLDEST_TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
-CSRC = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
+CSRC = $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench compile-check compile-check-oldest gpu-day dist clean
+.PHONY: help demo test lint format bench cuda cuda-gates compile-check compile-check-oldest gpu-day dist clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,12 @@ format: $(VENV)/.installed ## rewrite the sources as `make lint` wants them
 bench: $(VENV)/.installed ## the throughput report
 	$(BIN)/pytest benchmarks --benchmark $(ARGS)
 
+cuda: $(VENV)/.installed ## compile the CUDA kernels for the tree: mixer_kernels/_C
+	MIXER_KERNELS_BUILD_CUDA=1 $(BIN)/python setup.py build_ext --inplace
+
+cuda-gates: $(VENV)/.installed ## nvcc on every CUDA kernel for every GPU: warnings, spills, matrix instructions
+	$(BIN)/python tools/cuda_gates.py --arch $(ARCH) $(ARGS)
+
 compile-check: $(VENV)/.installed ## compile every tile config for every GPU, without one
 	$(BIN)/python -m mixer_kernels compile-check --arch $(ARCH) $(ARGS)
 
@@ -54,7 +60,7 @@ dist: $(VENV)/.installed ## source distribution and wheel, in dist/
 	$(BIN)/python -m build
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt
@@ -63,8 +69,9 @@ $(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt
 	$(PIP) install $(PIP_ARGS) --no-deps -r requirements-dev-no-deps.txt
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py mixer_kernels/__init__.py
-	$(PIP) install $(PIP_ARGS) --no-deps -e .
+# Without the CUDA kernels: most of the work needs none, and `make cuda` compiles only what has changed.
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py _build.py mixer_kernels/__init__.py
+	MIXER_KERNELS_BUILD_CUDA=0 $(PIP) install $(PIP_ARGS) --no-deps -e .
 	touch $@
 
 $(OLDEST_TRITON_DIR)/.installed: | $(VENV)/.installed

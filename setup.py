@@ -1,5 +1,91 @@
-"""Everything static is in pyproject.toml; what a build has to find out first belongs here."""
+"""The CUDA kernels, by CMake and Ninja, where nvcc works; what is static is in pyproject.toml."""
 
-from setuptools import setup
+from __future__ import annotations
 
-setup()
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+import _build
+
+ROOT = Path(__file__).resolve().parent
+NVCC = _build.wanted_nvcc()
+
+
+class CMakeBuild(build_ext):
+    """``mixer_kernels._C`` from CMakeLists.txt. MAX_JOBS and NVCC_THREADS bound how much is compiled at once."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cmake, ninja, pybind11 = _tools()
+        configuration = hashlib.sha256(f"{NVCC.path} {NVCC.version}".encode()).hexdigest()[:8]
+        objects = Path(self.build_temp, f"cuda-{configuration}").resolve()  # CMake keeps to one compiler a folder
+        jobs = _positive("MAX_JOBS", _cores())
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
+            "CMAKE_CUDA_COMPILER": NVCC.path,
+            "CMAKE_CUDA_ARCHITECTURES": ";".join(_build.cmake_architectures(NVCC)),
+            "MIXER_KERNELS_NVCC_THREADS": _positive("NVCC_THREADS", min(jobs, 4)),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11,
+        }
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        _run([cmake, "-S", str(ROOT), "-B", str(objects), "-G", "Ninja", *definitions])
+        _run([cmake, "--build", str(objects), "--parallel", str(jobs)])
+
+
+def _tools() -> tuple[str, str, str]:
+    """CMake, Ninja, and the folder of pybind11's CMake package."""
+    # The interpreter's own scripts last: in an isolated build they are not those of the build environment.
+    path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+    found = {name: shutil.which(name, path=path) for name in ("cmake", "ninja")}
+    found["pybind11"] = importlib.util.find_spec("pybind11")
+    missing = [name for name, what in found.items() if what is None]
+    if missing:
+        raise PlatformError(
+            f"the CUDA kernels are built with {', '.join(found)}; missing: {', '.join(missing)}. Install them "
+            f"(pip install {' '.join(repr(tool) for tool in _build.BUILD_TOOLS)}), build with isolation, or set "
+            f"{_build.BUILD_CUDA}=0 to build without the CUDA kernels"
+        )
+    import pybind11
+
+    return found["cmake"], found["ninja"], pybind11.get_cmake_dir()
+
+
+def _run(command: list[str]) -> None:
+    print(" ".join(command), flush=True)
+    status = subprocess.run(command).returncode
+    if status != 0:
+        raise CompileError(
+            f"building the CUDA kernels failed (exit status {status}); the compiler's output is above. "
+            f"{_build.BUILD_CUDA}=0 builds without them"
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _positive(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) == 0:
+        raise PlatformError(f"{variable}: got {text!r}, expected a number from 1")
+    return int(text)
+
+
+setup(
+    ext_modules=[Extension("mixer_kernels._C", sources=[])] if NVCC else [],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,4 +1,4 @@
-"""The source distribution is complete; the wheel is pure Python and holds the package alone."""
+"""The source distribution is complete; the wheel without CUDA is pure Python and holds the package alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("mixer_kernels", "tests", "benchmarks", "examples", "docs", "tools", ".ci")
+FOLDERS = ("mixer_kernels", "csrc", "tests", "benchmarks", "examples", "docs", "tools", ".ci")
 FILES = (
-    "pyproject.toml", "setup.py", "MANIFEST.in", "conftest.py", "Makefile",
+    "pyproject.toml", "setup.py", "_build.py", "CMakeLists.txt", "MANIFEST.in", "conftest.py", "Makefile",
     "requirements-dev.txt", "requirements-dev-no-deps.txt",
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore", ".clang-format",
 )  # fmt: skip
@@ -35,7 +35,7 @@ class Built(NamedTuple):
 def sources() -> set[str]:
     """Every file that the repository holds, relative to its root."""
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
-    kept = (path.relative_to(ROOT).as_posix() for path in paths if "__pycache__" not in path.parts)
+    kept = (p.relative_to(ROOT).as_posix() for p in paths if "__pycache__" not in p.parts and p.suffix != ".so")
     return {*kept, *FILES}
 
 
@@ -57,12 +57,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         target = tree / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target)
+    (tree / "mixer_kernels/_C.planted.so").write_text("left by an earlier build in place")
     no_torch = tmp_path_factory.mktemp("no_torch")
     (no_torch / "torch.py").write_text("raise ImportError('building asked for torch')\n")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(no_torch)}
-    )
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(no_torch), "MIXER_KERNELS_BUILD_CUDA": "0"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     [sdist], [wheel] = out.glob("*.tar.gz"), out.glob("*.whl")
     with tarfile.open(sdist) as archive:
@@ -77,6 +77,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_sdist_is_complete(built: Built) -> None:
     made = {name for name in built.sdist if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
     assert built.sdist - made == built.sources
+
+
+def test_sdist_holds_what_the_cuda_kernels_are_built_from(built: Built) -> None:
+    needed = {"_build.py", "CMakeLists.txt", "csrc/bind.cpp", "csrc/build_info.h", "csrc/mixer_kernels.h"}
+    needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cu*")}
+    assert needed <= built.sdist
 
 
 def test_wheel_is_the_package_and_nothing_else(built: Built) -> None:

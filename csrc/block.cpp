@@ -1,0 +1,95 @@
+#include "block.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace mixer_kernels {
+
+void check(int error, const char* launcher) {
+    if (error == 0) return;
+    throw std::runtime_error(std::string(launcher) + ": " + mk_error_string(error) + " (CUDA error " +
+                             std::to_string(error) + ")");
+}
+
+void token_half_forward(mk_input x, mk_size size, float eps, const TokenWeights& weights, const Options& options,
+                        Statistics statistics, void* a, void* u, mk_stream stream) {
+    check(mk_row_statistics(x, size, eps, statistics.mean, statistics.rstd, stream), "mk_row_statistics");
+    const mk_norm norm{statistics.mean, statistics.rstd, weights.gamma, weights.beta};
+    if (mk_padded_tokens(size.S) != 0) {
+        mk_token_mixing mixing{};
+        mixing.x = x;
+        mixing.size = size;
+        mixing.norm = norm;
+        mixing.type = options.type;
+        mixing.S_pad = weights.S_pad;
+        mixing.D = weights.D;
+        mixing.w1 = weights.w1;
+        mixing.b1 = weights.b1;
+        mixing.w2 = weights.w2;
+        mixing.b2 = weights.b2;
+        mixing.noise = options.noise;
+        mixing.tanh = options.tanh;
+        mixing.device = options.device;
+        mixing.u = u;
+        check(mk_token_mixing_forward(&mixing, stream), "mk_token_mixing_forward");
+        return;
+    }
+    mk_token_products products{};
+    products.x = x;
+    products.size = size;
+    products.norm = norm;
+    products.type = options.type;
+    products.D_S = weights.D_S;
+    products.w1 = weights.w1;
+    products.b1 = weights.b1;
+    products.w2 = weights.w2;
+    products.b2 = weights.b2;
+    products.noise = options.noise;
+    products.tanh = options.tanh;
+    products.a = a;
+    products.u = u;
+    check(mk_token_products_forward(&products, stream), "mk_token_products_forward");
+}
+
+mk_channel_fc1 first_product(mk_input u, mk_size size, const FirstWeights& weights, mk_type type,
+                             Statistics statistics) {
+    mk_channel_fc1 fc1{};
+    fc1.u = u;
+    fc1.size = size;
+    fc1.norm = {statistics.mean, statistics.rstd, weights.gamma, weights.beta};
+    fc1.type = type;
+    fc1.D_C = weights.D_C;
+    fc1.w3 = weights.w3;
+    fc1.b3 = weights.b3;
+    fc1.wg = weights.wg;
+    fc1.wb = weights.wb;
+    fc1.scale = weights.scale;
+    return fc1;
+}
+
+void channel_half_forward(mk_input u, mk_size size, float eps, const FirstWeights& first, const SecondWeights& second,
+                          const Options& options, Statistics statistics, void* a, void* z, int64_t row, void* y,
+                          mk_stream stream) {
+    check(mk_row_statistics(u, size, eps, statistics.mean, statistics.rstd, stream), "mk_row_statistics");
+    mk_channel_fc1 fc1 = first_product(u, size, first, options.type, statistics);
+    fc1.noise = options.noise;
+    fc1.tanh = options.tanh;
+    fc1.row = row;
+    fc1.a = a;
+    fc1.z = z;
+    check(mk_channel_fc1_forward(&fc1, stream), "mk_channel_fc1_forward");
+    mk_channel_fc2 fc2{};
+    fc2.u = u;
+    fc2.size = size;
+    fc2.type = options.type;
+    fc2.D_C = first.D_C;
+    fc2.a = a;
+    fc2.row = row;
+    fc2.w4 = second.w4;
+    fc2.b4 = second.b4;
+    fc2.noise = options.noise;
+    fc2.y = y;
+    check(mk_channel_fc2_forward(&fc2, stream), "mk_channel_fc2_forward");
+}
+
+}  // namespace mixer_kernels

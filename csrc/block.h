@@ -1,0 +1,56 @@
+// The forward pass of a half of a block, and of a whole block, as one call: which launchers run, in which order.
+#pragma once
+
+#include "mixer_kernels.h"
+
+namespace mixer_kernels {
+
+// As mk_token_mixing takes them for up to 256 tokens, as mk_token_products for more.
+struct TokenWeights {
+    int D_S;
+    int D, S_pad;  // rows and columns of w1
+    const void* w1;
+    const float* b1;
+    const void* w2;
+    const float *b2, *gamma, *beta;
+};
+
+// As mk_channel_fc1 and mk_channel_fc2 take them.
+struct FirstWeights {
+    int D_C;
+    const void* w3;
+    const float *b3, *wg, *wb, *scale, *gamma, *beta;
+};
+struct SecondWeights {
+    const void* w4;
+    const float* b4;
+};
+
+struct Options {
+    mk_type type;
+    int tanh;
+    mk_noise noise;
+    mk_device device;
+};
+
+struct Statistics {
+    float *mean, *rstd;  // [B * S]
+};
+
+// Throws std::runtime_error if a launcher returned an error, with the launcher's name.
+void check(int error, const char* launcher);
+
+// fc1 without options and results: the same for the forward pass and for z recomputed.
+mk_channel_fc1 first_product(mk_input u, mk_size size, const FirstWeights& weights, mk_type type,
+                             Statistics statistics);
+
+// u from x; a is scratch for more than 256 tokens, see mk_token_products.
+void token_half_forward(mk_input x, mk_size size, float eps, const TokenWeights& weights, const Options& options,
+                        Statistics statistics, void* a, void* u, mk_stream stream);
+
+// y from u; a is scratch, z is kept if it is given: [B * S, D_C] with rows of `row` elements.
+void channel_half_forward(mk_input u, mk_size size, float eps, const FirstWeights& first, const SecondWeights& second,
+                          const Options& options, Statistics statistics, void* a, void* z, int64_t row, void* y,
+                          mk_stream stream);
+
+}  // namespace mixer_kernels

@@ -1,0 +1,50 @@
+// What the module was built with, as attributes of it: on_host, runtime_version, architectures, ptx; driver_version().
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <sstream>
+#include <string>
+
+#ifndef MIXER_KERNELS_ON_HOST
+#include <cuda_runtime_api.h>
+#endif
+
+// From CMake: "80,90a,100,120", and those of them that are there as PTX too.
+#ifndef MIXER_KERNELS_ARCHITECTURES
+#define MIXER_KERNELS_ARCHITECTURES ""
+#define MIXER_KERNELS_PTX ""
+#endif
+
+namespace mixer_kernels {
+
+inline pybind11::tuple comma_separated(const char* text) {
+    pybind11::list names;
+    std::istringstream stream(text);
+    for (std::string name; std::getline(stream, name, ',');) names.append(name);
+    return pybind11::tuple(names);
+}
+
+// The newest CUDA that the driver runs, 12080 for 12.8; 0 without a driver. Initialises nothing.
+inline int driver_version() {
+    int version = 0;
+#ifndef MIXER_KERNELS_ON_HOST
+    cudaDriverGetVersion(&version);
+#endif
+    return version;
+}
+
+inline void describe_build(pybind11::module_& module) {
+#ifdef MIXER_KERNELS_ON_HOST
+    module.attr("on_host") = true;  // by a C++ compiler, for the CPU
+    module.attr("runtime_version") = 0;
+#else
+    module.attr("on_host") = false;
+    module.attr("runtime_version") = CUDART_VERSION;  // 13000 for CUDA 13.0
+#endif
+    module.def("driver_version", &driver_version);
+    module.attr("architectures") = comma_separated(MIXER_KERNELS_ARCHITECTURES);
+    module.attr("ptx") = comma_separated(MIXER_KERNELS_PTX);
+}
+
+}  // namespace mixer_kernels

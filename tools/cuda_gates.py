@@ -1,0 +1,280 @@
+"""What nvcc says of every CUDA kernel, for each GPU architecture, without a GPU. See ``--help``.
+
+A row a kernel: registers, stack, spills, static shared memory, matrix instructions, seconds. Failures: a warning, a
+spill, any use of local memory, ptxas' notes of lost performance (C75xx), a product without matrix instructions, an
+atomic on floats (its order, and so the result, would change from run to run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+# Optimisation as CMake's Release build has it.
+FLAGS = (
+    "-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}", "-cubin",
+    "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage",
+)  # fmt: skip
+# Kernels with these words in their names compute no product.
+WITHOUT_PRODUCT = ("statistics", "norm", "branch", "pack")
+# mma.sync, whatever the architecture: this code has none of Hopper's and Blackwell's own matrix instructions.
+MATRIX_INSTRUCTION = "HMMA"
+
+
+class Tools(NamedTuple):
+    """Programs of the CUDA toolkit."""
+
+    nvcc: str
+    version: str
+    cuobjdump: str
+
+
+@dataclasses.dataclass
+class Kernel:
+    """One function of the device code."""
+
+    name: str
+    registers: int = 0
+    stack: int = 0
+    spilled: int = 0  # bytes, stores and loads
+    shared: int = 0  # bytes, static
+    matrix: int | None = None  # instructions; None where there is no machine code
+    float_atomics: int = 0
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.spilled:
+            found.append(f"{self.spilled} bytes of spills")
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack")
+        if self.float_atomics:
+            found.append(f"{self.float_atomics} atomics on floats")
+        if self.matrix == 0 and not any(word in bare_name(self.name) for word in WITHOUT_PRODUCT):
+            found.append(f"no {MATRIX_INSTRUCTION}: its product became something else")
+        return found
+
+
+@dataclasses.dataclass
+class Report:
+    """One source file, compiled for one architecture."""
+
+    compiled: bool
+    output: str
+    seconds: float
+    kernels: list[Kernel]
+
+    def problems(self) -> list[str]:
+        found = [f"{kernel.name}: {problem}" for kernel in self.kernels for problem in kernel.problems()]
+        found += re.findall(r".*\(C75\d\d\).*", self.output)
+        if not self.compiled:
+            lines = [line for line in self.output.splitlines() if not re.match(r"ptxas info|    \d+ bytes stack", line)]
+            found.append("\n    ".join(["nvcc failed", *lines]))
+        return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print the rows, return 1 if anything failed and 2 if nothing could be compiled."""
+    parser = argparse.ArgumentParser(prog="tools/cuda_gates.py", description=__doc__, formatter_class=_Formatter)
+    parser.add_argument("files", nargs="*", type=Path, help="CUDA sources (default: all of csrc)")
+    parser.add_argument("--arch", nargs="+", default=["all"], help=f"'all' or some such as {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once (default: one a core)")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build/cuda_gates", help="what passed is kept here")
+    arguments = parser.parse_args(argv)
+    architectures = ARCHITECTURES if arguments.arch == ["all"] else arguments.arch
+    wrong = [name for name in architectures if not re.fullmatch(r"sm_\d+[af]?", name)]
+    if wrong:
+        parser.error(f"--arch: got {', '.join(wrong)}, expected 'all' or some such as {', '.join(ARCHITECTURES)}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: got {arguments.jobs}, expected 1 or more")
+    files = arguments.files or sorted(CSRC.glob("*.cu"))
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing or not files:
+        parser.error(f"no such file: {', '.join(missing) or CSRC / '*.cu'}")
+    try:
+        tools = find_tools()
+    except LookupError as error:
+        print(f"cuda-gates: {error}", file=sys.stderr)
+        return 2
+    return 1 if check(tools, files, architectures, arguments.jobs, arguments.cache) else 0
+
+
+def check(tools: Tools, files: Sequence[Path], architectures: Sequence[str], jobs: int, cache: Path) -> list[str]:
+    """Compile every file for every architecture, print as results come, return the problems."""
+    work = [(file, architecture) for file in files for architecture in architectures]
+    print(f"CUDA {tools.version}, {len(files)} files for {len(architectures)} architectures")
+    print(f"{'arch':8}{'kernel':64}{'regs':>5}{'stack':>6}{'spills':>7}{'shared':>7}{'matrix':>9}{'seconds':>9}")
+    problems, kernels = [], 0
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        pending = {pool.submit(cached, tools, *item, cache): item for item in work}
+        for done, future in enumerate(concurrent.futures.as_completed(pending), start=1):
+            file, architecture = pending[future]
+            report = future.result()
+            for kernel in report.kernels:
+                print(_row(architecture, kernel, report.seconds), flush=True)
+            problems += [f"{architecture} {file.name}: {problem}" for problem in report.problems()]
+            kernels += len(report.kernels)
+            if sys.stderr.isatty():
+                print(f"{done} of {len(work)} compiled, {len(problems)} problems", end="\r", file=sys.stderr)
+    for problem in problems:
+        print(f"FAILED {problem}")
+    print(f"{kernels} kernels compiled, {len(problems)} problems")
+    return problems
+
+
+def cached(tools: Tools, file: Path, architecture: str, cache: Path) -> Report:
+    """As ``compile_file``, or the result kept from when the same text was compiled by the same nvcc."""
+    digest = hashlib.sha256(repr((tools.version, FLAGS, architecture, file.name)).encode())
+    for path in (Path(__file__), *with_includes(file)):
+        digest.update(path.read_bytes())
+    kept = cache / f"{digest.hexdigest()[:32]}.json"
+    if kept.is_file():
+        fields = json.loads(kept.read_text(encoding="utf-8"))
+        return Report(**{**fields, "kernels": [Kernel(**kernel) for kernel in fields["kernels"]]})
+    report = compile_file(tools, file, architecture)
+    if report.compiled:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
+        partial.replace(kept)
+    return report
+
+
+def compile_file(tools: Tools, file: Path, architecture: str) -> Report:
+    """Machine code for one architecture, and what ptxas and the disassembler say of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        start = time.perf_counter()
+        command = [tools.nvcc, *FLAGS, f"-arch={architecture}", "-o", str(cubin), str(file)]
+        compiled = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        seconds = time.perf_counter() - start
+        output = compiled.stdout + compiled.stderr
+        kernels = resource_usage(output)
+        if compiled.returncode == 0:
+            sass = subprocess.run([tools.cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+            count_instructions(kernels, sass.stdout)
+    for kernel, name in zip(kernels.values(), demangled(list(kernels)), strict=True):
+        kernel.name = name
+    return Report(compiled.returncode == 0, output.strip(), round(seconds, 1), list(kernels.values()))
+
+
+def resource_usage(output: str) -> dict[str, Kernel]:
+    """Kernels by their mangled names, from the output of ``ptxas -v``."""
+    kernels: dict[str, Kernel] = {}
+    kernel = Kernel("")
+    for line in output.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'|Function properties for (\w+)", line):
+            name = match[1] or match[2]
+            kernel = kernels.setdefault(name, Kernel(name))
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernel.stack, kernel.spilled = int(match[1]), int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            kernel.registers = int(match[1])
+            if match := re.search(r"(\d+) bytes smem", line):
+                kernel.shared = int(match[1])
+    return kernels
+
+
+def count_instructions(kernels: dict[str, Kernel], sass: str) -> None:
+    """Matrix instructions and atomics on floats, from the output of ``cuobjdump -sass``."""
+    for name, code in _functions(sass):
+        if name in kernels:
+            kernels[name].matrix = len(re.findall(rf"\b{MATRIX_INSTRUCTION}\b", code))
+            kernels[name].float_atomics = len(re.findall(r"\b(?:RED|ATOM[GS]?)\.[\w.]*\bB?F(?:16|32|64)", code))
+
+
+def find_tools() -> Tools:
+    """nvcc, where the package's build looks for it; cuobjdump beside it, in PATH or in Triton's wheel."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from _build import find_nvcc
+    finally:
+        sys.path.remove(str(ROOT))
+    nvcc, looked_for = find_nvcc()
+    if nvcc is None:
+        raise LookupError(f"nvcc not found. Looked for:\n{looked_for}")
+    triton = importlib.util.find_spec("triton")
+    folders = [_toolkit(nvcc.path), None, Path(triton.origin).parent / "backends/nvidia/bin" if triton else None]
+    cuobjdump = next(filter(None, (shutil.which("cuobjdump", path=folder) for folder in folders)), None)
+    if cuobjdump is None:
+        raise LookupError("cuobjdump not found: it comes with the CUDA toolkit and with Triton's wheel")
+    return Tools(nvcc.path, ".".join(map(str, nvcc.version)), cuobjdump)
+
+
+def with_includes(file: Path) -> list[Path]:
+    """The file and what it includes from csrc, directly or not."""
+    found = [file.resolve()]
+    for path in found:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            target = next((p for p in (path.parent / name, CSRC / name) if p.is_file()), None)
+            if target and target.resolve() not in found:
+                found.append(target.resolve())
+    return found
+
+
+def demangled(names: Sequence[str]) -> list[str]:
+    """``token_mixing<bfloat16, 208>`` for its mangled name: without namespaces, casts and parameters."""
+    if not names:
+        return []
+    filtered = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [_shortened(name) for name in filtered]
+
+
+def bare_name(name: str) -> str:
+    """``token_mixing`` for ``token_mixing<bfloat16, 208>``."""
+    return name.partition("<")[0]
+
+
+def _shortened(name: str) -> str:
+    name = re.sub(r"\(anonymous namespace\)::|mixer_kernels::|\((?:bool|int|unsigned int|long)\)", "", name)
+    depth = 0
+    for position, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            name = name[:position]
+            break
+    return name.removeprefix("void ")
+
+
+def _functions(sass: str) -> Iterator[tuple[str, str]]:
+    parts = re.split(r"^\s*Function : (\S+)\s*$", sass, flags=re.MULTILINE)
+    return zip(parts[1::2], parts[2::2], strict=True)
+
+
+def _toolkit(nvcc: str) -> Path | None:
+    """Where nvcc's own programs are: it may be called through a link or a script."""
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    match = re.search(r"^#\$ _HERE_=(.+)$", dry_run.stderr + dry_run.stdout, re.MULTILINE)
+    return Path(match[1].strip()) if match else None
+
+
+def _row(architecture: str, kernel: Kernel, seconds: float) -> str:
+    matrix = f"{MATRIX_INSTRUCTION} {kernel.matrix}" if kernel.matrix else "-"
+    return (
+        f"{architecture:8}{kernel.name:64}{kernel.registers:5}{kernel.stack:6}{kernel.spilled:7}{kernel.shared:7}"
+        f"{matrix:>9}{seconds:9.1f}{'  FAILED' if kernel.problems() else ''}"
+    )
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())
