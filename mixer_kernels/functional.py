@@ -68,7 +68,7 @@ def token_mixing(
         approximate: "none" for the erf form of GELU (timm), "tanh" for the tanh form (Flax).
         dropout_p: probability of dropping an element after the activation and after the second product, in [0, 1].
         drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
-        backend: "auto", "triton" or "torch"; None for what ``use_backend`` or ``MIXER_KERNELS_BACKEND`` says.
+        backend: "auto", "cuda", "triton" or "torch"; None for what ``use_backend`` or ``MIXER_KERNELS_BACKEND`` says.
 
     Returns:
         ``u [B, S, C]`` in ``x``'s dtype.

@@ -1,4 +1,4 @@
-"""``python -m mixer_kernels info``: versions, devices, which backends run here, and why not.
+"""``python -m mixer_kernels info``: versions, devices, what was built, which backends run here, and why not.
 
 Works without a GPU, Triton or timm. CUDA is touched by the functions, never by the import.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
-import importlib.resources
 import json
 import os
 import platform
@@ -20,12 +19,16 @@ from typing import Any
 import torch
 
 from . import backends
+from .backends.cuda import library
+from .backends.measured import measured_gpus
 from .backends.registry import ENVIRONMENT_VARIABLE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What a user may have set that changes what runs or how it is built.
 ENVIRONMENT_VARIABLES = (
     ENVIRONMENT_VARIABLE,
+    "MIXER_KERNELS_BUILD_CUDA",
+    "MIXER_KERNELS_CUDA_ARCHS",
     "TRITON_INTERPRET",
     "TRITON_CACHE_DIR",
     "CUDA_VISIBLE_DEVICES",
@@ -33,8 +36,6 @@ ENVIRONMENT_VARIABLES = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "OMP_NUM_THREADS",
 )
-# By backend: the names of the GPUs on which its results were checked and its speed was measured.
-MEASURED_FILE = "measured.json"
 _SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
 
 
@@ -59,6 +60,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "package": str(Path(__file__).parent),
+        "cuda_kernels": cuda_kernels(),
         "devices": [
             {**device_info(device), "backends": {name: backend_info(name, device) for name in backends.BACKENDS}}
             for device in devices
@@ -71,6 +73,7 @@ def render(collected: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"{name:<14} {version or 'not installed'}" for name, version in collected["versions"].items()]
     lines += [f"{'package':<14} {collected['package']}"]
+    lines += [f"{'CUDA kernels':<14} {_built(collected['cuda_kernels'])}"]
     for device in collected["devices"]:
         lines += ["", _device_title(device)]
         for name, entry in device["backends"].items():
@@ -93,6 +96,25 @@ def versions() -> dict[str, str | None]:
         "timm": _installed("timm"),
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
+    }
+
+
+def cuda_kernels() -> dict[str, Any]:
+    """What the compiled module was built with: CUDA's version and GPU architectures; or why there is none."""
+    try:
+        module = library.loaded()
+    except ModuleNotFoundError as error:
+        if error.name != library.MODULE:
+            raise
+        return {"why_not": "not in this installation"}
+    except ImportError as error:
+        return {"why_not": f"{library.MODULE} does not load: {error}"}
+    runtime = module.runtime_version
+    return {
+        "file": module.__file__,
+        "cuda": None if module.on_host else f"{runtime // 1000}.{runtime % 1000 // 10}",
+        "architectures": list(module.architectures),
+        "ptx": list(module.ptx),
     }
 
 
@@ -145,10 +167,14 @@ def backend_info(name: str, device: torch.device) -> dict[str, Any]:
     }
 
 
-def measured_gpus(backend: str) -> list[str]:
-    """The GPUs on which ``backend`` has been checked and measured, by name."""
-    text = importlib.resources.files(__package__).joinpath(MEASURED_FILE).read_text(encoding="utf-8")
-    return json.loads(text).get(backend, [])
+def _built(kernels: dict[str, Any]) -> str:
+    if "why_not" in kernels:
+        return kernels["why_not"]
+    if kernels["cuda"] is None:
+        return f"built for the CPU ({kernels['file']})"
+    code = ", ".join(f"sm_{name}" for name in kernels["architectures"])
+    ptx = ", ".join(f"compute_{name}" for name in kernels["ptx"]) or "no"
+    return f"built with CUDA {kernels['cuda']} for {code}; {ptx} PTX for other GPUs"
 
 
 def _verdict(entry: dict[str, Any]) -> list[str]:

@@ -178,6 +178,9 @@ def _mixer_block(
 ):
     run = backends.load(backend)
     options = {"approximate": approximate, "dtype": dtype}
+    if hasattr(run, "mixer_block_forward"):  # as one call
+        parameters = (gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, w3, b3, w4, b4)
+        return run.mixer_block_forward(x, *parameters, eps1=eps1, eps2=eps2, **options)
     u = run.token_mixing_forward(x, gamma1, beta1, w1, b1, w2, b2, eps=eps1, **options)[0]
     return run.channel_mixing_forward(u, gamma2, beta2, w3, b3, w4, b4, eps=eps2, **options)[0]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +14,28 @@ from mixer_kernels.shapes import MixerShape
 
 TOKEN_NAMES = ("gamma1", "beta1", "w1", "b1", "w2", "b2")
 CHANNEL_NAMES = ("gamma2", "beta2", "w3", "b3", "w4", "b4")
+KERNEL_BACKENDS = ("triton", "cuda")
+PRODUCTS = {
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+}  # the dtypes of the products that a backend has
 LAYOUTS = ("contiguous", "transposed", "channel slice", "offset")
+
+
+def kernels_in(*dtypes: torch.dtype):
+    """Parametrizes a test over ``backend`` and ``dtype``: each backend with kernels in those of ``dtypes`` it has."""
+    pairs = [
+        pytest.param(backend, dtype, id=f"{backend} {dtype}")
+        for backend in KERNEL_BACKENDS
+        for dtype in dtypes
+        if dtype in PRODUCTS[backend]
+    ]
+    return pytest.mark.parametrize(("backend", "dtype"), pairs, indirect=["backend"])
+
+
+def finest(backend: str) -> torch.dtype:
+    """The dtype of ``backend`` that rounds least."""
+    return PRODUCTS[backend][0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +97,30 @@ def make_x(
         flat[1:] = values.flatten()
         return flat[1:].view(batch_size, S, C)
     raise ValueError(layout)
+
+
+class Watched:
+    """The compiled module of the cuda backend, with the names of the calls that launch kernels noted in ``calls``.
+
+    Without ``run`` they are noted only.
+    """
+
+    SIZES = ("padded_tokens", "weight_gradient_splits", "gelu_backward_tiles", "norm_backward_parts", "driver_version")
+
+    def __init__(self, module: ModuleType, run: bool = True) -> None:
+        self.module, self.run = module, run
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str):
+        value = getattr(self.module, name)
+        if not callable(value) or name in self.SIZES:
+            return value
+
+        def call(*args, **kwargs):
+            self.calls.append(name)
+            return value(*args, **kwargs) if self.run else None
+
+        return call
 
 
 def run(block: Block, x: Tensor, backend: str, **options) -> Tensor:

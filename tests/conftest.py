@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import timm_stub
 import torch
+from blocks import KERNEL_BACKENDS
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +30,38 @@ def pytest_configure(config: pytest.Config) -> None:
 def device() -> str:
     """Where kernel tests run: the GPU if there is one, or else the CPU under the strict interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=KERNEL_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend with kernels, ready to run on ``device``."""
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_kernels")
+    return request.param
+
+
+@pytest.fixture
+def cuda_kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The compiled module of the cuda backend: the installed one on a GPU, else one by g++ that takes CPU tensors."""
+    from mixer_kernels.backends.cuda import library
+
+    if torch.cuda.is_available():
+        reason = library.why_not(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+        if reason is not None:
+            pytest.skip(reason)
+        yield library.loaded()
+        return
+    module = request.getfixturevalue("_cuda_kernels_on_host")
+    library.install(module)
+    yield module
+    library.install(None)
+
+
+@pytest.fixture(scope="session")
+def _cuda_kernels_on_host() -> ModuleType:
+    from cuda_on_host import build
+
+    return build.load()
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from accuracy import GRADIENT_FACTOR, assert_accurate
-from blocks import LAYOUTS, make_block, make_x
+from blocks import LAYOUTS, Watched, finest, kernels_in, make_block, make_x
 from test_kernels import on_target
 
 import mixer_kernels.functional as F
@@ -15,6 +17,7 @@ from mixer_kernels.shapes import MixerShape
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
+CSRC = Path(__file__).parent.parent / "csrc"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 SHAPES = {
@@ -45,10 +48,10 @@ def gradients(block, x, dy, backend, wanted=None, run=F.mixer_block, **options):
     return dict(zip(names, torch.autograd.grad(y, [leaves[name] for name in names], dy), strict=True))
 
 
-def assert_gradients(block, x, dtype=None, target="sm_80", device="cpu", dy=None, **options):
+def assert_gradients(block, x, backend, target="sm_80", device="cpu", dy=None, **options):
     dy = torch.randn_like(x, memory_format=torch.contiguous_format) if dy is None else dy
     with on_target(target, device):
-        actual = gradients(block, x, dy, "triton", **options)
+        actual = gradients(block, x, dy, backend, **options)
     options.pop("memory", None)
     eager = gradients(block, x, dy, "torch", **options)
     exact = gradients(block.to(torch.float64), x.double(), dy.double(), "torch", **options)
@@ -58,12 +61,12 @@ def assert_gradients(block, x, dtype=None, target="sm_80", device="cpu", dy=None
 
 
 @pytest.mark.parametrize("memory", F.MEMORY_MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@kernels_in(*DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_matches_eager(shape, dtype, memory, device):
+def test_matches_eager(shape, backend, dtype, memory, device):
     # One image where there is one of everything: a sum of three roundings says nothing about who rounds better.
     block, x = make_block(shape, dtype, device), make_x(1 if shape.C == 1 else 3, shape, dtype, device)
-    assert_gradients(block, x, memory=memory, device=device)
+    assert_gradients(block, x, backend, memory=memory, device=device)
 
 
 @pytest.mark.parametrize("memory", F.MEMORY_MODES)
@@ -71,26 +74,26 @@ def test_matches_eager(shape, dtype, memory, device):
 @pytest.mark.parametrize("name", ("S/32", "S/16", "beyond the fused kernel"))
 def test_tensor_descriptors_match_eager(name, dtype, memory, device):
     block, x = make_block(SHAPES[name], dtype, device), make_x(2, SHAPES[name], dtype, device)
-    assert_gradients(block, x, memory=memory, target="sm_90", device=device)
+    assert_gradients(block, x, "triton", memory=memory, target="sm_90", device=device)
 
 
 @pytest.mark.parametrize("approximate", F.APPROXIMATIONS)
 @pytest.mark.parametrize("affine", (True, False), ids=("affine", "no affine"))
 @pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_options(dtype, bias, affine, approximate, device):
+@kernels_in(torch.float32, torch.bfloat16)
+def test_options(backend, dtype, bias, affine, approximate, device):
     shape = MixerShape(S=49, C=40, D_S=24, D_C=56)
     block, x = make_block(shape, dtype, device, affine=affine, bias=bias), make_x(2, shape, dtype, device)
-    assert_gradients(block, x, approximate=approximate, device=device)
+    assert_gradients(block, x, backend, approximate=approximate, device=device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_layouts(dtype, layout, device):
+@kernels_in(torch.float32, torch.bfloat16)
+def test_layouts(backend, dtype, layout, device):
     shape = MixerShape(S=49, C=40, D_S=24, D_C=48)
     block, x = make_block(shape, dtype, device), make_x(2, shape, dtype, device, layout)
     before = x.clone()
-    assert_gradients(block, x, device=device)
+    assert_gradients(block, x, backend, device=device)
     assert torch.equal(x, before)
 
 
@@ -102,12 +105,12 @@ GRADIENT_LAYOUTS = {
 
 
 @pytest.mark.parametrize("make", GRADIENT_LAYOUTS.values(), ids=GRADIENT_LAYOUTS.keys())
-def test_incoming_gradients_of_any_layout(make, device):
+def test_incoming_gradients_of_any_layout(make, backend, device):
     shape = MixerShape(S=49, C=40, D_S=24, D_C=48)
-    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device)
+    block, x = make_block(shape, finest(backend), device), make_x(2, shape, finest(backend), device)
     dy = make(x)
     before = dy.clone()
-    assert_gradients(block, x, dy=dy, device=device)
+    assert_gradients(block, x, backend, dy=dy, device=device)
     assert torch.equal(dy, before)
 
 
@@ -116,46 +119,74 @@ NAMES = ("x", "gamma1", "beta1", "w1", "b1", "w2", "b2", "gamma2", "beta2", "w3"
 
 @pytest.mark.parametrize("frozen", (False, True), ids=("alone", "all but"))
 @pytest.mark.parametrize("name", NAMES)
-def test_only_what_is_asked_for(name, frozen, device):
+def test_only_what_is_asked_for(name, frozen, backend, device):
     """Each input alone, and all but one: the same numbers as when all are wanted."""
     shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
-    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device)
+    block, x = make_block(shape, finest(backend), device), make_x(2, shape, finest(backend), device)
     dy = torch.randn_like(x)
     wanted = set(NAMES) - {name} if frozen else {name}
-    whole = gradients(block, x, dy, "triton")
-    part = gradients(block, x, dy, "triton", wanted=wanted)
+    whole = gradients(block, x, dy, backend)
+    part = gradients(block, x, dy, backend, wanted=wanted)
     assert part.keys() == wanted
     for other in wanted:
         torch.testing.assert_close(part[other], whole[other], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("half", ("token_mixing", "channel_mixing"))
-def test_launches_are_only_what_is_asked_for(half, device):
-    """dx alone makes no weight gradient; a bias alone makes no LayerNorm backward."""
-    if device == "cuda":
-        pytest.skip("counts in the strict interpreter, on the CPU")
-    import strict_interpreter
+@contextlib.contextmanager
+def kernels_run(backend):
+    """The names of the kernels, or calls of _C, that run inside."""
+    seen = []
+    if backend == "triton":
+        import strict_interpreter
 
+        with strict_interpreter.record() as launches:
+            yield seen
+        seen += [one.kernel for one in launches]
+    else:
+        from mixer_kernels.backends.cuda import library
+
+        kernels = library.loaded()
+        watched = Watched(kernels)
+        library.install(watched)
+        try:
+            yield seen
+        finally:
+            library.install(kernels)
+        seen += watched.calls
+
+
+NAMES_OF_KERNELS = {
+    "triton": ("_token_weight_gradient_kernel", "_norm_bwd_kernel", "_token_mixing_bwd_kernel"),
+    "cuda": ("token_weight_gradient", "norm_backward", "token_mixing_backward"),
+}
+
+
+@pytest.mark.parametrize("half", ("token_mixing", "channel_mixing"))
+def test_launches_are_only_what_is_asked_for(half, backend, device):
+    """dx alone makes no weight gradient; a bias alone makes no LayerNorm backward."""
+    if device == "cuda" and backend == "triton":
+        pytest.skip("counts in the strict interpreter, on the CPU")
     shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
-    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device)
+    block, x = make_block(shape, finest(backend), device), make_x(2, shape, finest(backend), device)
     parameters = block.token() if half == "token_mixing" else block.channel()
+    weight_gradient, norm_backward, data_gradient = NAMES_OF_KERNELS[backend]
 
     def kernels(*wanted):
         leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate((x, *parameters))]
-        y = getattr(F, half)(*leaves, backend="triton")
-        with strict_interpreter.record() as launches:
+        y = getattr(F, half)(*leaves, backend=backend)
+        with kernels_run(backend) as names:
             y.sum().backward()
-        return {one.kernel for one in launches}
+        return set(names) - {"pack_weight"}
 
-    assert "_token_weight_gradient_kernel" not in kernels(0)
-    assert "_norm_bwd_kernel" in kernels(0)
-    assert "_norm_bwd_kernel" not in kernels(4)
-    assert kernels(6) <= {"_token_mixing_bwd_kernel", "_token_weight_gradient_kernel"}
+    assert weight_gradient not in kernels(0)
+    assert norm_backward in kernels(0)
+    assert norm_backward not in kernels(4)
+    assert kernels(6) <= {data_gradient, weight_gradient}
 
 
 @pytest.mark.parametrize("stream", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("products", (torch.float16, torch.bfloat16), ids=str)
-def test_autocast(products, stream, device):
+def test_autocast(products, stream, backend, device):
     shape = MixerShape(S=49, C=40, D_S=24, D_C=48)
     block, x = make_block(shape, torch.float32, device), make_x(2, shape, stream, device)
 
@@ -166,48 +197,67 @@ def test_autocast(products, stream, device):
     dy = torch.randn(x.shape, dtype=torch.promote_types(stream, products), device=device)
     for target in ("sm_80", "sm_90"):
         with on_target(target, device):
-            actual = gradients(block, x, dy, "triton", run=run)
+            actual = gradients(block, x, dy, backend, run=run)
         eager = gradients(block, x, dy, "torch", run=run)
         exact = gradients(block.to(torch.float64), x.double(), dy.double(), "torch", run=run)
         for name in actual:
             assert_accurate(actual[name], eager[name], exact[name], GRADIENT_FACTOR, what=f"gradient of {name}")
 
 
-def test_empty_batch(device):
+def test_empty_batch(backend, device):
     shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
-    block, x = make_block(shape, torch.float32, device), make_x(0, shape, torch.float32, device)
-    for name, gradient in gradients(block, x, torch.empty_like(x), "triton").items():
+    block, x = make_block(shape, finest(backend), device), make_x(0, shape, finest(backend), device)
+    for name, gradient in gradients(block, x, torch.empty_like(x), backend).items():
         assert torch.equal(gradient, torch.zeros_like(gradient)), name
 
 
-def test_backward_twice_is_bit_identical(device):
+def test_backward_twice_is_bit_identical(backend, device):
     shape = MixerShape(S=49, C=40, D_S=24, D_C=48)
     block, x = make_block(shape, torch.bfloat16, device), make_x(3, shape, torch.bfloat16, device)
     leaves = [x.requires_grad_(), *(p.requires_grad_() for p in block.parameters.values())]
-    y = F.mixer_block(x, **block.parameters, backend="triton")
+    y = F.mixer_block(x, **block.parameters, backend=backend)
     dy = torch.randn_like(y)
     first, second = (torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_second_derivative_raises(device):
+def test_a_second_derivative_raises(backend, device):
     shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
-    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device).requires_grad_()
+    block, x = make_block(shape, finest(backend), device), make_x(2, shape, finest(backend), device).requires_grad_()
     for half, parameters in ((F.token_mixing, block.token()), (F.channel_mixing, block.channel())):
-        y = half(x, *parameters, backend="triton")
+        y = half(x, *parameters, backend=backend)
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
             dx.sum().backward()
 
 
-def test_saved_bytes():
+@contextlib.contextmanager
+def nothing_computed(backend):
+    """Kernels are not run: for what is only counted."""
+    if backend == "triton":
+        from mixer_kernels.backends.triton.launch import intercept_launches
+
+        with intercept_launches(lambda *_: None):
+            yield
+    else:
+        from mixer_kernels.backends.cuda import library
+
+        kernels = library.loaded()
+        library.install(Watched(kernels, run=False))
+        try:
+            yield
+        finally:
+            library.install(kernels)
+
+
+def test_saved_bytes(backend):
     """Per block of B/16, of what eager autograd keeps: fast at most 0.40, min at most 0.14."""
     shape = MixerShape(S=196, C=768, D_S=384, D_C=3072)
     block = make_block(shape, torch.bfloat16, "cpu")
     x = make_x(2, shape, torch.bfloat16, "cpu").requires_grad_()
     weights = {p.requires_grad_().untyped_storage().data_ptr() for p in block.parameters.values()}
 
-    def saved(backend, memory):
+    def saved(name, memory):
         seen = {}
 
         def pack(t):
@@ -217,33 +267,29 @@ def test_saved_bytes():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            F.mixer_block(x, **block.parameters, backend=backend, memory=memory)
+            F.mixer_block(x, **block.parameters, backend=name, memory=memory)
         return sum(seen.values())
 
-    from mixer_kernels.backends.triton.launch import intercept_launches
-
     eager = saved("torch", "fast")
-    with intercept_launches(lambda *_: None):  # counts what is kept; nothing has to be computed
-        assert saved("triton", "fast") <= 0.40 * eager
-        assert saved("triton", "min") <= 0.14 * eager
+    with nothing_computed(backend):
+        assert saved(backend, "fast") <= 0.40 * eager
+        assert saved(backend, "min") <= 0.14 * eager
 
 
-def test_gradient_pairs_do_not_depend_on_memory_mode(device):
+def test_gradient_pairs_do_not_depend_on_memory_mode(backend, device):
     shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
-    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device)
+    block, x = make_block(shape, finest(backend), device), make_x(2, shape, finest(backend), device)
     dy = torch.randn_like(x)
-    fast, small = (gradients(block, x, dy, "triton", memory=memory) for memory in F.MEMORY_MODES)
+    fast, small = (gradients(block, x, dy, backend, memory=memory) for memory in F.MEMORY_MODES)
     assert all(torch.equal(fast[name], small[name]) for name in fast)
 
 
 def test_no_floats_are_added_atomically():
     """Reductions run in a fixed order: the kernels' sources use no atomic at all."""
-    from pathlib import Path
-
     import mixer_kernels.backends.triton as backend
 
-    sources = list(Path(backend.__file__).parent.glob("*.py"))
-    assert len(sources) > 10
-    assert not [
-        path.name for path, word in itertools.product(sources, ("atomic_add", "atomic_cas")) if word in path.read_text()
-    ]
+    triton = list(Path(backend.__file__).parent.glob("*.py"))
+    cuda = [path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh")]
+    assert len(triton) > 10 and len(cuda) > 10
+    words = ("atomic_add", "atomic_cas", "atomicAdd", "atomicCAS", '"red.', '"atom.')
+    assert not [path.name for path, word in itertools.product(triton + cuda, words) if word in path.read_text()]

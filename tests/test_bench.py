@@ -86,9 +86,10 @@ def test_rows_divide_what_was_measured(monkeypatch):
         "torch": Samples([0.02, 0.02, 0.02], call_seconds=[0.03]),
         "bare": Samples([0.016]),
     }
-    failures = {"triton": "cannot run: no GPU"}
-    eager, compiled, ours, triton, bare = group_rows(case, CPU, PROVIDERS, samples, failures, {"bare": "mm"})
-    assert [row.provider for row in (eager, compiled, ours, triton, bare)] == list(PROVIDERS)
+    failures = {"triton": "cannot run: no GPU", "cuda": "cannot run: not built"}
+    rows = group_rows(case, CPU, PROVIDERS, samples, failures, {"bare": "mm"})
+    assert [row.provider for row in rows] == list(PROVIDERS)
+    eager, compiled, ours, triton, cuda, bare = rows
     assert (eager.ms, ours.ms, ours.call_ms, eager.call_ms) == (50.0, 20.0, 30.0, None)
     assert ours.images_per_s == pytest.approx(8 / 0.02)
     assert ours.tflops == pytest.approx(4e9 / 0.02 / 1e12)
@@ -98,6 +99,7 @@ def test_rows_divide_what_was_measured(monkeypatch):
     assert ours.speedup_vs_compile == pytest.approx(2.0)
     assert ours.time_vs_bare == pytest.approx(1.25)
     assert (triton.ms, triton.speedup_vs_eager, triton.reason) == (None, None, "cannot run: no GPU")
+    assert (cuda.ms, cuda.speedup_vs_eager, cuda.reason) == (None, None, "cannot run: not built")
     assert (bare.detail, ours.rounds) == ("mm", 3)
 
 
@@ -324,7 +326,7 @@ def test_command_line_prints_and_writes_the_same_rows(tmp_path, capsys):
     assert written["versions"]["torch"] == torch.__version__
     assert written["device"]["name"] in output
     rows = [Row(**row) for row in written["throughput"]]
-    expected = [(batch, name) for batch in (1, 2) for name in ("eager", "torch", "triton", "bare")]
+    expected = [(batch, name) for batch in (1, 2) for name in ("eager", "torch", "triton", "cuda", "bare")]
     assert [(row.batch_size, row.provider) for row in rows] == expected
     assert table(rows) in output
 
@@ -366,7 +368,15 @@ def test_plot_has_a_bar_for_each_speed(tmp_path):
     path = tmp_path / "throughput.svg"
     plot(rows, "a GPU", path)
     text = path.read_text()
-    for label in ("batch 32", "torch.compile", "Triton kernels", "cannot run", "32,000  (2.00x eager)", "a GPU"):
+    for label in (
+        "batch 32",
+        "torch.compile",
+        "Triton kernels",
+        "CUDA kernels",
+        "cannot run",
+        "32,000  (2.00x eager)",
+        "a GPU",
+    ):
         assert label in text, label
     with pytest.raises(ValueError, match=r"\.png.*got 'out\.xyz'"):
         check_plot("out.xyz")

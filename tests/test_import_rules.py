@@ -118,6 +118,8 @@ def test_imports_run_one_way(path: Path) -> None:
         ("backends.triton.launch", "from ...tuning import configs", False),
         ("backends.triton.launch", "from ...ops import token_mixing", True),
         ("backends.triton.launch", "from . import gelu", False),
+        ("backends.cuda.library", "from ...tuning.target import target_of", False),
+        ("backends.cuda.library", "from ...functional import token_mixing", True),
         ("backends.torch", "from .. import shapes", False),
         ("backends.torch", "from .. import modules", True),
         ("convert", "from . import shapes", False),
@@ -185,6 +187,7 @@ for name in ("_lazy_init", "init", "is_available", "device_count", "current_devi
     setattr(torch.cuda, name, touched)
 before = set(sys.modules)
 import mixer_kernels
+import mixer_kernels.backends.cuda
 
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 assert not torch.cuda.is_initialized()

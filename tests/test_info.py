@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from mixer_kernels import __version__, backends, info
 from mixer_kernels.__main__ import COMMANDS
 from mixer_kernels.__main__ import main as run_command
+from mixer_kernels.backends.cuda import library
+from mixer_kernels.backends.measured import MEASURED_FILE, measured_gpus
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -46,17 +49,52 @@ def test_info_shows_the_environment_variables_in_force(monkeypatch, capsys):
 def test_info_says_whether_a_backend_was_measured_on_this_gpu(measured, line):
     entry = {"runs": ["float16"], "why_not": {"float32": "no"}, "trains": False, "measured": measured}
     device = {"device": "cuda:0", "name": "NVIDIA H200", "backends": {"triton": entry}}
-    text = info.render({"versions": {}, "package": "here", "devices": [device], "environment": {}})
+    built = {"why_not": "not in this installation"}
+    text = info.render(
+        {"versions": {}, "package": "here", "cuda_kernels": built, "devices": [device], "environment": {}}
+    )
     assert f"{line} this kind of GPU" in text
     assert "does not run float32: no" in text
 
 
 def test_measured_gpus_are_listed_by_backend():
-    listed = json.loads((Path(info.__file__).parent / info.MEASURED_FILE).read_text())
+    listed = json.loads((Path(info.__file__).parent / MEASURED_FILE).read_text())
     assert set(listed) <= set(backends.BACKENDS) - {"torch"}
     for backend, names in listed.items():
-        assert info.measured_gpus(backend) == names and all(isinstance(name, str) for name in names)
-    assert info.measured_gpus("no such backend") == []
+        assert measured_gpus(backend) == names and all(isinstance(name, str) for name in names)
+    assert measured_gpus("no such backend") == []
+
+
+def test_info_says_what_the_cuda_kernels_were_built_for(monkeypatch, capsys):
+    module = ModuleType(library.MODULE)
+    module.__file__ = "/here/_C.so"
+    module.on_host, module.runtime_version = False, 12080
+    module.architectures, module.ptx = ("80", "90a", "120"), ("80", "120")
+    monkeypatch.setattr(library, "loaded", lambda: module)
+    info.main([])
+    line = "CUDA kernels   built with CUDA 12.8 for sm_80, sm_90a, sm_120; compute_80, compute_120 PTX for other GPUs"
+    assert line in capsys.readouterr().out.splitlines()
+    module.on_host = True
+    info.main([])
+    assert "CUDA kernels   built for the CPU (/here/_C.so)" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ModuleNotFoundError("no", name=library.MODULE), "CUDA kernels   not in this installation"),
+        (ImportError("no GLIBC_9"), "CUDA kernels   mixer_kernels._C does not load: no GLIBC_9"),
+    ],
+)
+def test_info_says_why_there_are_no_cuda_kernels(monkeypatch, capsys, error, line):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(library, "loaded", fail)
+    library._reason.cache_clear()
+    info.main([])
+    assert line in capsys.readouterr().out.splitlines()
+    library._reason.cache_clear()
 
 
 def test_info_runs_without_triton_timm_or_cuda():

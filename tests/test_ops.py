@@ -17,23 +17,23 @@ NAMES = ("token_mixing", "channel_mixing", "mixer_block", "token_mixing_backward
 NO_NOISE = (0.0, 0.0, None)
 
 
-def arguments(block, x, name, noise=NO_NOISE, keep_z=True, wanted=(True,) * 7):
+def arguments(block, x, name, noise=NO_NOISE, keep_z=True, wanted=(True,) * 7, backend="triton"):
     """What functional or autograd pass to the operator ``name``."""
     hidden, tokens = block.parameters["w3"].shape[0], x.shape[1]
     half = block.token() if name.startswith("token") else block.channel()
     if name == "mixer_block":
-        return (x, *block.token(), *block.channel(), 1e-6, 1e-6, "none", x.dtype, "triton")
+        return (x, *block.token(), *block.channel(), 1e-6, 1e-6, "none", x.dtype, backend)
     if name == "token_mixing":
-        return (x, *half, 1e-6, "none", x.dtype, *noise, "triton")
+        return (x, *half, 1e-6, "none", x.dtype, *noise, backend)
     if name == "channel_mixing":
-        return (x, *half, 1e-6, "none", x.dtype, *noise, "triton", keep_z)
+        return (x, *half, 1e-6, "none", x.dtype, *noise, backend, keep_z)
     mean, rstd = (torch.rand(x.shape[0] * tokens, device=x.device) for _ in range(2))
     saved = (mean, rstd)
     if name == "channel_mixing_backward":
         z = torch.randn(x.shape[0] * tokens, hidden, device=x.device).to(x.dtype)
         saved = (mean, rstd, z if keep_z else None)
     present = [want and t is not None for want, t in zip(wanted, (x, *half), strict=True)]
-    return (torch.randn_like(x), x, *saved, *half, "none", x.dtype, *noise, "triton", present)
+    return (torch.randn_like(x), x, *saved, *half, "none", x.dtype, *noise, backend, present)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "transposed", "channel slice"))

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from accuracy import GRADIENT_FACTOR, assert_accurate
-from blocks import LAYOUTS, make_block, make_x, run, run_exact
+from blocks import LAYOUTS, PRODUCTS, make_block, make_x, run, run_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_backward import gradients
@@ -17,6 +17,19 @@ from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.target import KNOWN_TARGETS, assume_target
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def products_of(backend, dtype, device):
+    """Where ``backend`` has no products in ``dtype``, they are bfloat16 under autocast, and the stream is ``dtype``."""
+    return torch.autocast(device, torch.bfloat16, enabled=dtype not in PRODUCTS[backend])
+
+
+def on(target, backend, device):
+    """Kernels as for ``target`` on the CPU; CUDA kernels are for NVIDIA's."""
+    if device == "cuda" or (backend == "cuda" and not KNOWN_TARGETS[target].is_nvidia):
+        return contextlib.nullcontext()
+    return assume_target(KNOWN_TARGETS[target])
+
 
 EXTENTS = st.one_of(st.integers(1, 70), st.sampled_from((15, 16, 17, 31, 32, 33, 63, 64, 65, 96)))
 
@@ -40,16 +53,18 @@ EXTENTS = st.one_of(st.integers(1, 70), st.sampled_from((15, 16, 17, 31, 32, 33,
 )
 def test_any_block_matches_eager(
     batch_size, tokens, channels, token_hidden, channel_hidden, dtype, layout, approximate, affine, bias, mean, eps,
-    target, seed, device,
+    target, seed, backend, device,
 ):  # fmt: skip
     torch.manual_seed(seed)
     shape = MixerShape(S=tokens, C=channels, D_S=token_hidden, D_C=channel_hidden)
     block = make_block(shape, dtype, device, affine=affine, bias=bias)
     x = make_x(batch_size, shape, dtype, device, layout, mean)
     options = {"eps": eps, "approximate": approximate}
-    with assume_target(KNOWN_TARGETS[target]) if device == "cpu" else contextlib.nullcontext():
-        actual = run(block, x, "triton", **options)
-    assert_accurate(actual, run(block, x, "torch", **options), run_exact(block, x, **options))
+    with products_of(backend, dtype, device):
+        with on(target, backend, device):
+            actual = run(block, x, backend, **options)
+        eager = run(block, x, "torch", **options)
+    assert_accurate(actual, eager, run_exact(block, x, **options))
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -70,16 +85,17 @@ def test_any_block_matches_eager(
 )
 def test_any_gradient_matches_eager(
     batch_size, tokens, channels, token_hidden, channel_hidden, dtype, layout, approximate, affine, bias, memory,
-    target, seed, device,
+    target, seed, backend, device,
 ):  # fmt: skip
     torch.manual_seed(seed)
     shape = MixerShape(S=tokens, C=channels, D_S=token_hidden, D_C=channel_hidden)
     block = make_block(shape, dtype, device, affine=affine, bias=bias)
     x = make_x(batch_size, shape, dtype, device, layout)
     dy = torch.randn(x.shape, device=device).to(dtype)
-    with assume_target(KNOWN_TARGETS[target]) if device == "cpu" else contextlib.nullcontext():
-        actual = gradients(block, x, dy, "triton", approximate=approximate, memory=memory)
-    eager = gradients(block, x, dy, "torch", approximate=approximate)
+    with products_of(backend, dtype, device):
+        with on(target, backend, device):
+            actual = gradients(block, x, dy, backend, approximate=approximate, memory=memory)
+        eager = gradients(block, x, dy, "torch", approximate=approximate)
     exact = gradients(block.to(torch.float64), x.double(), dy.double(), "torch", approximate=approximate)
     for name in actual:
         assert_accurate(actual[name], eager[name], exact[name], GRADIENT_FACTOR, what=f"gradient of {name}")

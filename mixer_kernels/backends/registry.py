@@ -1,8 +1,18 @@
 """Which backend runs: the names, the user's choice, and the one rule for ``auto``.
 
 A backend is a module with ``why_not``, ``token_mixing_forward`` and ``channel_mixing_forward`` and, unless autograd
-does that for it, their ``_backward``. Backends are imported when first asked for: importing mixer_kernels needs
-neither Triton nor a GPU.
+does that for it, their ``_backward``; it may have ``mixer_block_forward``. Backends are imported when first asked for:
+importing mixer_kernels needs neither Triton nor a GPU.
+
+``auto`` on a GPU prefers, of the two backends with kernels,
+
+1. the one that measured.json lists for this GPU, if it lists one of them alone;
+2. else ``cuda`` on compute capability 8.x and 12.x, where its tensor core instructions are the native ones, then
+   ``triton``;
+3. else ``triton``, which has the instructions of 9.0 and 10.x, then ``cuda``.
+
+What cannot run (not built, not installed, a dtype) is passed over; ``torch`` is the last resort and on the CPU the only
+one.
 """
 
 from __future__ import annotations
@@ -13,17 +23,18 @@ import functools
 import importlib
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 
 from ..tracing import constant_while_tracing
+from .measured import measured_gpus
 
 logger = logging.getLogger("mixer_kernels")
 
-BACKENDS = ("triton", "torch")  # in the order in which "auto" prefers them
+BACKENDS = ("cuda", "triton", "torch")
+KERNEL_BACKENDS = ("cuda", "triton")
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
@@ -32,7 +43,7 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mixer_k
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the block's calls on ``name`` ("auto", "triton" or "torch") inside the ``with`` statement.
+    """Run the block's calls on ``name`` ("auto", "cuda", "triton" or "torch") inside the ``with`` statement.
 
     Wins over ``MIXER_KERNELS_BACKEND``; a ``backend=`` argument wins over both. Holds for the current thread or task.
     A function compiled by ``torch.compile`` keeps the backend that it was compiled with.
@@ -69,15 +80,32 @@ def choose(
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run: {reason}")
         return name
-    if device.type == "cpu":
-        _warn_once("auto", "torch", "the tensors are on the CPU; the kernels need a GPU")
+    if device.type != "cuda":
+        where = "the CPU" if device.type == "cpu" else f"a device of type {device.type!r}"
+        _warn_once("auto", "torch", f"the tensors are on {where}; the kernels need a GPU")
         return "torch"
-    for candidate in BACKENDS:
+    reasons = {}
+    for candidate in preferred(device):
         reason = why_not(candidate, device, dtype)
         if reason is None:
             return candidate
+        reasons[candidate] = reason
+    for candidate, reason in reasons.items():
         _warn_once(candidate, "torch", reason)
-    raise AssertionError("the torch backend runs everywhere")
+    return "torch"
+
+
+@functools.cache
+def preferred(device: torch.device) -> tuple[str, ...]:
+    """The backends with kernels in the order in which "auto" tries them on the GPU ``device``."""
+    name = torch.cuda.get_device_name(device)
+    measured = [backend for backend in KERNEL_BACKENDS if name in measured_gpus(backend)]
+    if len(measured) == 1:
+        first = measured[0]
+    else:
+        native = not torch.version.hip and torch.cuda.get_device_capability(device)[0] in (8, 12)
+        first = "cuda" if native else "triton"
+    return first, *(backend for backend in KERNEL_BACKENDS if backend != first)
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -101,10 +129,9 @@ def forget_packs() -> None:
     Needed only after a write that PyTorch does not count: through ``.data``, by a replayed CUDA graph of a training
     step, by a fused optimizer under ``torch.compile``.
     """
-    for name in BACKENDS:
-        module = sys.modules.get(f"{__package__}.{name}")
-        if module is not None and hasattr(module, "forget_packs"):
-            module.forget_packs()
+    from . import prepack
+
+    prepack.forget_packs()
 
 
 def _checked(name: str, source: str) -> str:

@@ -12,6 +12,7 @@ from .report import Row, significant
 # Okabe and Ito's palette: told apart with any colour vision, and in print.
 _COLORS = {"eager": "#999999", "compile": "#56B4E9", "bare": "#DDDDDD", "torch": "#009E73", "triton": "#D55E00"}
 _COLORS |= {"triton fast": _COLORS["triton"], "triton min": "#E69F00"}
+_COLORS |= {"cuda": "#0072B2", "cuda fast": "#0072B2", "cuda min": "#F0E442"}
 _OTHER_COLOR = "#CC79A7"
 _LABELS = {
     "eager": "eager PyTorch",
@@ -21,6 +22,9 @@ _LABELS = {
     "triton": "Triton kernels",
     "triton fast": 'Triton, memory="fast"',
     "triton min": 'Triton, memory="min"',
+    "cuda": "CUDA kernels",
+    "cuda fast": 'CUDA, memory="fast"',
+    "cuda min": 'CUDA, memory="min"',
 }
 
 

@@ -23,7 +23,9 @@ from .check import COMPILED_GRADIENT_FACTOR, GRADIENT_FACTOR
 
 EPS = 1e-6  # timm's
 PROVIDERS = ("eager", "compile", *reversed(backends.BACKENDS), "bare")  # in the order of the rows
-TRAINING_PROVIDERS = ("eager", "compile", "torch", "triton fast", "triton min", "bare")  # one row a memory mode
+TRAINING_PROVIDERS = (  # one row a memory mode
+    "eager", "compile", "torch", "triton fast", "triton min", "cuda fast", "cuda min", "bare",
+)  # fmt: skip
 
 
 def provider_names(level: str, mode: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ statistics, fc1, fc2.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +13,11 @@ import triton
 from torch import Tensor
 
 from ...tuning.configs import MAX_FUSED_TOKENS
-from .backward import channel_mixing_gradients, token_mixing_gradients
+from ..backward import channel_mixing_gradients, token_mixing_gradients
+from ..devices import device_of
+from .backward import backward_kernels
 from .channel_mixing import channel_mixing_products
 from .noise import Noise
-from .prepack import forget_packs
 from .row_statistics import _row_statistics_kernel, row_statistics
 from .token_mixing import token_mixing_fused
 from .token_products import token_mixing_products
@@ -25,7 +25,6 @@ from .token_products import token_mixing_products
 __all__ = [
     "channel_mixing_backward",
     "channel_mixing_forward",
-    "forget_packs",
     "interpreted",
     "token_mixing_backward",
     "token_mixing_forward",
@@ -73,7 +72,7 @@ def token_mixing_forward(
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_no_statistics(x)
     mix = token_mixing_fused if x.shape[1] <= MAX_FUSED_TOKENS else token_mixing_products
-    with _device_of(x):
+    with device_of(x):
         mean, rstd = row_statistics(x, eps)
         u = mix(
             x, mean, rstd, gamma, beta, w1, b1, w2, b2,
@@ -104,7 +103,7 @@ def channel_mixing_forward(
     if u.numel() == 0:
         z = u.new_empty((0, w3.shape[0]), dtype=dtype) if keep_z else None
         return torch.empty(u.shape, dtype=u.dtype, device=u.device), *_no_statistics(u), z
-    with _device_of(u):
+    with device_of(u):
         mean, rstd = row_statistics(u, eps)
         y, z = channel_mixing_products(
             u, mean, rstd, gamma, beta, w3, b3, w4, b4,
@@ -134,14 +133,10 @@ def token_mixing_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``x, gamma, beta, w1, b1, w2, b2`` from ``du``, that of u; None where ``wanted`` is false."""
-    if x.numel() == 0:
-        return _zeros((x, gamma, beta, w1, b1, w2, b2), wanted)
-    with _device_of(x), _without_autocast(x):
-        return token_mixing_gradients(
-            du.contiguous(), x, mean, rstd, gamma, beta, w1, b1, w2, b2,
-            approximate=approximate, dtype=dtype, precision=_precision(dtype),
-            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
-        )  # fmt: skip
+    return token_mixing_gradients(
+        backward_kernels(_precision(dtype)), du, x, mean, rstd, gamma, beta, w1, b1, w2, b2,
+        approximate=approximate, dtype=dtype, noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
+    )  # fmt: skip
 
 
 def channel_mixing_backward(
@@ -165,33 +160,14 @@ def channel_mixing_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``u, gamma, beta, w3, b3, w4, b4`` from ``dy``, that of y; None where ``wanted`` is false."""
-    if u.numel() == 0:
-        return _zeros((u, gamma, beta, w3, b3, w4, b4), wanted)
-    with _device_of(u), _without_autocast(u):
-        return channel_mixing_gradients(
-            dy.contiguous(), u, mean, rstd, z, gamma, beta, w3, b3, w4, b4,
-            approximate=approximate, dtype=dtype, precision=_precision(dtype),
-            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
-        )  # fmt: skip
+    return channel_mixing_gradients(
+        backward_kernels(_precision(dtype)), dy, u, mean, rstd, z, gamma, beta, w3, b3, w4, b4,
+        approximate=approximate, dtype=dtype, noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
+    )  # fmt: skip
 
 
 def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
-
-
-def _zeros(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(torch.zeros_like(t) if want else None for t, want in zip(inputs, wanted, strict=True))
-
-
-def _device_of(x: Tensor):
-    """Triton launches on the current device, whatever device its arguments are on."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
-def _without_autocast(x: Tensor):
-    """The plain products of backward have their dtypes already, also where backward is called under autocast."""
-    known = x.device.type != "meta"  # autocast does not know that device
-    return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch
+from ..rounding import cdiv
+from .launch import launch
 from .noise import Noise, kept_branch, kept_image
 
 

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ...tuning.configs import gelu_backward_config
 from ...tuning.target import target_of
+from ..rounding import cdiv
 from .channel_epilogue import hidden_dropout, tile_origin
 from .gelu import gelu_and_slope
-from .launch import cdiv, launch, needs_int64
+from .launch import launch, needs_int64
 from .noise import Noise
+from .prepack import product_weight
 
 
 @triton.jit
@@ -96,7 +98,8 @@ def _channel_gelu_bwd_kernel(
 def channel_gelu_backward(
     g: Tensor, w4: Tensor, z: Tensor, *, want_a: bool, approximate: str, precision: str, noise: Noise
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]`` and packed ``w4``."""
+    """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]`` and ``w4 [C, D_C]``."""
+    w4 = product_weight(w4, g.dtype)
     rows, hidden = z.shape
     channels = g.shape[2]
     config = gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee", depth=channels)

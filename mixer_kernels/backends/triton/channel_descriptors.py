@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ...tuning.configs import ProductConfig
 from ...tuning.target import Target
+from ..rounding import cdiv
 from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden_dropout, tile_origin
 from .gelu import gelu
-from .launch import cdiv, launch
+from .launch import launch
 from .noise import kept_image
 
 

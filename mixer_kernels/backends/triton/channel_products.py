@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 
 from ...tuning.configs import ProductConfig
+from ..rounding import cdiv
 from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden_dropout, tile_origin
 from .gelu import gelu
-from .launch import cdiv, launch, needs_int64
+from .launch import launch, needs_int64
 from .noise import kept_image
 
 

@@ -37,16 +37,6 @@ def launch(kernel, programs: int, *args: Any, **options: Any) -> None:
         kernel[(programs,)](*args, **options)
 
 
-def cdiv(a: int, b: int) -> int:
-    """``a / b`` rounded up."""
-    return -(-a // b)
-
-
-def round_up(a: int, multiple: int) -> int:
-    """The least multiple of ``multiple`` that is at least ``a``."""
-    return cdiv(a, multiple) * multiple
-
-
 def needs_int64(extents: tuple[int, ...], strides: tuple[int, ...], padding: int = 256) -> bool:
     """Whether an offset inside one image, tile padding included, may pass 2^31."""
     return sum((extent + padding) * stride for extent, stride in zip(extents, strides, strict=True)) >= 2**31

@@ -1,37 +1,21 @@
-"""Dropout and stochastic depth: counter-based random numbers, equations (11) and (12) of docs/maths.md.
-
-A random number is a function of the seed and of where it is used (hidden unit or output, its coordinates, the image),
-so that forward, backward and a replay by activation checkpointing agree without a mask in memory. The seed is a tensor
-drawn from PyTorch's generator: a captured CUDA graph draws a new one on every replay. The numbers, and so the masks,
-are not those that ``torch.nn.Dropout`` would draw.
-"""
+"""Dropout and stochastic depth in Triton kernels: factors of 0 or 1 / (1 - p), and the arguments that they take."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from .. import noise
 
 SITE_HIDDEN = tl.constexpr(0)
 SITE_BRANCH = tl.constexpr(1)
 SITE_IMAGE = tl.constexpr(2)
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Dropout and stochastic depth of one half of a block. Probability 0 is none, and exact."""
-
-    dropout_p: float = 0.0
-    drop_path_p: float = 0.0
-    seed: Tensor | None = None  # [1] int64 on the device of the kernels; None if both probabilities are 0
-
-    @property
-    def on_branch(self) -> bool:
-        """Whether the gradient of the branch differs from that of the output."""
-        return self.dropout_p > 0 or self.drop_path_p > 0
+class Noise(noise.Noise):
+    """As every backend takes it, with the arguments of Triton kernels."""
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel with noise takes."""

@@ -7,8 +7,6 @@ are added by PyTorch, in a fixed order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,9 @@ from torch import Tensor
 
 from ...tuning.configs import norm_backward_config
 from ...tuning.target import target_of
-from .launch import cdiv, launch
+from ..backward import NormGradients
+from ..rounding import cdiv
+from .launch import launch
 
 
 @triton.jit
@@ -78,16 +78,6 @@ def _norm_bwd_kernel(
     tl.store(sums_ptr, tl.sum(dgamma, 0), mask=mask_c)
     tl.store(sums_ptr + C, tl.sum(dbeta, 0), mask=mask_c)
     tl.store(sums_ptr + 2 * C, tl.sum(dy_sum, 0), mask=mask_c)
-
-
-class NormGradients(NamedTuple):
-    """What ``norm_backward`` returns; sums in float32."""
-
-    dx: Tensor  # [B, S, C]
-    n: Tensor | None  # [B, S, C]
-    dgamma: Tensor  # [C]
-    dbeta: Tensor  # [C]
-    dy_sum: Tensor  # [C]
 
 
 def norm_backward(

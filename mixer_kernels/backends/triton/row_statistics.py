@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tuning.configs import statistics_config
-from .launch import cdiv, launch, needs_int64
+from ..rounding import cdiv
+from .launch import launch, needs_int64
 
 
 @triton.jit

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ...tuning.configs import token_backward_config, token_segments
 from ...tuning.target import target_of
+from ..rounding import cdiv, round_up
 from .gelu import gelu_and_slope
-from .launch import cdiv, launch, needs_int64, round_up
+from .launch import launch, needs_int64
 from .noise import Noise, kept_hidden, kept_image
 from .prepack import token_weights
 from .token_mixing import _channels_of_program, _hidden, _normalised, is_vectorised
@@ -189,6 +190,7 @@ def token_data_gradient(
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
+    b2: Tensor | None,
     dn: Tensor,
     a: Tensor | None,
     dz: Tensor | None,
@@ -202,7 +204,7 @@ def token_data_gradient(
     batch_size, tokens, channels = x.shape
     segments = token_segments(tokens, longest=64)
     config = token_backward_config(target_of(x.device), dtype, segments, vectorised=is_vectorised(x))
-    packed = token_weights(w1, b1, w2, None, dtype, tokens=sum(segments), hidden=round_up(w1.shape[0], config.block_d))
+    packed = token_weights(w1, b1, w2, b2, dtype, tokens=sum(segments), hidden=round_up(w1.shape[0], config.block_d))
     launch(
         _token_mixing_bwd_kernel,
         batch_size * cdiv(channels, config.block_c),

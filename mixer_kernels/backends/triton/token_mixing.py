@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ...tuning.configs import token_config, token_segments
 from ...tuning.target import target_of
+from ..rounding import cdiv, round_up
 from .gelu import gelu
-from .launch import cdiv, launch, needs_int64, round_up
+from .launch import launch, needs_int64
 from .noise import Noise, kept_branch, kept_hidden, kept_image
 from .prepack import token_weights
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...tuning.configs import token_product_config
 from ...tuning.target import target_of
+from ..rounding import cdiv, round_up
 from .gelu import gelu
-from .launch import cdiv, launch, needs_int64, round_up
+from .launch import launch, needs_int64
 from .noise import Noise, kept_branch, kept_hidden, kept_image
 from .prepack import token_weights
 
@@ -161,6 +162,7 @@ def token_hidden(
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
+    b2: Tensor | None,
     *,
     dtype: torch.dtype,
     precision: str,
@@ -168,7 +170,7 @@ def token_hidden(
     """z ``[B, D_S, C]``, recomputed for the backward pass."""
     z = torch.empty(x.shape[0], w1.shape[0], x.shape[2], dtype=dtype, device=x.device)
     _run_product(
-        x, mean, rstd, gamma, beta, (w1, b1, w2, None), z, None, first=True, keep_z=True,
+        x, mean, rstd, gamma, beta, (w1, b1, w2, b2), z, None, first=True, keep_z=True,
         approximate="none", precision=precision, noise=Noise(),
     )  # fmt: skip
     return z

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...tuning.configs import token_gelu_backward_config
 from ...tuning.target import target_of
+from ..rounding import cdiv
 from .gelu import gelu_and_slope
-from .launch import cdiv, launch, needs_int64
+from .launch import launch, needs_int64
 from .noise import Noise, kept_hidden
 from .prepack import transposed_weight
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ...tuning.configs import weight_gradient_config
 from ...tuning.target import target_of
-from .launch import cdiv, launch, needs_int64
+from ..rounding import cdiv
+from .launch import launch, needs_int64
 from .noise import Noise, kept_image
 
 

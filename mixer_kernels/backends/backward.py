@@ -1,0 +1,182 @@
+"""Backward of both halves: which kernels run, in which order, for the gradients that are wanted.
+
+::
+
+    token mixing      g (branch gradient), a and dz and dn, dW1 and dW2, LayerNorm
+    channel mixing    g, z if it was not kept, dz and a, dn, LayerNorm and n, dW3 and dW4
+
+Plain products are PyTorch's. The token half passes a and dz on through scratch memory, 2 * B * D_S * C elements that
+are gone when its backward ends; recomputing them for the weight gradients would take GELU and two products more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .devices import device_of, without_autocast
+from .noise import Noise
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class NormGradients(NamedTuple):
+    """What a LayerNorm backward kernel returns; sums in float32."""
+
+    dx: Tensor  # [B, S, C]
+    n: Tensor | None  # [B, S, C]
+    dgamma: Tensor  # [C]
+    dbeta: Tensor  # [C]
+    dy_sum: Tensor  # [C]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A backend's share. Tensors [B, D_S, C] may have padded rows; b2 is there for the pack of the forward pass."""
+
+    max_fused_tokens: int  # the most that token_data_gradient takes
+    branch_gradient: Callable[..., Tensor]  # (dy, noise, dtype) -> g
+    token_data_gradient: Callable[..., None]  # (x, g, mean, rstd, gamma, beta, w1, b1, w2, b2, dn, a, dz)
+    token_hidden: Callable[..., Tensor]  # (x, mean, rstd, gamma, beta, w1, b1, w2, b2) -> z
+    token_gelu_backward: Callable[..., tuple[Tensor, Tensor]]  # (g, w2, z) -> a, dz, which may be z
+    weight_gradient: Callable[..., tuple[Tensor, Tensor]]  # (left, right, norm) -> dW1 or dW2', db1 or db2
+    channel_hidden: Callable[..., Tensor]  # (u, mean, rstd, gamma, beta, w3, b3) -> z
+    channel_gelu_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor]]  # (g, w4, z) -> dz, a, db3
+    norm_backward: Callable[..., NormGradients]  # (x, dn, dy, mean, rstd, gamma, beta, n_dtype)
+
+
+def token_mixing_gradients(
+    kernels: Kernels,
+    du: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    noise: Noise,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """Gradients of ``x, gamma, beta, w1, b1, w2, b2``, None where ``wanted`` is false."""
+    inputs = (x, gamma, beta, w1, b1, w2, b2)
+    if x.numel() == 0:
+        return _zeros(inputs, wanted)
+    with device_of(x), without_autocast(x):
+        gradients = _token_gradients(
+            kernels, du.contiguous(), mean, rstd, *inputs, approximate=approximate, dtype=dtype, noise=noise,
+            wanted=wanted,
+        )  # fmt: skip
+        return _cast(gradients, inputs, wanted)
+
+
+def channel_mixing_gradients(
+    kernels: Kernels,
+    dy: Tensor,
+    u: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    z: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    noise: Noise,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """Gradients of ``u, gamma, beta, w3, b3, w4, b4``, None where ``wanted`` is false. ``z`` None: recompute it."""
+    inputs = (u, gamma, beta, w3, b3, w4, b4)
+    if u.numel() == 0:
+        return _zeros(inputs, wanted)
+    with device_of(u), without_autocast(u):
+        gradients = _channel_gradients(
+            kernels, dy.contiguous(), mean, rstd, z, *inputs, approximate=approximate, dtype=dtype, noise=noise,
+            wanted=wanted,
+        )  # fmt: skip
+        return _cast(gradients, inputs, wanted)
+
+
+def _token_gradients(
+    kernels, du, mean, rstd, x, gamma, beta, w1, b1, w2, b2, *, approximate, dtype, noise, wanted
+) -> Gradients:
+    want_x, want_gamma, want_beta, want_w1, want_b1, want_w2, want_b2 = wanted
+    want_dn = want_x or want_gamma or want_beta
+    want_dz, want_a = want_w1 or want_b1, want_w2 or want_b2
+    g = kernels.branch_gradient(du, noise, dtype)
+    dn = a = dz = None
+    if want_dn or want_dz or want_a:
+        shared = {"approximate": approximate, "noise": noise}
+        if x.shape[1] <= kernels.max_fused_tokens:
+            hidden = (x.shape[0], w1.shape[0], x.shape[2])
+            dn = torch.empty(x.shape, dtype=dtype, device=x.device)
+            a = torch.empty(hidden, dtype=dtype, device=x.device) if want_a else None
+            dz = torch.empty(hidden, dtype=dtype, device=x.device) if want_dz else None
+            kernels.token_data_gradient(
+                x, g, mean, rstd, gamma, beta, w1, b1, w2, b2, dn, a, dz, dtype=dtype, **shared
+            )  # fmt: skip
+        else:
+            z = kernels.token_hidden(x, mean, rstd, gamma, beta, w1, b1, w2, b2, dtype=dtype)
+            a, dz = kernels.token_gelu_backward(g, w2, z, **shared)
+            dn = w1.to(dtype).t() @ dz
+    dw1 = db1 = dw2 = db2 = None
+    if want_dz:
+        dw1, db1 = kernels.weight_gradient(dz, x, (mean, rstd, gamma, beta), noise=noise)
+    if want_a:
+        dw2, db2 = kernels.weight_gradient(a, g, None, noise=noise)
+        dw2 = dw2.t()
+    dx = dgamma = dbeta = None
+    if want_dn:
+        dx, _, dgamma, dbeta, _ = kernels.norm_backward(x, dn, du, mean, rstd, gamma, beta, None)
+    return dx, dgamma, dbeta, dw1, db1, dw2, db2
+
+
+def _channel_gradients(
+    kernels, dy, mean, rstd, z, u, gamma, beta, w3, b3, w4, b4, *, approximate, dtype, noise, wanted
+) -> Gradients:
+    want_u, want_gamma, want_beta, want_w3, want_b3, want_w4, want_b4 = wanted
+    want_dn = want_u or want_gamma or want_beta
+    g = kernels.branch_gradient(dy, noise, dtype)
+    dw3 = db3 = dw4 = db4 = dz = None
+    if want_dn or want_w3 or want_b3 or want_w4:
+        if z is None:
+            z = kernels.channel_hidden(u, mean, rstd, gamma, beta, w3, b3, dtype=dtype)
+        dz, a, db3 = kernels.channel_gelu_backward(g, w4, z, want_a=want_w4, approximate=approximate, noise=noise)
+        if want_w4:
+            dw4 = g.flatten(0, 1).t() @ a
+            del a
+    du = dgamma = dbeta = None
+    if want_dn or want_w3:
+        dn = dz @ w3.to(dtype)
+        du, n, dgamma, dbeta, db4 = kernels.norm_backward(
+            u, dn, dy, mean, rstd, gamma, beta, dtype if want_w3 else None
+        )  # fmt: skip
+        if want_w3:
+            dw3 = dz.t() @ n.flatten(0, 1)
+    if want_b4 and (db4 is None or noise.on_branch):
+        db4 = g.sum((0, 1), dtype=torch.float32)
+    return du, dgamma, dbeta, dw3, db3, dw4, db4
+
+
+def _zeros(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> Gradients:
+    return tuple(torch.zeros_like(t) if want else None for t, want in zip(inputs, wanted, strict=True))
+
+
+def _cast(gradients: Gradients, inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> Gradients:
+    return tuple(
+        gradient.to(source.dtype) if want else None
+        for gradient, source, want in zip(gradients, inputs, wanted, strict=True)
+    )

@@ -1,0 +1,205 @@
+"""The ``cuda`` backend: kernels compiled by nvcc when the package was installed, for NVIDIA GPUs from sm_80 on.
+
+No compiler runs at the first call, and a whole block is one call into ``mixer_kernels._C``: five launches (six for more
+than 256 tokens) on PyTorch's current stream, in memory from PyTorch's allocator. The kernels are in csrc/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backward import channel_mixing_gradients, token_mixing_gradients
+from ..devices import device_of
+from ..noise import Noise
+from ..rounding import round_up
+from .backward import backward_kernels
+from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, stream_of, why_not
+from .prepack import fc1_weights, fc2_weights, token_weights
+
+__all__ = [
+    "channel_mixing_backward",
+    "channel_mixing_forward",
+    "mixer_block_forward",
+    "token_mixing_backward",
+    "token_mixing_forward",
+    "why_not",
+]
+
+
+def token_mixing_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    eps: float,
+    approximate: str,
+    dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``; products in ``dtype``."""
+    u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = _statistics(x)
+    if x.numel() == 0:
+        return u, mean, rstd
+    with device_of(x):
+        weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype)
+        a = _token_scratch(x, w1, dtype)
+        loaded().token_mixing_forward(
+            layout(x), x.shape, eps, weights.arguments, TYPES[dtype], approximate == "tanh",
+            noise_of(Noise(dropout_p, drop_path_p, seed)), limits_of(x),
+            pointer(mean), pointer(rstd), pointer(a), pointer(u), stream_of(x),
+        )  # fmt: skip
+    return u, mean, rstd
+
+
+def channel_mixing_forward(
+    u: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    *,
+    eps: float,
+    approximate: str,
+    dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    seed: Tensor | None = None,
+    keep_z: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``u [B, S, C]``, and z ``[B * S, D_C]`` if kept."""
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    mean, rstd = _statistics(u)
+    z = _hidden(u, w3, dtype) if keep_z else None
+    if u.numel() > 0:
+        with device_of(u):
+            first = fc1_weights(gamma, beta, w3, b3, dtype, folded=u.dtype is dtype)
+            second = fc2_weights(w4, b4, dtype)
+            a = _hidden(u, w3, dtype)
+            loaded().channel_mixing_forward(
+                layout(u), u.shape, eps, first.arguments, second.arguments, TYPES[dtype], approximate == "tanh",
+                noise_of(Noise(dropout_p, drop_path_p, seed)), limits_of(u),
+                pointer(mean), pointer(rstd), pointer(a), pointer(z), a.shape[1], pointer(y), stream_of(u),
+            )  # fmt: skip
+    return y, mean, rstd, None if z is None else z[:, : w3.shape[0]]
+
+
+def mixer_block_forward(
+    x: Tensor,
+    gamma1: Tensor | None,
+    beta1: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    *,
+    eps1: float,
+    eps2: float,
+    approximate: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``y [B, S, C]``, contiguous, of the whole block, without dropout and stochastic depth: one call."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    with device_of(x):
+        tokens = token_weights(gamma1, beta1, w1, b1, w2, b2, dtype)
+        first = fc1_weights(gamma2, beta2, w3, b3, dtype, folded=x.dtype is dtype)
+        second = fc2_weights(w4, b4, dtype)
+        statistics = torch.empty(4, x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
+        u = torch.empty_like(y)
+        a_tokens, a_channels = _token_scratch(x, w1, dtype), _hidden(x, w3, dtype)
+        loaded().mixer_block_forward(
+            layout(x), x.shape, eps1, eps2, tokens.arguments, first.arguments, second.arguments, TYPES[dtype],
+            approximate == "tanh", limits_of(x), pointer(statistics), pointer(a_tokens), pointer(u),
+            pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
+        )  # fmt: skip
+    return y
+
+
+def token_mixing_backward(
+    du: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    dropout_p: float,
+    drop_path_p: float,
+    seed: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``x, gamma, beta, w1, b1, w2, b2`` from ``du``, that of u; None where ``wanted`` is false."""
+    return token_mixing_gradients(
+        backward_kernels(), du, x, mean, rstd, gamma, beta, w1, b1, w2, b2,
+        approximate=approximate, dtype=dtype, noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
+    )  # fmt: skip
+
+
+def channel_mixing_backward(
+    dy: Tensor,
+    u: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    z: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    dropout_p: float,
+    drop_path_p: float,
+    seed: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``u, gamma, beta, w3, b3, w4, b4`` from ``dy``, that of y; None where ``wanted`` is false."""
+    return channel_mixing_gradients(
+        backward_kernels(), dy, u, mean, rstd, z, gamma, beta, w3, b3, w4, b4,
+        approximate=approximate, dtype=dtype, noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
+    )  # fmt: skip
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors, not views of one: an operator's results may not share memory."""
+    rows = x.shape[0] * x.shape[1]
+    return tuple(torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+
+
+def _token_scratch(x: Tensor, w1: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Memory between the two products of token mixing; None where one kernel does both."""
+    if loaded().padded_tokens(x.shape[1]):
+        return None
+    return torch.empty(x.shape[0], w1.shape[0], round_up(x.shape[2], 8), dtype=dtype, device=x.device)
+
+
+def _hidden(u: Tensor, w3: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a or z of the channel half, rows starting on 16 bytes."""
+    return torch.empty(u.shape[0] * u.shape[1], round_up(w3.shape[0], 8), dtype=dtype, device=u.device)

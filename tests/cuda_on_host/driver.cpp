@@ -1,0 +1,353 @@
+// Runs every launcher over small shapes, forward and backward: in several orders of blocks and threads and with
+// asynchronous copies that land late, early or at random. Results must be finite and the same bit by bit, and nothing
+// outside of an array may be written. Sanitizers see the rest. What the numbers should be is for the tests in Python.
+//
+//   driver [runs]
+
+#include <cstdio>
+#include <cstdlib>
+#include <list>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_on_host.h"
+#include "machine.h"
+#include "mixer_kernels.h"
+#include "sanitizers.h"
+
+namespace {
+
+using cuda_on_host::Random;
+
+int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+size_t bytes_of(mk_type type) { return type == MK_FLOAT32 ? 4 : 2; }
+
+// Rows of numbers that start as NaN, between two zones that nobody may touch.
+class Array {
+  public:
+    Array(std::string name, mk_type type, int64_t rows, int64_t columns, int64_t stride = 0)
+        : name_(std::move(name)),
+          type_(type),
+          rows_(rows),
+          columns_(columns),
+          stride_(stride == 0 ? columns : stride),
+          bytes_(rows * stride_ * bytes_of(type)),
+          memory_(bytes_ + 3 * ZONE, static_cast<char>(0xff)) {
+        begin_ = memory_.data() + ZONE + -reinterpret_cast<uintptr_t>(memory_.data()) % ZONE;
+        cuda_on_host::poison(memory_.data(), begin_ - memory_.data());
+        cuda_on_host::poison(begin_ + bytes_, memory_.data() + memory_.size() - begin_ - bytes_);
+    }
+    ~Array() { cuda_on_host::unpoison(memory_.data(), memory_.size()); }
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+
+    operator void*() { return begin_; }
+    float* floats() { return reinterpret_cast<float*>(begin_); }
+
+    Array& fill(Random& random, float low, float high) {
+        for (int64_t i = 0; i < rows_ * stride_; ++i) {
+            const float value = low + (high - low) * static_cast<float>(random.next()) * 0x1p-32f;
+            if (type_ == MK_FLOAT32) {
+                floats()[i] = value;
+            } else {
+                reinterpret_cast<uint16_t*>(begin_)[i] =
+                    type_ == MK_FLOAT16 ? cuda_on_host::to_float16(value) : cuda_on_host::to_bfloat16(value);
+            }
+        }
+        return *this;
+    }
+
+    float at(int64_t row, int64_t column) const {
+        const int64_t i = row * stride_ + column;
+        if (type_ == MK_FLOAT32) return reinterpret_cast<const float*>(begin_)[i];
+        const uint16_t bits = reinterpret_cast<const uint16_t*>(begin_)[i];
+        return type_ == MK_FLOAT16 ? cuda_on_host::from_float16(bits) : cuda_on_host::from_bfloat16(bits);
+    }
+
+    // Throws unless all numbers are finite and all that lies around them is as it was.
+    void check() {
+        cuda_on_host::unpoison(memory_.data(), memory_.size());
+        for (const char& byte : memory_) {
+            const bool inside = &byte >= begin_ && &byte < begin_ + bytes_;
+            if (!inside && byte != static_cast<char>(0xff)) {
+                throw std::runtime_error(name_ + ": a write at byte " + std::to_string(&byte - begin_) + " of " +
+                                         std::to_string(bytes_));
+            }
+        }
+        for (int64_t row = 0; row < rows_; ++row) {
+            if (skips_rows_ && is_untouched(row)) continue;
+            for (int64_t column = 0; column < columns_; ++column) {
+                if (!std::isfinite(at(row, column))) {
+                    throw std::runtime_error(name_ + " [" + std::to_string(row) + ", " + std::to_string(column) +
+                                             "] is " + std::to_string(at(row, column)));
+                }
+            }
+        }
+    }
+
+    // Rows may stay as they were: those of images that stochastic depth drops.
+    Array& skips_rows(bool may) {
+        skips_rows_ = may;
+        return *this;
+    }
+
+    const std::string& name() const { return name_; }
+    std::vector<char> contents() const { return {begin_, begin_ + bytes_}; }
+
+  private:
+    static constexpr size_t ZONE = 256;
+
+    bool is_untouched(int64_t row) const {
+        const size_t row_bytes = stride_ * bytes_of(type_);
+        return std::all_of(begin_ + row * row_bytes, begin_ + (row + 1) * row_bytes,
+                           [](char byte) { return byte == static_cast<char>(0xff); });
+    }
+
+    std::string name_;
+    bool skips_rows_ = false;
+    mk_type type_;
+    int64_t rows_, columns_, stride_;
+    size_t bytes_;
+    std::vector<char> memory_;
+    char* begin_;
+};
+
+struct Problem {
+    const char* name;
+    int64_t B;
+    int S, C, D_S, D_C;
+    mk_type type, stream;
+    bool channels_first;  // x and u lie as [B, C, S]
+    bool affine, folded, tanh;
+    float dropout_p, drop_path_p;
+};
+
+void check(const char* launcher, int error) {
+    if (error != 0) throw std::runtime_error(std::string(launcher) + ": " + mk_error_string(error));
+}
+
+// A block's forward and backward pass, launcher by launcher, each fed with what went before or with random numbers.
+class Block {
+  public:
+    explicit Block(const Problem& problem) : p_(problem), random_(1) {
+        noise_ = {p_.dropout_p > 0 || p_.drop_path_p > 0 ? &seed_ : nullptr, p_.dropout_p, p_.drop_path_p};
+        x_ = stream("x");
+        u_ = stream("u in");
+        token_half();
+        channel_half();
+    }
+
+    std::list<Array>& arrays() { return arrays_; }
+
+  private:
+    Array& add(const char* name, mk_type type, int64_t rows, int64_t columns, int64_t stride = 0) {
+        return arrays_.emplace_back(name, type, rows, columns, stride);
+    }
+    Array& random(const char* name, mk_type type, int64_t rows, int64_t columns, int64_t stride = 0) {
+        return add(name, type, rows, columns, stride).fill(random_, -1.0f, 1.0f);
+    }
+    float* vector(const char* name, int64_t length) { return random(name, MK_FLOAT32, 1, length).floats(); }
+
+    mk_input stream(const char* name) {
+        const int64_t S = p_.S, C = p_.C;
+        void* data = random(name, p_.stream, p_.B * S, C);
+        return {data, p_.stream, S * C, p_.channels_first ? 1 : C, p_.channels_first ? S : 1};
+    }
+
+    mk_norm statistics(mk_input of) {
+        float* mean = add("mean", MK_FLOAT32, 1, p_.B * p_.S).floats();
+        float* rstd = add("rstd", MK_FLOAT32, 1, p_.B * p_.S).floats();
+        check("mk_row_statistics", mk_row_statistics(of, size(), 1e-6f, mean, rstd, nullptr));
+        return {mean, rstd, p_.affine ? vector("gamma", p_.C) : nullptr, p_.affine ? vector("beta", p_.C) : nullptr};
+    }
+
+    // Zero-padded to [rows_padded, columns_padded], of a weight of the other orientation if transposed.
+    void* packed(const char* name, int64_t rows, int64_t columns, int64_t rows_padded, int64_t columns_padded,
+                 bool transposed = false) {
+        Array& result = add(name, p_.type, rows_padded, columns_padded);
+        if (transposed) std::swap(rows, columns);
+        check("mk_pack_weight", mk_pack_weight(random("weight", MK_FLOAT32, rows, columns), MK_FLOAT32, rows, columns,
+                                               transposed, result, p_.type, rows_padded, columns_padded, nullptr));
+        return result;
+    }
+
+    mk_size size() const { return {p_.B, p_.S, p_.C}; }
+    mk_input contiguous(const void* data, mk_type type) const {
+        const int64_t S = p_.S, C = p_.C;
+        return {data, type, S * C, C, 1};
+    }
+
+    void* branch_gradient() {
+        const int64_t rows = p_.B * p_.S;
+        Array& g = add("g", p_.type, rows, p_.C);
+        Array& dy = random("dy", p_.stream, rows, p_.C);
+        check("mk_branch_gradient", mk_branch_gradient(dy, p_.stream, size(), noise_, g, p_.type, nullptr));
+        return g;
+    }
+
+    void norm_backward(mk_input of, mk_norm norm, const void* dn) {
+        const int64_t rows = p_.B * p_.S;
+        const int parts = mk_norm_backward_parts(size(), 2);
+        Array& dx = add("dx", p_.stream, rows, p_.C);
+        Array& n = add("n", p_.type, rows, p_.C);
+        Array& sums = add("norm sums", MK_FLOAT32, parts * 3, p_.C);
+        const mk_norm_backward arguments{of, size(), norm,  p_.type,      dn, random("dy", p_.stream, rows, p_.C),
+                                         dx, n,      parts, sums.floats()};
+        check("mk_layer_norm_backward", mk_layer_norm_backward(&arguments, nullptr));
+    }
+
+    void weight_gradient(const void* left, int64_t C_left, mk_input right, const mk_norm* norm) {
+        const int splits = mk_weight_gradient_splits(size(), p_.D_S, 4);
+        Array& partial = add("weight gradient", MK_FLOAT32, splits * p_.D_S, p_.S);
+        Array& bias = add("bias gradient", MK_FLOAT32, splits, norm != nullptr ? p_.D_S : p_.S);
+        const mk_weight_gradient arguments{size(), p_.type, p_.D_S,           left,         C_left, right, norm,
+                                           noise_, splits,  partial.floats(), bias.floats()};
+        check("mk_token_weight_gradient", mk_token_weight_gradient(&arguments, nullptr));
+    }
+
+    void token_half() {
+        const mk_norm norm = statistics(x_);
+        void* g = branch_gradient();
+        token_fused(norm, g);
+        token_products(norm, g);
+    }
+
+    void token_fused(mk_norm norm, void* g) {
+        const int S_pad = mk_padded_tokens(p_.S), D = static_cast<int>(padded(p_.D_S, MK_HIDDEN_MULTIPLE));
+        const int64_t rows = p_.B * p_.S;
+        void* w1 = packed("w1", p_.D_S, p_.S, D, S_pad);
+        float* b1 = vector("b1", D);
+        void* w2 = packed("w2", p_.S, p_.D_S, S_pad, D);
+        Array& u = add("u", p_.stream, rows, p_.C);
+        const mk_token_mixing forward{x_,     size(),  norm,        p_.type, S_pad, D, w1, b1, w2, vector("b2", S_pad),
+                                      noise_, p_.tanh, mk_device{}, u};
+        check("mk_token_mixing_forward", mk_token_mixing_forward(&forward, nullptr));
+
+        void* w2t = packed("w2t", p_.D_S, p_.S, D, S_pad, true);
+        Array& dn = add("dn", p_.type, rows, p_.C);
+        const bool drops = p_.drop_path_p > 0;
+        Array& a = add("a", p_.type, p_.B * p_.D_S, p_.C).skips_rows(drops);
+        Array& dz = add("dz", p_.type, p_.B * p_.D_S, p_.C).skips_rows(drops);
+        const mk_token_backward backward{x_, size(), norm,   p_.type, S_pad,       D,  p_.D_S, g, w1,
+                                         b1, w2t,    noise_, p_.tanh, mk_device{}, dn, a,      dz};
+        check("mk_token_mixing_backward", mk_token_mixing_backward(&backward, nullptr));
+        weight_gradient(dz, p_.C, x_, &norm);
+        weight_gradient(a, p_.C, contiguous(g, p_.type), nullptr);
+        norm_backward(x_, norm, dn);
+    }
+
+    void token_products(mk_norm norm, void* g) {
+        const int64_t S_pad = padded(p_.S, MK_K_MULTIPLE), D_pad = padded(p_.D_S, MK_K_MULTIPLE);
+        const int64_t C_pad = padded(p_.C, 8), hidden = p_.B * p_.D_S;
+        void* w1 = packed("w1", p_.D_S, p_.S, p_.D_S, S_pad);
+        void* w2 = packed("w2", p_.S, p_.D_S, p_.S, D_pad);
+        Array& scratch = add("a", p_.type, hidden, p_.C, C_pad);
+        Array& u = add("u", p_.stream, p_.B * p_.S, p_.C);
+        mk_token_products forward{
+            x_,     size(),  norm,    p_.type, p_.D_S, w1, vector("b1", p_.D_S), w2, vector("b2", p_.S),
+            noise_, p_.tanh, scratch, u};
+        check("mk_token_products_forward", mk_token_products_forward(&forward, nullptr));
+        Array& z = add("z", p_.type, hidden, p_.C, C_pad);
+        forward.a = z;
+        forward.u = nullptr;
+        check("mk_token_products_forward", mk_token_products_forward(&forward, nullptr));
+
+        void* w2t = packed("w2t", p_.D_S, p_.S, p_.D_S, S_pad, true);
+        Array& a = add("a", p_.type, hidden, p_.C, C_pad);
+        Array& dz = add("dz", p_.type, hidden, p_.C, C_pad);
+        const mk_token_gelu_backward backward{size(), p_.type, p_.D_S, g, w2t, z, noise_, p_.tanh, a, dz};
+        check("mk_token_products_backward", mk_token_products_backward(&backward, nullptr));
+        weight_gradient(dz, C_pad, x_, &norm);
+    }
+
+    void channel_half() {
+        const int64_t rows = p_.B * p_.S, row = padded(p_.D_C, 8), C_pad = padded(p_.C, MK_K_MULTIPLE);
+        const mk_norm norm = statistics(u_);
+        Array& a = add("a", p_.type, rows, p_.D_C, row);
+        Array& z = add("z", p_.type, rows, p_.D_C, row);
+        mk_channel_fc1 fc1{u_,      size(),  norm,    p_.type, p_.D_C, packed("w3", p_.D_C, p_.C, p_.D_C, C_pad),
+                           nullptr, nullptr, nullptr, nullptr, noise_, p_.tanh,
+                           row,     a,       z};
+        if (p_.folded) {
+            fc1.norm.gamma = fc1.norm.beta = nullptr;
+            fc1.wg = vector("wg", p_.D_C);
+            fc1.wb = vector("wb", p_.D_C);
+            fc1.scale = p_.type == MK_FLOAT16 ? vector("scale", p_.D_C) : nullptr;
+        } else {
+            fc1.b3 = vector("b3", p_.D_C);
+        }
+        check("mk_channel_fc1_forward", mk_channel_fc1_forward(&fc1, nullptr));
+
+        void* w4 = packed("w4", p_.C, p_.D_C, p_.C, padded(p_.D_C, MK_K_MULTIPLE));
+        Array& y = add("y", p_.stream, rows, p_.C);
+        const mk_channel_fc2 fc2{u_, size(), p_.type, p_.D_C, a, row, w4, vector("b4", p_.C), noise_, y};
+        check("mk_channel_fc2_forward", mk_channel_fc2_forward(&fc2, nullptr));
+
+        void* g = branch_gradient();
+        void* w4t = packed("w4t", p_.D_C, p_.C, p_.D_C, C_pad, true);
+        Array& dz = add("dz", p_.type, rows, p_.D_C);
+        Array& again = add("a again", p_.type, rows, p_.D_C);
+        Array& sums = add("sums of dz", MK_FLOAT32, mk_gelu_backward_tiles(rows), p_.D_C);
+        const mk_channel_gelu_backward backward{size(), p_.type, p_.D_C,  g,  w4t,   z,
+                                                row,    noise_,  p_.tanh, dz, again, sums.floats()};
+        check("mk_channel_mixing_gelu_backward", mk_channel_mixing_gelu_backward(&backward, nullptr));
+        norm_backward(u_, norm, random("dn", p_.type, rows, p_.C));
+    }
+
+    const Problem& p_;
+    Random random_;
+    const int64_t seed_ = 0x123456789abcdef;
+    mk_noise noise_{};
+    mk_input x_{}, u_{};
+    std::list<Array> arrays_;
+};
+
+constexpr Problem PROBLEMS[] = {
+    {"whole tiles", 1, 64, 64, 128, 128, MK_BFLOAT16, MK_BFLOAT16, false, true, true, false, 0.0f, 0.0f},
+    {"ragged tiles", 2, 19, 40, 72, 24, MK_FLOAT16, MK_FLOAT16, false, true, true, true, 0.0f, 0.5f},
+    {"odd strides", 3, 9, 13, 11, 21, MK_BFLOAT16, MK_FLOAT32, true, false, false, false, 0.25f, 0.0f},
+    {"one of each", 1, 1, 1, 1, 1, MK_FLOAT16, MK_FLOAT32, false, true, false, true, 0.0f, 0.0f},
+};
+
+// What the launchers left of a problem, array by array.
+std::vector<std::vector<char>> results(const Problem& problem, std::vector<std::string>& names) {
+    Block block(problem);
+    std::vector<std::vector<char>> contents;
+    names.clear();
+    for (Array& array : block.arrays()) {
+        array.check();
+        names.push_back(array.name());
+        contents.push_back(array.contents());
+    }
+    return contents;
+}
+
+void run(const Problem& problem, int runs) {
+    std::vector<std::vector<char>> first;
+    for (int i = 0; i < runs; ++i) {
+        cuda_on_host_configure(i, i % 3, cuda_on_host::Settings{}.shared_limit);  // the three of Landing
+        std::vector<std::string> names;
+        const auto now = results(problem, names);
+        if (first.empty()) first = now;
+        for (size_t k = 0; k < names.size(); ++k) {
+            if (now[k] != first[k]) throw std::runtime_error(names[k] + " changes with the order of execution");
+        }
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int runs = argc > 1 ? std::atoi(argv[1]) : 3;
+    for (const Problem& problem : PROBLEMS) {
+        try {
+            run(problem, runs);
+        } catch (const std::exception& error) {
+            std::printf("%s: %s\n", problem.name, error.what());
+            return 1;
+        }
+        std::printf("%s: ok\n", problem.name);
+    }
+    return 0;
+}
