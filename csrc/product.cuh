@@ -8,6 +8,7 @@
 #include "device/copy.cuh"
 #include "device/gelu.cuh"
 #include "device/matrix.cuh"
+#include "device/noise.cuh"
 #include "device/numbers.cuh"
 #include "device/platform.cuh"
 #include "product_operand.cuh"
@@ -167,24 +168,14 @@ __device__ __forceinline__ typename EPILOGUE::Columns finish_tile(const typename
     return columns;
 }
 
-// a[i] *= kept(i), and also[i] *= kept(i). A loop that is not unrolled: Philox is long.
+// a[i] *= kept(i), and also[i] *= kept(i).
 template <class KEPT>
 __device__ __forceinline__ void multiply_kept(float (&a)[8], float (&also)[8], KEPT kept) {
-    uint32_t mask = 0;
-    float scale = 0.0f;
-#pragma unroll 1
-    for (int i = 0; i < 8; ++i) {
-        const float factor = kept(i);
-        if (factor != 0.0f) {
-            mask |= 1u << i;
-            scale = factor;
-        }
-    }
+    const KeptFactors<8> factors(kept);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const float factor = (mask >> i & 1) != 0 ? scale : 0.0f;
-        a[i] *= factor;
-        also[i] *= factor;
+        a[i] *= factors[i];
+        also[i] *= factors[i];
     }
 }
 

@@ -79,6 +79,27 @@ def test_a_block_is_five_launches(shape, launches, cuda_kernels):
     assert build.launches() - before == launches
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the products of the model of a GPU")
+def test_padding_at_196_tokens_is_below_7_percent(cuda_kernels):
+    """Executed over useful products of the fused token kernels, forward and backward (z, da and dn)."""
+    from cuda_on_host import build
+
+    shape = MixerShape(S=196, C=64, D_S=96, D_C=8)
+    block, x = make_block(shape, BF16, "cpu"), make_x(1, shape, BF16, "cpu")
+    useful = shape.S * shape.C * shape.D_S / (16 * 8 * 16)
+
+    before = build.matrix_products()
+    with torch.no_grad():
+        F.token_mixing(x, *block.token(), backend="cuda")
+    assert 1 <= (build.matrix_products() - before) / (2 * useful) <= 1.07
+
+    x.requires_grad_()
+    u = F.token_mixing(x, *block.token(), backend="cuda")
+    before = build.matrix_products()
+    u.sum().backward()  # of x alone: no weight gradients
+    assert 1 <= (build.matrix_products() - before) / (3 * useful) <= 1.07
+
+
 def test_training_packs_each_weight_once_a_step(watched, device):
     """Backward takes the packs of the forward pass, and makes the transposed ones."""
     block, x = make_block(SHAPE, BF16, device), make_x(2, SHAPE, BF16, device)

@@ -80,9 +80,18 @@ def machine(seed: int = 0, landing: str = "late", shared_limit: int = SHARED_LIM
 
 def launches() -> int:
     """How many kernels the module that ``load()`` returns has launched."""
-    library = ctypes.CDLL(str(build_module()))
-    library.cuda_on_host_launches.restype = ctypes.c_uint64
-    return library.cuda_on_host_launches()
+    return _counter("cuda_on_host_launches")
+
+
+def matrix_products() -> int:
+    """How many products of 16 x 16 by 16 x 8 elements its kernels have executed."""
+    return _counter("cuda_on_host_matrix_products")
+
+
+def _counter(name: str) -> int:
+    counter = getattr(ctypes.CDLL(str(build_module())), name)
+    counter.restype = ctypes.c_uint64
+    return counter()
 
 
 def configure(library: ctypes.CDLL, seed: int = 0, landing: str = "late", shared_limit: int = SHARED_LIMIT) -> None:

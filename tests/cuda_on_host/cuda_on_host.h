@@ -64,6 +64,7 @@ const char* cudaGetErrorString(cudaError_t error);
 // Settings, below, by their numbers.
 extern "C" void cuda_on_host_configure(uint64_t seed, int landing, uint64_t shared_limit);
 extern "C" uint64_t cuda_on_host_launches();
+extern "C" uint64_t cuda_on_host_matrix_products();
 
 namespace cuda_on_host {
 

@@ -236,3 +236,5 @@ void cuda_on_host_configure(uint64_t seed, int landing, uint64_t shared_limit) {
 }
 
 uint64_t cuda_on_host_launches() { return cuda_on_host::launches; }
+
+uint64_t cuda_on_host_matrix_products() { return cuda_on_host::matrix_products; }

@@ -122,9 +122,12 @@ void check_mask(const char* what, unsigned mask, Where where) {
 
 }  // namespace
 
+uint64_t matrix_products = 0;
+
 void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Operands type, Where where) {
     const Unseen unseen;
     check_full_warp("mma", where);
+    if (current->lane == 0) ++matrix_products;
     MmaLane lane{d, a, {b0, b1}};
     meet("mma", static_cast<int>(type), Memory::unordered, &lane,
          type == Operands::bfloat16 ? multiply<from_bfloat16> : multiply<from_float16>, where);

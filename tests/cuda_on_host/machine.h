@@ -52,7 +52,8 @@ struct Thread {
     bool done = false;
 };
 
-extern Thread* current;  // the one that runs
+extern Thread* current;           // the one that runs
+extern uint64_t matrix_products;  // in this process
 
 struct SharedMemory {
     char* begin = nullptr;
