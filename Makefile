@@ -5,6 +5,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # More arguments for the program that a target runs: make test ARGS="-k token -x"
 ARGS ?=
+# Processes that run tests
+JOBS ?= auto
 # Targets of compile-check and cuda-gates: make compile-check ARCH="sm_80 sm_90"
 ARCH ?= all
 
@@ -26,7 +28,7 @@ demo: $(VENV)/.installed ## train a small Mixer on handwritten digits, then fuse
 
 test: $(VENV)/.installed ## each benchmark once, then the tests
 	$(if $(wildcard benchmarks/bench_*.py),$(BIN)/pytest benchmarks -q)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed ## ruff; clang-format for csrc
 	$(BIN)/ruff check .

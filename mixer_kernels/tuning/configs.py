@@ -113,7 +113,7 @@ def token_config(
         return TokenConfig(64, 16, num_warps=8, num_stages=2 if few_tokens and target.capability >= 120 else 1)
     if dtype is torch.float32:
         # On mma.sync every tile of TF32 spills here; "high" allows TF32 and does not ask for it.
-        return TokenConfig(32, 16, num_warps=8, num_stages=2 if vectorised else 1, tf32=False)
+        return TokenConfig(32, 16, num_warps=8 if vectorised else 4, num_stages=2, tf32=False)
     if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
         block_d = 32 if target.capability == 90 else 64
@@ -145,7 +145,7 @@ def channel_product_config(
     if dtype is torch.float32 and exact:
         return ProductConfig(128, 64, 16, num_warps=8, num_stages=2)
     if dtype is torch.float32:
-        return ProductConfig(64, 64, 32, num_warps=4, num_stages=2)
+        return ProductConfig(64, 64, 32, num_warps=8 if target.capability in (100, 103) else 4, num_stages=2)
     if descriptors and (first or noise):
         # Two programs a multiprocessor, so that the epilogue of one runs under the product of the other.
         return ProductConfig(128, 128, 64, num_warps=8, num_stages=3, programs_per_sm=2)
@@ -181,7 +181,8 @@ def token_backward_config(
     if dtype is torch.float32:
         return TokenConfig(16, 16, num_warps=8, num_stages=1, tf32=False)
     if hopper:
-        return TokenConfig(64, 32, num_warps=4 if sum(segments) <= 208 and vectorised else 8, num_stages=2)
+        few_warps = target.capability == 90 and sum(segments) <= 208 and vectorised
+        return TokenConfig(64, 32, num_warps=4 if few_warps else 8, num_stages=2)
     return TokenConfig(64, 16, num_warps=8, num_stages=2)
 
 

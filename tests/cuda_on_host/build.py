@@ -6,6 +6,7 @@ Objects are kept under build/cuda_on_host/, named by a hash of all that goes int
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.machinery
@@ -184,25 +185,35 @@ def build(
     _forget_old(cache)
     target.parent.mkdir(parents=True, exist_ok=True)
 
-    missing = [source for source in sources if not objects[source].exists()]
-    for source in sources:
-        if source not in missing:
-            os.utime(objects[source])
-    missing.sort(key=lambda source: -source.stat().st_size)  # the longest first
-    progress = _Progress(len(missing), f"compiling {name} for the CPU")
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
+    with _alone(cache):  # tests run in several processes
+        missing = [source for source in sources if not objects[source].exists()]
+        for source in sources:
+            if source not in missing:
+                os.utime(objects[source])
+        missing.sort(key=lambda source: -source.stat().st_size)  # the longest first
+        progress = _Progress(len(missing), f"compiling {name} for the CPU")
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
 
-        def compile_one(source: Path) -> None:
-            _run([*commands[source], "-x", "c++", "-c", str(source), "-o"], objects[source])
-            progress.step(source.name)
+            def compile_one(source: Path) -> None:
+                _run([*commands[source], "-x", "c++", "-c", str(source), "-o"], objects[source])
+                progress.step(source.name)
 
-        try:
-            list(workers.map(compile_one, missing))
-        except CompileError:
-            workers.shutdown(cancel_futures=True)
-            raise
-    _run(link, target)
+            try:
+                list(workers.map(compile_one, missing))
+            except CompileError:
+                workers.shutdown(cancel_futures=True)
+                raise
+        if not target.exists():
+            _run(link, target)
     return target
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """One process at a time: the next one finds what this one has compiled."""
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _forget_old(cache: Path, days: float = 3) -> None:
