@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,10 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from blocks import Watched
 from test_bench import CPU, ROOT, SMALL, run_cli, small_case, small_inputs, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import mixer_kernels.functional as F
+from mixer_kernels.backends.cuda import library
 from mixer_kernels.backends.triton.launch import intercept_launches
 from mixer_kernels.bench.bare import bare_function, bare_model
 from mixer_kernels.bench.cases import function_case, model_case
@@ -113,16 +116,28 @@ def test_a_wrong_gradient_has_no_speed(name):
 # Memory
 
 
-def test_saved_bytes_are_those_of_the_functions(device):
+@contextlib.contextmanager
+def launches_skipped(backend: str):
+    if backend == "triton":
+        with intercept_launches(lambda *_: None):
+            yield
+        return
+    module = library.loaded()
+    library.install(Watched(module, run=False))
+    yield
+    library.install(module)
+
+
+def test_saved_bytes_are_those_of_the_functions(backend, device):
     """The table counts on meta tensors: the same bytes as the functional API keeps, here with launches skipped."""
     shape = SPECS["S/32"].block_shape()
     weights = Weights.random(shape, torch.bfloat16, torch.device(device)).require_gradients()
     x = torch.randn(2, shape.S, shape.C, dtype=torch.bfloat16, device=device).requires_grad_()
     counted = {row.memory: row.bytes_per_image for row in saved_rows("S/32", "bf16", torch.bfloat16)}
     for memory in ("fast", "min"):
-        with intercept_launches(lambda *_: None):
+        with launches_skipped(backend):
             kept = saved_bytes(
-                lambda m=memory: F.mixer_block(x, *weights.all(), backend="triton", memory=m), weights.all()
+                lambda m=memory: F.mixer_block(x, *weights.all(), backend=backend, memory=m), weights.all()
             )
         assert counted[memory] == kept / 2, memory
     assert counted["eager"] == pytest.approx(

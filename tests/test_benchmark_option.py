@@ -27,7 +27,7 @@ import pathlib
 def test_one():
     pathlib.Path("tested").touch()
 """
-# The only part of pytest-xdist that matters here: its option.
+# The only part of pytest-xdist that matters here, whether that is installed or not: its option.
 FAKE_XDIST = """
 def pytest_addoption(parser):
     parser.addoption("--numprocesses", type=int)
@@ -126,7 +126,7 @@ def test_without_the_plugin_tests_still_run(project: Path) -> None:
 
 
 def test_more_than_one_process_is_refused(project: Path) -> None:
-    code, output = run(project, "--benchmark", "-p", "fake_xdist", "--numprocesses=2")
+    code, output = run(project, "--benchmark", "-p", "no:xdist", "-p", "fake_xdist", "--numprocesses=2")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert "drop -n" in output
     assert calls(project) is None

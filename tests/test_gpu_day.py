@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixer_kernels.bench.providers import TRAINING_PROVIDERS
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "tools" / "gpu_day.py"
 
@@ -86,6 +88,7 @@ def test_rehearsal(tmp_path):
     phases = {phase["name"]: phase["complete"] for phase in document["phases"]}
     assert list(phases) == [
         "probe",
+        "build",
         "correctness",
         "gradients",
         "repeats",
@@ -93,43 +96,63 @@ def test_rehearsal(tmp_path):
         "large",
         "compiled",
         "benchmarks",
+        "sanitizers",
+        "tests",
     ]
     assert all(phases.values())
     rows = document["rows"]
     assert {row["status"] for row in rows} == {"ok", "skipped"}
     assert {row["phase"] for row in rows} == set(phases)
 
+    check_kernels([row for row in rows if row.get("backend") == "triton"], "sm_80", {"fp32", "bf16", "bf16 on fp32"})
+    check_kernels([row for row in rows if row.get("backend") == "cuda"], "one multiprocessor", {"bf16", "bf16 on fp32"})
+
+    assert {"eager", "torch", "bare"} <= {row["provider"] for row in document["throughput"] if row.get("ms")}
+    trained = [row for row in document["throughput"] if row["mode"] == "train"]
+    assert [row["provider"] for row in trained] == list(TRAINING_PROVIDERS)
+    assert all(row["memory_mib"] > 0 for row in trained if row["provider"] in ("eager", "torch"))
+    benchmarks = [(row["case"], row["backend"]) for row in rows if row["phase"] == "benchmarks"]
+    assert ("block S/32 bf16 batch 1", "cuda") in benchmarks and ("block S/32 bf16 batch 1", "triton") in benchmarks
+    for phase in ("build", "sanitizers", "tests"):
+        its = [row for row in rows if row["phase"] == phase]
+        assert its and all(row["backend"] == "cuda" and row["reason"].startswith("needs a GPU") for row in its)
+
+    table = result.stdout[result.stdout.index("\nphase ") :]
+    assert "skipped streams cuda: needs a GPU" in table and "\npassed: " in table
+    assert "block S/32 bf16 batch 1" in table
+
+
+def check_kernels(rows: list[dict], other_tiles: str, gradient_dtypes: set[str]) -> None:
+    """What a rehearsal has to have checked of one backend."""
     correctness = [row for row in rows if row["phase"] == "correctness" and row["status"] == "ok"]
-    assert {"fp32", "fp16", "bf16", "bf16 on fp32"} <= {row["dtype"] for row in correctness}
+    assert {*gradient_dtypes, "fp16"} <= {row["dtype"] for row in correctness}
     assert all(row["max_err"] > 0 and row["err_vs_eager"] > 0 and row["config"] for row in correctness)
-    assert any(row["case"].startswith("tiles of sm_80") for row in correctness)
-    assert [row["repeats_equal"] for row in rows if row["phase"] == "repeats"] == [3] * 5
-    gradients = [row for row in rows if row["phase"] == "gradients"]
-    assert {"fp32", "bf16", "bf16 on fp32"} == {row["dtype"] for row in gradients}
-    assert all(row["status"] == "ok" and row["max_err"] > 0 for row in gradients)
-    for text in ("backward tiles of sm_80", "fast: channel", "min: channel", "transposed", "min: block"):
-        assert any(text in row["case"] for row in gradients), text
+    assert any(row["case"].startswith(f"tiles of {other_tiles}") for row in correctness)
     assert any("constant rows" in row["case"] for row in correctness)
+    repeats = [row["repeats_equal"] for row in rows if row["phase"] == "repeats"]
+    assert set(repeats) == {3} and len(repeats) >= 3
+    gradients = [row for row in rows if row["phase"] == "gradients"]
+    assert {row["dtype"] for row in gradients} == gradient_dtypes
+    assert all(row["status"] == "ok" and row["max_err"] > 0 for row in gradients)
+    assert all(row["config"] for row in gradients if "tiles" in row["case"])
+    for text in (f"backward tiles of {other_tiles}", "fast: channel", "min: channel", "transposed", "min: block"):
+        assert any(text in row["case"] for row in gradients), text
     streams = {row["case"].split(":")[0]: row for row in rows if row["phase"] == "streams"}
     threads = streams.pop("four threads")
     assert threads["status"] == "ok"
     assert len(streams) == 7 and {row["reason"] for row in streams.values()} == {"needs a GPU"}
-    assert {"eager", "torch", "bare"} <= {row["provider"] for row in document["throughput"] if row.get("ms")}
-    trained = [row for row in document["throughput"] if row["mode"] == "train"]
-    assert [row["provider"] for row in trained] == ["eager", "compile", "torch", "triton fast", "triton min", "bare"]
-    assert all(row["memory_mib"] > 0 for row in trained if row["provider"] in ("eager", "torch"))
-
-    table = result.stdout[result.stdout.index("\nphase ") :]
-    assert "skipped streams: needs a GPU" in table and "\npassed: " in table
+    compiled = [row["case"] for row in rows if row["phase"] == "compiled" and row["status"] == "ok"]
+    assert len(compiled) == 4 and any("timm" in case for case in compiled)
+    assert len([row for row in rows if row["phase"] == "large" and row["status"] == "ok"]) == 16
 
 
 def test_what_goes_wrong_is_named(tmp_path):
     """Elements that are off in a result and in a gradient, a write beside the output, a crash: the others run."""
     plants = {
-        "crash": "crash:B = 0: token",
-        "output": "error:images far apart: channel bf16 2x3x",
-        "gradient": "error:backward, min: block bf16",
-        "redzone": "redzone:tokens far apart: token bf16 2x3x",
+        "crash": "crash:B = 0: token triton",
+        "output": "error:images far apart: channel cuda bf16 2x3x",
+        "gradient": "error:backward, min: block cuda bf16",
+        "redzone": "redzone:tokens far apart: token cuda bf16 2x3x",
     }
     result = gpu_day("--rehearse", "--phases", "repeats,large", "--output", str(tmp_path), "--plant", *plants.values())
     assert result.returncode == 1, result.stdout[-4000:] + result.stderr
@@ -158,7 +181,7 @@ def test_without_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--phases", "repeats,streems"), "expected some of correctness,gradients,repeats"),
+        (("--phases", "repeats,streems"), "expected some of build,correctness,gradients,repeats"),
         (("--budget", "0"), "--budget must be > 0 seconds, got 0"),
         (("--plant", "typo:x"), "got 'typo:x', expected KIND:TEXT"),
     ],
@@ -227,16 +250,18 @@ def results(monkeypatch):
 def test_record(results, tmp_path):
     measured, run = tmp_path / "measured.json", tmp_path / "2026-01-31.json"
     measured.write_text('{"triton": ["NVIDIA H200"]}\n')
-    run.write_text(json.dumps({"passed": True, "device": {"name": "NVIDIA A100-SXM4-80GB"}}))
+    passed = {"passed_backends": ["cuda", "triton"], "device": {"name": "NVIDIA A100-SXM4-80GB"}}
+    run.write_text(json.dumps(passed))
     results.record(run, measured, tmp_path / "results")
-    assert json.loads(measured.read_text()) == {"triton": ["NVIDIA A100-SXM4-80GB", "NVIDIA H200"]}
+    both = {"cuda": ["NVIDIA A100-SXM4-80GB"], "triton": ["NVIDIA A100-SXM4-80GB", "NVIDIA H200"]}
+    assert json.loads(measured.read_text()) == both
     assert (tmp_path / "results" / "nvidia-a100-sxm4-80gb" / run.name).read_text() == run.read_text()
 
 
 def test_a_failed_run_is_not_recorded(results, tmp_path):
     measured, run = tmp_path / "measured.json", tmp_path / "run.json"
     measured.write_text("{}")
-    run.write_text(json.dumps({"passed": False, "device": {"name": "NVIDIA H200"}}))
+    run.write_text(json.dumps({"passed_backends": [], "device": {"name": "NVIDIA H200"}}))
     with pytest.raises(ValueError, match="not of a whole run that passed"):
         results.record(run, measured, tmp_path / "results")
     assert measured.read_text() == "{}" and not (tmp_path / "results").exists()

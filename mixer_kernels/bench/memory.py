@@ -66,7 +66,7 @@ class SavedRow:
 def saved_rows(name: str, dtype_name: str, dtype: torch.dtype, img_size: int = 224) -> list[SavedRow]:
     """Saved bytes of a block of the paper's model ``name``.
 
-    Counted on meta tensors, which have sizes and no data: no kernel runs, and neither Triton nor a GPU is needed.
+    Counted on meta tensors, which have sizes and no data: no kernel runs, and none needs to be here.
     """
     shape = SPECS[name].block_shape(img_size)
     functions = {
@@ -91,8 +91,11 @@ def _saved_by(function: Callable[[Tensor, Weights], Tensor], shape: MixerShape, 
 
 
 def _kernels(x: Tensor, weights: Weights, dtype: torch.dtype, keep_z: bool) -> Tensor:
-    """The operators that ``functional.mixer_block`` calls on a GPU; on meta tensors they make tensors of the sizes."""
-    options = (EPS, "none", dtype, 0.0, 0.0, None, "triton")
+    """The operators that ``functional.mixer_block`` calls on a GPU; on meta tensors they make tensors of the sizes.
+
+    Which are the same for every backend with kernels.
+    """
+    options = (EPS, "none", dtype, 0.0, 0.0, None, "cuda")
     u = ops.token_mixing(x, *weights.half("token"), *options)[0]
     return ops.channel_mixing(u, *weights.half("channel"), *options, keep_z)[0]
 

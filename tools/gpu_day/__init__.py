@@ -1,7 +1,9 @@
 """The phases of ``tools/gpu_day.py``.
 
-Read on in cli (options, exit status), results (rows, JSON, closing table), supervise (processes and deadlines), worker
-(one such process), sample and memory (inputs, accuracy, red zones), and the phases: probe, correctness, gradients,
-repeats, streams, large, compiled, benchmarks. cli, results and supervise need no torch: a broken GPU cannot take them
+Read on in cli (options, exit status), phases (their order and shares of the time), results (rows, JSON, who passed),
+tables (what closes the output), supervise (processes and deadlines), worker (one such process), sample, launches and
+memory (inputs, accuracy, what is launched, red zones), kernels (which backends run here), programs (compilers,
+sanitizers, pytest), and the phases themselves: probe, build, correctness, gradients, repeats, streams, large, compiled,
+benchmarks, sanitizers, tests. cli, phases, results, tables and supervise need no torch: a broken GPU cannot take them
 along.
 """

@@ -1,4 +1,4 @@
-"""``python tools/gpu_day.py``: the command line, the order of the phases and their shares of the time."""
+"""``python tools/gpu_day.py``: the command line, and one phase after the other."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .results import CUT, FAILED, Results, Row, closing_table, record, say, slug
+from .phases import NAMES, PER_BACKEND, PHASES, REQUIRED, Phase
+from .results import CUT, FAILED, Results, Row, passed_backends, record, say, slug
 from .supervise import WorkerDied, run_phase
+from .tables import closing_text
 from .tasks import Settings
 from .worker import command
 
@@ -20,34 +21,19 @@ ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "mixer_kernels" / "measured.json"
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGET = 530  # seconds: under nine minutes
-TASK_SECONDS = 90.0
-MAX_JOBS = 16
 GIB_PER_JOB = 4  # of GPU memory: half a GiB is the context of a process, the rest is for float64
 PLANTS = ("error", "redzone", "crash", "hang")
 NO_GPU = 2
-
-
-@dataclass(frozen=True)
-class Phase:
-    """``share``: of the time that is left, against the shares of the phases behind it: time saved goes to them."""
-
-    name: str
-    share: float
-    parallel: bool = False  # compiles more than it computes, and no timing: as many processes as there are cores
-    required: bool = True  # False: what it does not reach is missing, not wrong
-
-
-PHASES = (
-    Phase("probe", 30),
-    Phase("correctness", 190, parallel=True),
-    Phase("gradients", 150, parallel=True),
-    Phase("repeats", 60),
-    Phase("streams", 50),
-    Phase("large", 55),
-    Phase("compiled", 45),
-    Phase("benchmarks", 110, required=False),
-)
-NAMES = tuple(phase.name for phase in PHASES)
+EPILOG = """\
+The CUDA kernels are built with nvcc, a C++ compiler that it takes, and setuptools, cmake, ninja and pybind11. Without
+nvcc or one of the others the build is skipped and says what is missing, and so do the phases that want the kernels.
+On a machine without a network bring the Python packages along. Where there is a network, for that machine's Python:
+  pip download --dest wheels --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
+      --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 cmake ninja pybind11 setuptools
+and where there is none:
+  pip install --no-index --find-links wheels --target site cmake ninja pybind11 setuptools
+  PYTHONPATH=$PWD/site PATH=$PWD/site/bin:$PATH python tools/gpu_day.py
+The phase tests wants pytest 8.1 or newer, sanitizers wants compute-sanitizer, which is part of the CUDA toolkit."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device is None and not results.with_status(FAILED):
         print(
             "gpu_day: PyTorch sees no GPU here, and this program checks and measures kernels on one.\n"
-            "On a CPU, --rehearse runs the same logic on tiny sizes under the tests' Triton interpreter.",
+            "On a CPU, --rehearse runs the same logic on tiny sizes: Triton's kernels interpreted, csrc/ by g++.",
             file=sys.stderr,
         )
         return NO_GPU
@@ -97,18 +83,22 @@ class _Run:
         def report(task: dict[str, Any], status: str, values: dict[str, Any]) -> None:
             self._results.document.update(values.pop("facts", {}))
             self._results.document["throughput"] += values.pop("throughput", [])
-            row = Row.of(phase.name, {**task, "config": values.pop("config", "") or task["config"]}, status, values)
-            self._results.add(row)
-            say(f"{time.monotonic() - self._start:5.0f} s {phase.name:11} {row.line()}")
+            values["config"] = values.get("config") or task["config"]
+            for each in values.pop("rows", None) or [{}]:  # a benchmark's: one a backend
+                row = Row.of(phase.name, task, each.get("status", status), {**values, **each})
+                self._results.add(row)
+                say(f"{time.monotonic() - self._start:5.0f} s {phase.name:11} {row.line()}")
 
         arguments = self._arguments
-        settings = Settings(phase.name, arguments.rehearse, arguments.compile_mode, tuple(arguments.plant))
+        settings = Settings(
+            phase.name, arguments.rehearse, arguments.compile_mode, tuple(arguments.plant), time.time() + seconds
+        )
         try:
             complete = run_phase(
                 command(settings),
                 jobs=self._jobs(phase),
                 seconds=seconds,
-                task_seconds=min(TASK_SECONDS, seconds),
+                task_seconds=min(phase.task_seconds, seconds),
                 report=report,
                 environment=_environment(arguments),
             )
@@ -132,33 +122,31 @@ class _Run:
         return max(1.0, left * phase.share / shares)
 
     def _jobs(self, phase: Phase) -> int:
-        if not phase.parallel:
-            return 1
-        if self._arguments.rehearse:
-            return self._arguments.jobs or 1
+        if self._arguments.rehearse or phase.jobs == 1:
+            return min(self._arguments.jobs or 1, phase.jobs)
         memory = self._results.document["device"]["memory_gib"]
-        return self._arguments.jobs or max(1, min(os.cpu_count() or 1, MAX_JOBS, int(memory // GIB_PER_JOB)))
+        return max(1, min(self._arguments.jobs or os.cpu_count() or 1, phase.jobs, int(memory // GIB_PER_JOB)))
 
 
 def _close(results: Results, arguments: argparse.Namespace, start: float) -> int:
-    optional = {phase.name for phase in PHASES if not phase.required}
     failed = results.with_status(FAILED)
-    unreached = [row for row in results.with_status(CUT) if row.phase not in optional]
+    unreached = [row for row in results.with_status(CUT) if row.phase in REQUIRED]
     right = not failed and not unreached
     document = results.document
-    document["passed"] = (
-        right and not arguments.rehearse and not arguments.plant and set(arguments.phases) >= set(NAMES[1:])
-    )
+    if not arguments.rehearse and not arguments.plant and set(arguments.phases) >= set(NAMES[1:]):
+        document["passed_backends"] = passed_backends(results.rows, REQUIRED, PER_BACKEND)
+    document["passed"] = right and bool(document["passed_backends"])
     document["seconds"] = round(time.monotonic() - start, 1)
     results.flush()
     say("")
-    say(closing_table(results))
+    say(closing_text(results))
     verdict = "passed" if right else f"FAILED: {len(failed)} failed, {len(unreached)} not reached"
     say(f"\n{verdict}: {len(results.rows)} tasks in {document['seconds']:.0f} s")
     for path in results.paths:
         say(f"results: {path}")
-    if document["passed"]:
-        say(f"record it, on any machine: python tools/gpu_day.py --record {results.paths[0].name}")
+    if document["passed_backends"]:
+        passed = " and ".join(document["passed_backends"])
+        say(f"record {passed}, on any machine: python tools/gpu_day.py --record {results.paths[0].name}")
     return 0 if right else 1
 
 
@@ -188,7 +176,10 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gpu_day.py",
-        description="Check every kernel on this machine's GPU, then measure, in under nine minutes.",
+        description="Build the CUDA kernels, check every kernel on this machine's GPU, then measure, in under nine "
+        "minutes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--phases", type=_phases, default=NAMES, metavar="A,B", help=f"some of {','.join(NAMES[1:])} (default: all)"
@@ -216,7 +207,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--record",
         type=Path,
         metavar="FILE",
-        help="enter a passed run's GPU in mixer_kernels/measured.json; runs nothing",
+        help="enter a run's GPU in mixer_kernels/measured.json, for each backend that passed; runs nothing",
     )
     arguments = parser.parse_args(argv)
     if arguments.budget <= 0:

@@ -7,15 +7,33 @@ from typing import Any
 
 import torch
 from accuracy import assert_accurate
+from blocks import PRODUCTS
 
 from mixer_kernels import FusedMixerBlock, use_backend
 from mixer_kernels.shapes import SPECS, MixerShape
 
-from .sample import EPS, LEVELS, Sample, arithmetic, compare, eager_and_exact, on_target, ours, parameters_of, planted
+from .kernels import on_each_backend
+from .sample import (
+    EPS,
+    LEVELS,
+    Sample,
+    arithmetic,
+    compare,
+    eager_and_exact,
+    on_target,
+    ours,
+    parameters_of,
+    planted,
+    samples_on,
+)
 from .tasks import Settings, Skip, Task
 
 
 def tasks(settings: Settings) -> list[Task]:
+    return on_each_backend(settings, lambda backend: _tasks(settings, backend))
+
+
+def _tasks(settings: Settings, backend: str) -> list[Task]:
     if settings.rehearse:
         samples = [Sample(MixerShape(S=20, C=24, D_S=16, D_C=32), "bf16")]
     else:
@@ -25,11 +43,9 @@ def tasks(settings: Settings) -> list[Task]:
             Sample(b16, "bf16", stream="fp32", batch_size=8),
             Sample(b16, "bf16", batch_size=8, layout="transposed"),
         ]
-    found = [_operator(settings, level, sample) for sample in samples for level in LEVELS]
-    return found + [_timm(settings, dtype) for dtype in ((torch.float32,) if settings.rehearse else _MODEL_DTYPES)]
-
-
-_MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+    found = [_operator(settings, level, sample) for sample in samples_on(backend, samples) for level in LEVELS]
+    dtypes = PRODUCTS[backend][:1] if settings.rehearse else PRODUCTS[backend]
+    return found + [_timm(settings, backend, dtype) for dtype in dtypes]
 
 
 def _compile(settings: Settings, function: Any) -> Any:
@@ -47,7 +63,7 @@ def _operator(settings: Settings, level: str, sample: Sample) -> Task:
 
         def call(x: torch.Tensor) -> torch.Tensor:
             # Something to compile on both sides of the operator.
-            return LEVELS[level](x * 1.0, *parameters, eps=EPS, backend="triton") * 1.0
+            return LEVELS[level](x * 1.0, *parameters, eps=EPS, backend=sample.backend) * 1.0
 
         with on_target(settings):
             expected = ours(sample, level, block, x)
@@ -60,10 +76,10 @@ def _operator(settings: Settings, level: str, sample: Sample) -> Task:
     return sample.task(level, run)
 
 
-def _timm(settings: Settings, dtype: torch.dtype) -> Task:
+def _timm(settings: Settings, backend: str, dtype: torch.dtype) -> Task:
     name = "mixer_s32_224" if settings.rehearse else "mixer_b16_224"
     dtype_name = str(dtype).removeprefix("torch.")
-    case = f"timm {name} with block_layer=FusedMixerBlock {dtype_name}"
+    case = f"timm {name} with block_layer=FusedMixerBlock {backend} {dtype_name}"
 
     def run(values: dict[str, Any]) -> None:
         if importlib.util.find_spec("timm") is None:
@@ -87,7 +103,7 @@ def _timm(settings: Settings, dtype: torch.dtype) -> Task:
         eager = reference.to(settings.device, dtype)(images)
         exact = reference.double()(images.double())
         model = model.to(settings.device, dtype)
-        with on_target(settings), use_backend("triton"):
+        with on_target(settings), use_backend(backend):
             actual = model(images)
             if settings.planted("error", case):
                 actual[-1, -1] += 1
@@ -95,4 +111,4 @@ def _timm(settings: Settings, dtype: torch.dtype) -> Task:
             traced = _compile(settings, model)(images)
         assert_accurate(traced, eager, exact, what="logits of the compiled model")
 
-    return Task(case, run, dtype_name, name)
+    return Task(case, run, dtype_name, name, backend=backend)

@@ -1,14 +1,18 @@
 """Correctness: every tile configuration on this hardware, then inputs of all kinds, against float64.
 
-Tiles: the cases of ``python -m mixer_kernels compile-check``, at their full size. First those that this GPU chooses
-for itself, then those that other GPUs would choose, as far as they fit on this one and no case before has launched
-the same: so the kernels on pointers run on an sm_90 too, which takes tensor descriptors where it can.
+Triton's tiles: the cases of ``python -m mixer_kernels compile-check``, at their full size. First those that this GPU
+chooses for itself, then those that other GPUs would choose, as far as they fit on this one and no case before has
+launched the same: so the kernels on pointers run on an sm_90 too, which takes tensor descriptors where it can.
+
+The CUDA backend's kernels for token mixing choose by shared memory and by how many blocks the batch is: the 16-bit ones
+of those cases, as for this GPU, then as for one with a single multiprocessor, which takes the widest tile that fits
+into the shared memory, with this GPU's and with each smaller one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,16 +26,18 @@ from mixer_kernels.compile_check import TORCH_DTYPES
 from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.target import KNOWN_TARGETS, Target, assume_target, target_of
 
+from .kernels import on_each_backend
+from .launches import config_of, noted_launches
 from .sample import (
     EPS,
     Sample,
     compare,
     eager_and_exact,
     float32_products,
-    noted_launches,
     on_target,
     parameters_of,
     run_watched,
+    samples_on,
 )
 from .tasks import Settings, Skip, Task
 
@@ -54,11 +60,16 @@ SHAPES = (
 
 
 def tasks(settings: Settings) -> list[Task]:
+    return on_each_backend(settings, lambda backend: _tasks(settings, backend))
+
+
+def _tasks(settings: Settings, backend: str) -> list[Task]:
     own, others = [], []
-    for target, sample, level in tile_samples(settings, launches_of):
+    for target, sample, level in tile_samples(settings, backend, launches_of):
         prefix = "tiles " if target is None else f"tiles of {target.name}: "
         (own if target is None else others).append(_task(settings, sample, level, target, prefix))
-    inputs = [_task(settings, sample, level) for sample in _inputs(settings) for level in HALVES]
+    samples = samples_on(backend, _inputs(settings))
+    inputs = [_task(settings, sample, level) for sample in samples for level in HALVES]
     return own + inputs + others
 
 
@@ -70,9 +81,9 @@ def _task(settings: Settings, sample: Sample, level: str, target: Target | None 
             raise Skip("needs a GPU: PyTorch has no TF32 products on a CPU to compare with")
         block, x = sample.make(settings.device)
         before = x.clone()
-        with noted_launches() as launches:
+        with noted_launches(sample.backend) as launches:
             actual = run_watched(settings, case, sample, level, block, x, target)
-        values["config"] = "; ".join(tile_name(options) for name, options in launches if "statistics" not in name)
+        values["config"] = config_of(launches)
         assert torch.equal(x.nan_to_num(), before.nan_to_num()), "x was written to"
         eager, exact = eager_and_exact(sample, level, block, x)
         if sample.mean:  # the residual hides the error of what is added to it
@@ -83,28 +94,48 @@ def _task(settings: Settings, sample: Sample, level: str, target: Target | None 
     return sample.task(level, run, prefix)
 
 
-def tile_samples(
-    settings: Settings, launches: Callable[[Sample, str, Target], set[tuple]]
-) -> Iterator[tuple[Target | None, Sample, str]]:
+Tiles = Iterator[tuple[Target | None, Sample, str]]
+
+
+def tile_samples(settings: Settings, backend: str, launches: Callable[[Sample, str, Target], set[tuple]]) -> Tiles:
     """(target, sample, half) for the cases that reach every configuration; None for this GPU's own tiles.
 
-    ``launches`` says what a sample launches, so that nothing of another target runs twice.
+    ``launches`` says what a sample launches on Triton, so that nothing of another target runs twice.
     """
-    cases = list(_rehearsed() if settings.rehearse else compile_check.cases())
+    cases = _rehearsed() if settings.rehearse else compile_check.cases()
+    samples = dict.fromkeys(samples_on(backend, map(_sample_of, cases)))
+    if backend == "cuda":
+        yield from _limits(settings, samples)
+        return
     own = _own_target(settings)
     seen: set[tuple] = set()
     for target in (None, *(other for other in KNOWN_TARGETS.values() if _runs_on(own, other))):
-        for case in cases:
-            layout = "transposed" if case.transposed else "offset" if case.offset else "contiguous"
-            sample = Sample(
-                case.shape, case.dtype, case.stream, layout=layout, approximate=case.approximate,
-                affine=not case.bare, bias=not case.bare,
-            )  # fmt: skip
+        for sample in samples:
             for level in HALVES:
                 launched = launches(sample, level, target or own)
                 if target is None or not launched <= seen:
                     yield target, sample, level
                 seen |= launched
+
+
+def _sample_of(case: compile_check.Case) -> Sample:
+    layout = "transposed" if case.transposed else "offset" if case.offset else "contiguous"
+    return Sample(
+        case.shape, case.dtype, case.stream, layout=layout, approximate=case.approximate,
+        affine=not case.bare, bias=not case.bare,
+    )  # fmt: skip
+
+
+def _limits(settings: Settings, samples: Iterable[Sample]) -> Tiles:
+    own = _own_target(settings)
+    smaller = {each.shared_memory for each in KNOWN_TARGETS.values() if each.shared_memory < own.shared_memory}
+    limits = [own.shared_memory, *sorted(smaller, reverse=True)]
+    if settings.rehearse:
+        limits = limits[:1]
+    yield from ((None, sample, level) for sample in samples for level in HALVES)
+    for limit in limits:
+        target = Target(f"one multiprocessor, {limit >> 10} KiB", limit, 1)
+        yield from ((target, sample, "token") for sample in samples)
 
 
 def _runs_on(own: Target, other: Target) -> bool:
@@ -147,11 +178,6 @@ def _dtype(argument: Any) -> Any:
     if argument is None or isinstance(argument, (int, float)):
         return argument is None
     return getattr(argument, "base", argument).dtype
-
-
-def tile_name(options: dict[str, Any]) -> str:
-    blocks = "x".join(str(value) for name, value in options.items() if name.startswith("BLOCK_"))
-    return f"{blocks} w{options['num_warps']} s{options['num_stages']}"
 
 
 def _inputs(settings: Settings) -> Iterator[Sample]:

@@ -14,13 +14,15 @@ import torch
 from blocks import CHANNEL_NAMES, LAYOUTS, TOKEN_NAMES, Block
 from torch import Tensor
 
-from mixer_kernels.backends import triton as backend
+from mixer_kernels import backends
 from mixer_kernels.compile_check import TORCH_DTYPES
 from mixer_kernels.functional import MEMORY_MODES
 from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.target import Target
 
-from .correctness import SHAPES, noted_of, tile_name, tile_samples
+from .correctness import SHAPES, noted_of, tile_samples
+from .kernels import on_each_backend
+from .launches import config_of, noted_launches
 from .memory import watched_memory
 from .sample import (
     EPS,
@@ -28,21 +30,29 @@ from .sample import (
     compare_gradients,
     float32_products,
     gradients_of,
-    noted_launches,
     on_target,
     parameters_of,
     planted,
+    samples_on,
 )
 from .tasks import Settings, Skip, Task
 
 
 def tasks(settings: Settings) -> list[Task]:
+    return on_each_backend(settings, lambda backend: _tasks(settings, backend))
+
+
+def _tasks(settings: Settings, backend: str) -> list[Task]:
     own, others = [], []
-    for target, sample, level in tile_samples(settings, _launches):
+    for target, sample, level in tile_samples(settings, backend, _launches):
         if settings.rehearse and (sample.dtype, sample.stream) != ("bf16", "bf16"):
             continue
         (own if target is None else others).append(_tile(settings, sample, level, target))
-    inputs = [_inputs(settings, sample, level, memory) for sample, level, memory in _samples(settings)]
+    inputs = [
+        _inputs(settings, on_backend, level, memory)
+        for sample, level, memory in _samples(settings)
+        for on_backend in samples_on(backend, [sample])
+    ]
     return own + inputs + others
 
 
@@ -55,12 +65,12 @@ def _tile(settings: Settings, sample: Sample, level: str, target: Target | None)
             raise Skip("needs a GPU: PyTorch has no TF32 products on a CPU to compare with")
         block, x = sample.make(settings.device)
         dy = torch.randn(x.shape, device=x.device).to(x.dtype)
-        with on_target(settings, target), float32_products(sample), noted_launches() as launches:
+        with on_target(settings, target), float32_products(sample), noted_launches(sample.backend) as launches:
             with watched_memory() as watch, torch.no_grad():
                 actual = _direct(sample, level, block, x, dy)
             watch.check_zones()
         planted(settings, case, actual["x"])
-        values["config"] = "; ".join(tile_name(options) for _, options in launches if "num_stages" in options)
+        values["config"] = config_of(launches)
         compare_gradients(values, sample, level, block, x, dy, actual)
 
     return sample.task(level, run, prefix)
@@ -68,6 +78,7 @@ def _tile(settings: Settings, sample: Sample, level: str, target: Target | None)
 
 def _direct(sample: Sample, level: str, block: Block, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """Gradients by name, from the backend's own functions."""
+    backend = backends.load(sample.backend)
     names, forward, backward, options = {
         "token": (TOKEN_NAMES, backend.token_mixing_forward, backend.token_mixing_backward, {}),
         "channel": (CHANNEL_NAMES, backend.channel_mixing_forward, backend.channel_mixing_backward, {"keep_z": True}),

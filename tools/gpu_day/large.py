@@ -9,8 +9,10 @@ import torch
 
 from mixer_kernels.shapes import MixerShape
 
+from .kernels import on_each_backend
+from .launches import noted_launches
 from .memory import watched_memory
-from .sample import Sample, compare, eager_and_exact, noted_launches, on_target, ours, planted, run_watched
+from .sample import Sample, compare, eager_and_exact, on_target, ours, planted, run_watched, samples_on
 from .tasks import Settings, Skip, Task
 
 LIMIT = 2**31
@@ -18,16 +20,18 @@ HALVES = ("token", "channel")
 
 
 def tasks(settings: Settings) -> list[Task]:
-    return [*_empty(settings), *_strided(settings), *_dense(settings)]
+    return on_each_backend(
+        settings, lambda backend: [*_empty(settings, backend), *_strided(settings, backend), *_dense(settings, backend)]
+    )
 
 
-def _empty(settings: Settings) -> Iterator[Task]:
+def _empty(settings: Settings, backend: str) -> Iterator[Task]:
     for level in (*HALVES, "block"):
-        sample = Sample(MixerShape(S=49, C=72, D_S=24, D_C=96), "bf16", batch_size=0)
+        sample = Sample(MixerShape(S=49, C=72, D_S=24, D_C=96), "bf16", batch_size=0, backend=backend)
 
         def run(values: dict[str, Any], level: str = level, sample: Sample = sample) -> None:
             block, x = sample.make(settings.device)
-            with noted_launches() as launches:
+            with noted_launches(sample.backend) as launches:
                 y = ours(sample, level, block, x)
             assert y.shape == x.shape and y.dtype is x.dtype, f"{tuple(y.shape)} {y.dtype} from an empty batch"
             assert not launches, f"{len(launches)} launches for an empty batch"
@@ -35,7 +39,7 @@ def _empty(settings: Settings) -> Iterator[Task]:
         yield sample.task(level, run, "B = 0: ")
 
 
-def _strided(settings: Settings) -> Iterator[Task]:
+def _strided(settings: Settings, backend: str) -> Iterator[Task]:
     """Views whose elements lie more than 2^31 elements apart, most of them never touched."""
     limit = 2**20 if settings.rehearse else LIMIT
     for tokens in (3, 257):
@@ -46,7 +50,7 @@ def _strided(settings: Settings) -> Iterator[Task]:
         }
         for name, strides in far.items():
             for level in HALVES:
-                sample = Sample(MixerShape(S=tokens, C=8, D_S=16, D_C=16), "bf16", batch_size=2)
+                sample = Sample(MixerShape(S=tokens, C=8, D_S=16, D_C=16), "bf16", batch_size=2, backend=backend)
                 prefix = f"{name} far apart: "
                 case = sample.task(level, None, prefix).case
 
@@ -65,7 +69,7 @@ def _strided(settings: Settings) -> Iterator[Task]:
                 yield sample.task(level, run, prefix)
 
 
-def _dense(settings: Settings) -> Iterator[Task]:
+def _dense(settings: Settings, backend: str) -> Iterator[Task]:
     """A batch that is computed whole and checked piece by piece."""
     if settings.rehearse:
         cases = [("grid of 20 programs", "block", Sample(MixerShape(S=16, C=8, D_S=8, D_C=8), batch_size=20), 0)]
@@ -84,7 +88,8 @@ def _dense(settings: Settings) -> Iterator[Task]:
             ("hidden > 2^31", "channel", Sample(MixerShape(196, 768, 384, 3072), batch_size=hidden), 5 * LIMIT),
             ("hidden > 2^31", "token", Sample(many, batch_size=LIMIT // (3072 * 768) + 3), 5 * LIMIT),
         ]
-    for name, level, sample, nbytes in cases:
+    for name, level, each, nbytes in cases:
+        (sample,) = samples_on(backend, [each])
         prefix = f"{name}: "
         case = sample.task(level, None, prefix).case
         yield sample.task(level, _by_pieces(settings, case, level, sample, nbytes), prefix)

@@ -35,7 +35,7 @@ def tasks(settings: Settings) -> list[Task]:
 
 def facts(settings: Settings) -> dict[str, Any]:
     """Versions, device (clocks and driver by nvidia-smi), TF32 settings; without a GPU, "device" is None."""
-    found: dict[str, Any] = {"versions": info.versions(), "device": None}
+    found: dict[str, Any] = {"versions": info.versions(), "device": None, "cuda_kernels": info.cuda_kernels()}
     if settings.rehearse:
         found["device"] = info.device_info(torch.device("cpu"))
     elif torch.cuda.is_available():

@@ -9,13 +9,28 @@ import torch
 from mixer_kernels.functional import MEMORY_MODES
 from mixer_kernels.shapes import SPECS, MixerShape
 
-from .sample import Sample, compare, compare_gradients, eager_and_exact, gradients_of, on_target, ours, planted
+from .kernels import on_each_backend
+from .sample import (
+    Sample,
+    compare,
+    compare_gradients,
+    eager_and_exact,
+    gradients_of,
+    on_target,
+    ours,
+    planted,
+    samples_on,
+)
 from .tasks import Settings, Task
 
 REPEATS = 100
 
 
 def tasks(settings: Settings) -> list[Task]:
+    return on_each_backend(settings, lambda backend: _tasks(settings, backend))
+
+
+def _tasks(settings: Settings, backend: str) -> list[Task]:
     if settings.rehearse:
         small = MixerShape(S=20, C=24, D_S=16, D_C=32)
         samples = [Sample(small, dtype, batch_size=2) for dtype in ("bf16", "fp32")]
@@ -28,6 +43,7 @@ def tasks(settings: Settings) -> list[Task]:
             Sample(b16, "bf16", layout="transposed", batch_size=256),
             Sample(many, "bf16", batch_size=64),
         ]
+    samples = samples_on(backend, samples)
     backward = [(samples[0], memory) for memory in MEMORY_MODES]
     backward += [(sample, "fast") for sample in samples[1:]]
     return [_task(settings, sample) for sample in samples] + [_backward(settings, *each) for each in backward]

@@ -1,4 +1,4 @@
-"""Rows, the file that holds them, and the table that closes the output."""
+"""Rows, the file that holds them, and who passed: what is recorded in mixer_kernels/measured.json."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 OK, FAILED, SKIPPED, CUT = "ok", "failed", "skipped", "cut"
-MAX_REASONS = 25  # in the closing table: the end of the output is all that some machines give back
+BACKENDS = ("cuda", "triton")  # with kernels
 
 
 @dataclass
@@ -26,11 +27,13 @@ class Row:
     dtype: str = ""
     shape: str = ""
     config: str = ""
+    backend: str = ""  # whose kernels it is about
     status: str = OK
     max_err: float | None = None
     err_vs_eager: float | None = None
     repeats_equal: int | None = None
     ms: float | None = None
+    call_ms: float | None = None
     vs_eager: float | None = None
     vs_compile: float | None = None
     vs_bare: float | None = None
@@ -40,7 +43,7 @@ class Row:
     @classmethod
     def of(cls, phase: str, task: dict[str, Any], status: str, values: dict[str, Any]) -> Row:
         known = {field.name for field in fields(cls)}
-        return cls(phase, status=status, **task, **{name: value for name, value in values.items() if name in known})
+        return cls(**{"phase": phase, **task, "status": status, **{n: v for n, v in values.items() if n in known}})
 
     def line(self) -> str:
         """For the progress of the run."""
@@ -62,7 +65,7 @@ class Results:
     def __init__(self, **facts: Any) -> None:
         self.rows: list[Row] = []
         self.document: dict[str, Any] = {
-            "passed": False, **facts, "phases": [], "rows": [], "throughput": [],
+            "passed": False, "passed_backends": [], **facts, "phases": [], "rows": [], "throughput": [],
         }  # fmt: skip
         self.paths: list[Path] = []
 
@@ -91,90 +94,37 @@ class Results:
         return [row for row in self.rows if row.status in statuses]
 
 
+def passed_backends(rows: Sequence[Row], required: Collection[str], per_backend: Collection[str]) -> list[str]:
+    """Of which backends all is right: their rows, and those that are of none.
+
+    Nothing failed, nothing of the phases in ``required`` was cut, and something was checked in each of ``per_backend``.
+    """
+
+    def right(backend: str) -> bool:
+        its = [row for row in rows if row.backend in (backend, "")]
+        checked = {row.phase for row in its if row.backend and row.status == OK}
+        wrong = [row for row in its if row.status == FAILED or (row.status == CUT and row.phase in required)]
+        return not wrong and checked >= set(per_backend)
+
+    return [backend for backend in BACKENDS if right(backend)]
+
+
 def slug(name: str) -> str:
     """ "NVIDIA H100 80GB HBM3" as a directory: nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-_COLUMNS = (
-    "phase", "kernel/case", "dtype", "shape", "config", "status", "max err", "/ eager's", "equal", "ms",
-    "vs eager", "vs compile", "/ bare",
-)  # fmt: skip
-
-
-def closing_table(results: Results) -> str:
-    """One line for the tasks of a phase and dtype (the worst of them), one for each benchmark, one for each failure."""
-    lines = [list(_COLUMNS)]
-    for _, group in itertools.groupby(results.rows, key=lambda row: row.phase):
-        members = list(group)
-        timed = [row for row in members if row.ms is not None]
-        for dtype in dict.fromkeys(row.dtype for row in members if row not in timed):
-            lines.append(_summary([row for row in members if row.dtype == dtype and row not in timed]))
-        lines += [_cells(row) for row in timed]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    numbers = _COLUMNS.index("max err")
-    text = "\n".join(
-        "  ".join(
-            cell.rjust(width) if i >= numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-    bad = results.with_status(FAILED, CUT)
-    reasons = [f"{row.status.upper()} {row.phase}: {row.case}: {(row.reason or '')[:300]}" for row in bad]
-    if len(reasons) > MAX_REASONS:
-        reasons[MAX_REASONS:] = [f"and {len(reasons) - MAX_REASONS} more in the file"]
-    skipped = dict.fromkeys(f"skipped {row.phase}: {row.reason}" for row in results.with_status(SKIPPED))
-    return "\n".join([text, "", *itertools.islice(skipped, MAX_REASONS), *reasons])
-
-
-def _summary(rows: list[Row]) -> list[str]:
-    counts = [f"{sum(row.status == status for row in rows)} {status}" for status in (OK, FAILED, CUT, SKIPPED)]
-    status = ", ".join(count for count in counts if not count.startswith("0 "))
-    cases = rows[0].case if len(rows) == 1 else f"{len(rows)} cases"
-    shapes, configs = {row.shape for row in rows}, {row.config for row in rows if row.config}
-
-    def worst(name: str, pick: Any = max) -> Any:
-        return pick((getattr(row, name) for row in rows if getattr(row, name) is not None), default=None)
-
-    merged = Row(
-        rows[0].phase,
-        cases,
-        rows[0].dtype,
-        shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
-        configs.pop() if len(configs) == 1 and len(rows) == 1 else f"{len(configs)} configs" if configs else "",
-        status,
-        max_err=worst("max_err"),
-        err_vs_eager=worst("err_vs_eager"),
-        repeats_equal=worst("repeats_equal", min),
-    )
-    return _cells(merged)
-
-
-def _cells(row: Row) -> list[str]:
-    formats = (
-        (row.max_err, "{:.1e}"),
-        (row.err_vs_eager, "{:.2f}"),
-        (row.repeats_equal, "{}"),
-        (row.ms, "{:.3f}"),
-        (row.vs_eager, "{:.2f}x"),
-        (row.vs_compile, "{:.2f}x"),
-        (row.vs_bare, "{:.2f}"),
-    )
-    numbers = ["-" if value is None else form.format(value) for value, form in formats]
-    return [row.phase, row.case, row.dtype, row.shape, row.config[:40], row.status, *numbers]
-
-
 def record(path: Path, measured: Path, directory: Path) -> str:
-    """Enter the GPU of the passed run in ``path`` into ``measured`` (mixer_kernels/measured.json).
+    """Enter the GPU of ``path`` into ``measured`` (mixer_kernels/measured.json), for each backend that passed.
 
     Its results are copied into ``directory`` unless they lie there already.
 
     Returns:
-        what was done. Raises ValueError if the run did not pass, or was not a whole run on a GPU.
+        what was done. Raises ValueError if no backend passed, or it was not a whole run on a GPU.
     """
     document = json.loads(path.read_text(encoding="utf-8"))
-    if not document.get("passed"):
+    passed = document.get("passed_backends")
+    if not passed:
         raise ValueError(f"{path} is not of a whole run that passed: nothing recorded")
     name = document["device"]["name"]
     target = directory / slug(name) / path.name
@@ -184,9 +134,10 @@ def record(path: Path, measured: Path, directory: Path) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     known = json.loads(measured.read_text(encoding="utf-8"))
-    known["triton"] = sorted({*known.get("triton", []), name})
+    for backend in passed:
+        known[backend] = sorted({*known.get(backend, []), name})
     measured.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    return f"{name!r} is recorded in {measured}; results: {target}"
+    return f"{name!r} is recorded in {measured} for {', '.join(passed)}; results: {target}"
 
 
 def say(text: str) -> None:

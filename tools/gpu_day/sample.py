@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
-from blocks import CHANNEL_NAMES, TOKEN_NAMES, Block, make_block, make_x
+from blocks import CHANNEL_NAMES, PRODUCTS, TOKEN_NAMES, Block, make_block, make_x
 from torch import Tensor
 
 import mixer_kernels.functional as F
-from mixer_kernels.backends.triton.launch import intercept_launches
 from mixer_kernels.compile_check import TORCH_DTYPES
 from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.target import KNOWN_TARGETS, Target, assume_target
@@ -39,6 +38,7 @@ class Sample:
     bias: bool = True
     mean: float = 0.0  # of the rows, in standard deviations
     special: str = ""  # "NaN", "Inf": one such element; "constant rows": rows without variance
+    backend: str = "triton"  # whose result is compared
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -53,13 +53,14 @@ class Sample:
         return f"{self.batch_size}x{self.shape.S}x{self.shape.C} ({self.shape.D_S}, {self.shape.D_C})"
 
     def title(self) -> str:
-        traits = [self.layout if self.layout != "contiguous" else "", self.special, self.dtype_name, self.shape_name]
+        traits = [self.backend, self.layout if self.layout != "contiguous" else "", self.special]
+        traits += [self.dtype_name, self.shape_name]
         traits += ["tanh" if self.approximate == "tanh" else "", "" if self.affine else "no affine"]
         traits += ["" if self.bias else "no bias", f"mean {self.mean:g}" if self.mean else ""]
         return " ".join(filter(None, traits))
 
     def task(self, level: str, run: Any, prefix: str = "", config: str = "") -> Task:
-        return Task(f"{prefix}{level} {self.title()}", run, self.dtype_name, self.shape_name, config)
+        return Task(f"{prefix}{level} {self.title()}", run, self.dtype_name, self.shape_name, config, self.backend)
 
     def make(self, device: str) -> tuple[Block, Tensor]:
         """The parameters, in the dtype of the stream, and ``x [B, S, C]``."""
@@ -71,6 +72,12 @@ class Sample:
         elif self.special:
             x[-1, -1, -1] = float(self.special)
         return block, x
+
+
+def samples_on(backend: str, samples: Iterable[Sample]) -> list[Sample]:
+    """Those of ``samples`` whose products ``backend`` has, on that backend."""
+    here = [sample for sample in samples if TORCH_DTYPES[sample.dtype] in PRODUCTS[backend]]
+    return [dataclasses.replace(sample, backend=backend) for sample in here]
 
 
 def parameters_of(block: Block, level: str) -> list[Tensor | None]:
@@ -97,9 +104,10 @@ def arithmetic(sample: Sample, device: str) -> Iterator[None]:
 
 
 def ours(sample: Sample, level: str, block: Block, x: Tensor) -> Tensor:
-    """The Triton backend's result."""
+    """The result of the sample's backend."""
+    options = {"eps": EPS, "approximate": sample.approximate, "backend": sample.backend}
     with arithmetic(sample, x.device.type):
-        return LEVELS[level](x, *parameters_of(block, level), eps=EPS, approximate=sample.approximate, backend="triton")
+        return LEVELS[level](x, *parameters_of(block, level), **options)
 
 
 def eager_and_exact(sample: Sample, level: str, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,9 +139,10 @@ def compare(
 
 
 def gradients_of(
-    sample: Sample, level: str, block: Block, x: Tensor, dy: Tensor, backend: str = "triton", **options: Any
+    sample: Sample, level: str, block: Block, x: Tensor, dy: Tensor, backend: str | None = None, **options: Any
 ) -> dict[str, Tensor]:
     """The output and the gradients of ``x`` and of every parameter, by name, through autograd."""
+    backend = backend or sample.backend
     names = {"token": TOKEN_NAMES, "channel": CHANNEL_NAMES, "block": (*TOKEN_NAMES, *CHANNEL_NAMES)}[level]
     x = x.detach().requires_grad_()
     parameters = [None if p is None else p.detach().requires_grad_() for p in parameters_of(block, level)]
@@ -184,16 +193,3 @@ def on_target(settings: Settings, target: Target | None = None) -> Iterator[None
         target = KNOWN_TARGETS["sm_90"]
     with contextlib.nullcontext() if target is None else assume_target(target):
         yield
-
-
-@contextlib.contextmanager
-def noted_launches() -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """Launch as usual, and note each kernel's name and options."""
-    noted: list[tuple[str, dict[str, Any]]] = []
-
-    def run(kernel: Any, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        noted.append((kernel.__name__, options))
-        kernel[grid](*args, **options)
-
-    with intercept_launches(run):
-        yield noted

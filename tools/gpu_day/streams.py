@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixer_kernels.backends.triton.prepack import forget_packs
+from mixer_kernels.backends import forget_packs
 from mixer_kernels.shapes import SPECS, MixerShape
 
+from .kernels import on_each_backend
 from .sample import (
     EPS,
     LEVELS,
@@ -23,6 +24,7 @@ from .sample import (
     ours,
     parameters_of,
     planted,
+    samples_on,
 )
 from .tasks import Settings, Skip, Task
 
@@ -35,6 +37,10 @@ Check = Callable[[Settings, str, Sample, dict[str, Any]], None]
 
 
 def tasks(settings: Settings) -> list[Task]:
+    return on_each_backend(settings, lambda backend: _tasks(settings, backend))
+
+
+def _tasks(settings: Settings, backend: str) -> list[Task]:
     if settings.rehearse:
         samples = [Sample(MixerShape(S=20, C=24, D_S=16, D_C=32), "bf16")]
     else:
@@ -44,6 +50,7 @@ def tasks(settings: Settings) -> list[Task]:
             Sample(b16, "bf16", stream="fp32", batch_size=8),
             Sample(MixerShape(S=257, C=129, D_S=50, D_C=130), "bf16", batch_size=8),
         ]
+    samples = samples_on(backend, samples)
     on_gpu: dict[str, Check] = {
         "side stream behind a sleep": _side_stream,
         "weights packed on another stream": _packed_elsewhere,
@@ -169,7 +176,7 @@ def _graph_training(settings: Settings, case: str, sample: Sample, values: dict[
     def step() -> list[Tensor]:
         with arithmetic(sample, "cuda"), torch.enable_grad():
             noise = {"dropout_p": 0.1, "drop_path_p": 0.25}
-            y = LEVELS["block"](x, *parameters, eps=EPS, backend="triton", **noise)
+            y = LEVELS["block"](x, *parameters, eps=EPS, backend=sample.backend, **noise)
         gradients = torch.autograd.grad(y, parameters, dy)
         with torch.no_grad():
             torch._foreach_add_(parameters, list(gradients), alpha=-1e-3)

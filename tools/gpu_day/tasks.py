@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +11,10 @@ from typing import Any
 
 class Skip(Exception):
     """Why a task has nothing to say on this machine."""
+
+
+class Cut(Exception):
+    """What a task was doing when its time was up."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,11 @@ class Settings:
     rehearse: bool = False
     compile_mode: str = "default"
     plants: tuple[str, ...] = ()
+    ends: float = math.inf  # of the phase, as time.time() counts
+
+    @property
+    def seconds_left(self) -> float:
+        return self.ends - time.time()
 
     @property
     def device(self) -> str:
@@ -38,6 +49,7 @@ class Task:
     dtype: str = ""
     shape: str = ""
     config: str = ""
+    backend: str = ""  # whose kernels it is about
 
     def described(self) -> dict[str, str]:
-        return {"case": self.case, "dtype": self.dtype, "shape": self.shape, "config": self.config}
+        return {name: getattr(self, name) for name in ("case", "dtype", "shape", "config", "backend")}

@@ -11,17 +11,17 @@ import zlib
 from dataclasses import asdict
 from typing import Any
 
-from .results import FAILED, OK, SKIPPED
-from .tasks import Settings, Skip, Task
+from .results import CUT, FAILED, OK, SKIPPED
+from .tasks import Cut, Settings, Skip, Task
 
 
 def main() -> None:
     channel = _claim_stdout()
     settings = Settings(**json.loads(sys.argv[1]))
     if settings.rehearse:
-        import strict_interpreter
+        from . import rehearsal
 
-        strict_interpreter.install()  # before anything imports Triton
+        rehearsal.install()  # before anything imports Triton
     import torch
 
     if not settings.rehearse:
@@ -41,6 +41,8 @@ def main() -> None:
             task.run(values)
         except Skip as reason:
             status, values["reason"] = SKIPPED, str(reason)
+        except Cut as reason:
+            status, values["reason"] = CUT, str(reason)
         except Exception as error:  # a row says so and the run goes on
             traceback.print_exc()
             status, values["reason"] = FAILED, _describe(error)
