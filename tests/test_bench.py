@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from subprocesses import outside_xdist
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixer_kernels import FusedMixer, info
@@ -420,7 +421,10 @@ def test_pytest_benchmark_prints_and_writes_the_same_rows(tmp_path):
     path = tmp_path / "out.json"
     chosen = "test_token_mixing and S/32 and not compile"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark", "-k", chosen, f"--benchmark-json={path}"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    environment = {
+        **outside_xdist(),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
     finished = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )

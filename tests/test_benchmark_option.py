@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from subprocesses import outside_xdist
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +52,12 @@ def project(tmp_path: Path) -> Path:
 
 def run(project: Path, *arguments: str) -> tuple[int, str]:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments], cwd=project, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=project,
+        env=outside_xdist(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     return result.returncode, result.stdout + result.stderr
 

@@ -116,14 +116,17 @@ def token_config(
         return TokenConfig(32, 16, num_warps=8 if vectorised else 4, num_stages=2, tf32=False)
     if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
-        block_d = 32 if target.capability == 90 else 64
+        # On sm_100 four segments leave no tensor memory for 64 hidden units.
+        block_d = 32 if target.capability == 90 or segments[3] else 64
         fits = lean and (sum(segments) <= 224 or target.capability > 90)
         return TokenConfig(128, block_d, num_warps=8, num_stages=2) if fits else TokenConfig(64, 64, 8, 2)
+    if noise:
+        return TokenConfig(32, 16, num_warps=8, num_stages=2)
     if lean and few_tokens:
         return TokenConfig(128, 16 if target.capability >= 120 else 32, num_warps=8, num_stages=2)
     if lean:
         return TokenConfig(64, 16, num_warps=4, num_stages=2)
-    return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised and not noise else TokenConfig(64, 16, 8, 2)
+    return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised else TokenConfig(64, 16, 8, 2)
 
 
 def token_product_config(target: Target, dtype: torch.dtype, exact: bool, noise: bool) -> ProductConfig:
