@@ -186,6 +186,8 @@ def token_backward_config(
     if hopper:
         few_warps = target.capability == 90 and sum(segments) <= 208 and vectorised
         return TokenConfig(64, 32, num_warps=4 if few_warps else 8, num_stages=2)
+    if target.capability >= 120:
+        return TokenConfig(32, 16, num_warps=4, num_stages=2)
     return TokenConfig(64, 16, num_warps=8, num_stages=2)
 
 
