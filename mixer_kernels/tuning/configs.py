@@ -168,7 +168,7 @@ def channel_product_config(
 def norm_backward_config(channels: int) -> StatisticsConfig:
     """LayerNorm backward: whole rows, few at a time, since x, dn and dy and two sums lie in registers."""
     block_c = max(16, 1 << (channels - 1).bit_length())
-    block_rows = min(16, 2048 // block_c) if block_c <= 1024 else 2 if block_c <= 2048 else 1
+    block_rows = min(4, 2048 // block_c) if block_c <= 1024 else 2 if block_c <= 2048 else 1
     return StatisticsConfig(block_rows=block_rows, block_c=block_c, num_warps=8 if block_c <= 2048 else 16)
 
 
