@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from .backends.backward import channel_mixing_backward, token_mixing_backward
 from .shapes import SPECS, MixerShape
 from .tuning.target import KNOWN_TARGETS, Target, assume_target
 
@@ -246,12 +247,13 @@ def _run(backend, case: Case) -> None:
         u = x
     _, *saved = backend.channel_mixing_forward(u, *channels, eps=1e-6, **common, keep_z=case.backward)
     if case.backward:
+        kernels = backend.backward_kernels(dtype)
         for gradients, inputs, half, kept in (
-            (backend.token_mixing_backward, x, tokens, statistics),
-            (backend.channel_mixing_backward, u, channels, saved),
+            (token_mixing_backward, x, tokens, statistics),
+            (channel_mixing_backward, u, channels, saved),
         ):
             wanted = [t is not None for t in (x, *half)]
-            gradients(torch.empty_like(u), inputs, *kept, *half, **common, wanted=wanted)
+            gradients(kernels, torch.empty_like(u), inputs, *kept, *half, **common, wanted=wanted)
 
 
 def _title(case: Case) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends import backward
 
 _library = torch.library.Library("mixer_kernels", "DEF")
 
@@ -48,9 +49,9 @@ def _token_mixing_fake(x, *_):
 def _token_mixing_backward(
     du, x, mean, rstd, gamma, beta, w1, b1, w2, b2, approximate, dtype, dropout_p, drop_path_p, seed, backend, wanted
 ):
-    gradients = backends.load(backend).token_mixing_backward(
-        du, x, mean, rstd, gamma, beta, w1, b1, w2, b2, approximate=approximate, dtype=dtype,
-        dropout_p=dropout_p, drop_path_p=drop_path_p, seed=seed, wanted=wanted,
+    gradients = backward.token_mixing_backward(
+        backends.load(backend).backward_kernels(dtype), du, x, mean, rstd, gamma, beta, w1, b1, w2, b2,
+        approximate=approximate, dtype=dtype, dropout_p=dropout_p, drop_path_p=drop_path_p, seed=seed, wanted=wanted,
     )  # fmt: skip
     return _present(gradients, x)
 
@@ -121,9 +122,9 @@ def _channel_mixing_fake(u, gamma, beta, w3, *rest):
 def _channel_mixing_backward(
     dy, u, mean, rstd, z, gamma, beta, w3, b3, w4, b4, approximate, dtype, dropout_p, drop_path_p, seed, backend, wanted
 ):
-    gradients = backends.load(backend).channel_mixing_backward(
-        dy, u, mean, rstd, z, gamma, beta, w3, b3, w4, b4, approximate=approximate, dtype=dtype,
-        dropout_p=dropout_p, drop_path_p=drop_path_p, seed=seed, wanted=wanted,
+    gradients = backward.channel_mixing_backward(
+        backends.load(backend).backward_kernels(dtype), dy, u, mean, rstd, z, gamma, beta, w3, b3, w4, b4,
+        approximate=approximate, dtype=dtype, dropout_p=dropout_p, drop_path_p=drop_path_p, seed=seed, wanted=wanted,
     )  # fmt: skip
     return _present(gradients, u)
 

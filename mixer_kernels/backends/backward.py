@@ -49,7 +49,7 @@ class Kernels:
     norm_backward: Callable[..., NormGradients]  # (x, dn, dy, mean, rstd, gamma, beta, n_dtype)
 
 
-def token_mixing_gradients(
+def token_mixing_backward(
     kernels: Kernels,
     du: Tensor,
     x: Tensor,
@@ -64,22 +64,24 @@ def token_mixing_gradients(
     *,
     approximate: str,
     dtype: torch.dtype,
-    noise: Noise,
+    dropout_p: float,
+    drop_path_p: float,
+    seed: Tensor | None,
     wanted: Sequence[bool],
 ) -> Gradients:
-    """Gradients of ``x, gamma, beta, w1, b1, w2, b2``, None where ``wanted`` is false."""
+    """Gradients of ``x, gamma, beta, w1, b1, w2, b2`` from ``du``, that of u; None where ``wanted`` is false."""
     inputs = (x, gamma, beta, w1, b1, w2, b2)
     if x.numel() == 0:
         return _zeros(inputs, wanted)
     with device_of(x), without_autocast(x):
         gradients = _token_gradients(
-            kernels, du.contiguous(), mean, rstd, *inputs, approximate=approximate, dtype=dtype, noise=noise,
-            wanted=wanted,
+            kernels, du.contiguous(), mean, rstd, *inputs, approximate=approximate, dtype=dtype,
+            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
         )  # fmt: skip
         return _cast(gradients, inputs, wanted)
 
 
-def channel_mixing_gradients(
+def channel_mixing_backward(
     kernels: Kernels,
     dy: Tensor,
     u: Tensor,
@@ -95,17 +97,22 @@ def channel_mixing_gradients(
     *,
     approximate: str,
     dtype: torch.dtype,
-    noise: Noise,
+    dropout_p: float,
+    drop_path_p: float,
+    seed: Tensor | None,
     wanted: Sequence[bool],
 ) -> Gradients:
-    """Gradients of ``u, gamma, beta, w3, b3, w4, b4``, None where ``wanted`` is false. ``z`` None: recompute it."""
+    """Gradients of ``u, gamma, beta, w3, b3, w4, b4`` from ``dy``, that of y; None where ``wanted`` is false.
+
+    ``z`` None: recompute it.
+    """
     inputs = (u, gamma, beta, w3, b3, w4, b4)
     if u.numel() == 0:
         return _zeros(inputs, wanted)
     with device_of(u), without_autocast(u):
         gradients = _channel_gradients(
-            kernels, dy.contiguous(), mean, rstd, z, *inputs, approximate=approximate, dtype=dtype, noise=noise,
-            wanted=wanted,
+            kernels, dy.contiguous(), mean, rstd, z, *inputs, approximate=approximate, dtype=dtype,
+            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
         )  # fmt: skip
         return _cast(gradients, inputs, wanted)
 

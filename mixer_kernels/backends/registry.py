@@ -1,8 +1,8 @@
 """Which backend runs: the names, the user's choice, and the one rule for ``auto``.
 
 A backend is a module with ``why_not``, ``token_mixing_forward`` and ``channel_mixing_forward`` and, unless autograd
-does that for it, their ``_backward``; it may have ``mixer_block_forward``. Backends are imported when first asked for:
-importing mixer_kernels needs neither Triton nor a GPU.
+differentiates it, ``backward_kernels``, which ``backends.backward`` puts in order; it may have ``mixer_block_forward``.
+Backends are imported when first asked for: importing mixer_kernels needs neither Triton nor a GPU.
 
 ``auto`` on a GPU prefers, of the two backends with kernels,
 

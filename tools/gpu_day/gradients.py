@@ -15,6 +15,7 @@ from blocks import CHANNEL_NAMES, LAYOUTS, TOKEN_NAMES, Block
 from torch import Tensor
 
 from mixer_kernels import backends
+from mixer_kernels.backends.backward import channel_mixing_backward, token_mixing_backward
 from mixer_kernels.compile_check import TORCH_DTYPES
 from mixer_kernels.functional import MEMORY_MODES
 from mixer_kernels.shapes import MixerShape
@@ -80,15 +81,16 @@ def _direct(sample: Sample, level: str, block: Block, x: Tensor, dy: Tensor) -> 
     """Gradients by name, from the backend's own functions."""
     backend = backends.load(sample.backend)
     names, forward, backward, options = {
-        "token": (TOKEN_NAMES, backend.token_mixing_forward, backend.token_mixing_backward, {}),
-        "channel": (CHANNEL_NAMES, backend.channel_mixing_forward, backend.channel_mixing_backward, {"keep_z": True}),
+        "token": (TOKEN_NAMES, backend.token_mixing_forward, token_mixing_backward, {}),
+        "channel": (CHANNEL_NAMES, backend.channel_mixing_forward, channel_mixing_backward, {"keep_z": True}),
     }[level]
     parameters = parameters_of(block, level)
     common = {"approximate": sample.approximate, "dtype": TORCH_DTYPES[sample.dtype]}
     _, *saved = forward(x, *parameters, eps=EPS, **common, **options)
     noise = {"dropout_p": 0.0, "drop_path_p": 0.0, "seed": None}
     wanted = [t is not None for t in (x, *parameters)]
-    gradients = backward(dy, x, *saved, *parameters, **common, **noise, wanted=wanted)
+    kernels = backend.backward_kernels(common["dtype"])
+    gradients = backward(kernels, dy, x, *saved, *parameters, **common, **noise, wanted=wanted)
     return {name: t for name, t in zip(("x", *names), gradients, strict=True) if t is not None}
 
 

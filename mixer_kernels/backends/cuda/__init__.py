@@ -6,12 +6,9 @@ than 256 tokens) on PyTorch's current stream, in memory from PyTorch's allocator
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..backward import channel_mixing_gradients, token_mixing_gradients
 from ..devices import device_of
 from ..noise import Noise
 from ..rounding import round_up
@@ -20,10 +17,9 @@ from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, stream
 from .prepack import fc1_weights, fc2_weights, token_weights
 
 __all__ = [
-    "channel_mixing_backward",
+    "backward_kernels",
     "channel_mixing_forward",
     "mixer_block_forward",
-    "token_mixing_backward",
     "token_mixing_forward",
     "why_not",
 ]
@@ -132,59 +128,6 @@ def mixer_block_forward(
             pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
         )  # fmt: skip
     return y
-
-
-def token_mixing_backward(
-    du: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float,
-    drop_path_p: float,
-    seed: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ``x, gamma, beta, w1, b1, w2, b2`` from ``du``, that of u; None where ``wanted`` is false."""
-    return token_mixing_gradients(
-        backward_kernels(), du, x, mean, rstd, gamma, beta, w1, b1, w2, b2,
-        approximate=approximate, dtype=dtype, noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
-    )  # fmt: skip
-
-
-def channel_mixing_backward(
-    dy: Tensor,
-    u: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    z: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    w4: Tensor,
-    b4: Tensor | None,
-    *,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float,
-    drop_path_p: float,
-    seed: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ``u, gamma, beta, w3, b3, w4, b4`` from ``dy``, that of y; None where ``wanted`` is false."""
-    return channel_mixing_gradients(
-        backward_kernels(), dy, u, mean, rstd, z, gamma, beta, w3, b3, w4, b4,
-        approximate=approximate, dtype=dtype, noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
-    )  # fmt: skip
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

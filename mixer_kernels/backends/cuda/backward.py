@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ...tuning.configs import MAX_FUSED_TOKENS
 from ...tuning.target import target_of
 from ..backward import Kernels, NormGradients
 from ..noise import Noise
@@ -14,12 +15,10 @@ from ..rounding import round_up
 from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, stream_of
 from .prepack import fc1_weights, float_vector, token_weights, transposed_weight
 
-MAX_FUSED_TOKENS = 256
-
 
 @cache
-def backward_kernels() -> Kernels:
-    """All of them."""
+def backward_kernels(dtype: torch.dtype) -> Kernels:
+    """All of them: the same for every ``dtype`` of the products."""
     return Kernels(
         MAX_FUSED_TOKENS,
         branch_gradient,

@@ -6,27 +6,24 @@ statistics, fc1, fc2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 from torch import Tensor
 
 from ...tuning.configs import MAX_FUSED_TOKENS
-from ..backward import channel_mixing_gradients, token_mixing_gradients
+from ..backward import Kernels
 from ..devices import device_of
-from .backward import backward_kernels
+from ..noise import Noise
+from .backward import kernels_with
 from .channel_mixing import channel_mixing_products
-from .noise import Noise
 from .row_statistics import _row_statistics_kernel, row_statistics
 from .token_mixing import token_mixing_fused
 from .token_products import token_mixing_products
 
 __all__ = [
-    "channel_mixing_backward",
+    "backward_kernels",
     "channel_mixing_forward",
     "interpreted",
-    "token_mixing_backward",
     "token_mixing_forward",
     "why_not",
 ]
@@ -113,57 +110,9 @@ def channel_mixing_forward(
     return y, mean, rstd, z
 
 
-def token_mixing_backward(
-    du: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float,
-    drop_path_p: float,
-    seed: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ``x, gamma, beta, w1, b1, w2, b2`` from ``du``, that of u; None where ``wanted`` is false."""
-    return token_mixing_gradients(
-        backward_kernels(_precision(dtype)), du, x, mean, rstd, gamma, beta, w1, b1, w2, b2,
-        approximate=approximate, dtype=dtype, noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
-    )  # fmt: skip
-
-
-def channel_mixing_backward(
-    dy: Tensor,
-    u: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    z: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    w4: Tensor,
-    b4: Tensor | None,
-    *,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float,
-    drop_path_p: float,
-    seed: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ``u, gamma, beta, w3, b3, w4, b4`` from ``dy``, that of y; None where ``wanted`` is false."""
-    return channel_mixing_gradients(
-        backward_kernels(_precision(dtype)), dy, u, mean, rstd, z, gamma, beta, w3, b3, w4, b4,
-        approximate=approximate, dtype=dtype, noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
-    )  # fmt: skip
+def backward_kernels(dtype: torch.dtype) -> Kernels:
+    """The kernels of the backward pass, with products in ``dtype``."""
+    return kernels_with(_precision(dtype))
 
 
 def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

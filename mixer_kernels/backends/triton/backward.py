@@ -17,8 +17,8 @@ from .token_weight_gradients import weight_gradient
 
 
 @cache
-def backward_kernels(precision: str) -> Kernels:
-    """All kernels with ``precision``, tl.dot's input_precision."""
+def kernels_with(precision: str) -> Kernels:
+    """All of them with ``precision``, tl.dot's input_precision."""
     return Kernels(
         MAX_FUSED_TOKENS,
         branch_gradient,

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..noise import Noise
 from ..rounding import cdiv
 from .launch import launch
-from .noise import Noise, kept_branch, kept_image
+from .noise import kept_branch, kept_image, noise_arguments
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def branch_gradient(dy: Tensor, noise: Noise, dtype: torch.dtype) -> Tensor:
         rows,
         tokens,
         channels,
-        **noise.arguments(),
+        **noise_arguments(noise),
         BLOCK_R=16,
         BLOCK_C=128,
         num_warps=4,

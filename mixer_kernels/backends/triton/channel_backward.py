@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ...tuning.configs import gelu_backward_config
 from ...tuning.target import target_of
+from ..noise import Noise
 from ..rounding import cdiv
 from .channel_epilogue import hidden_dropout, tile_origin
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
-from .noise import Noise
+from .noise import noise_arguments
 from .prepack import product_weight
 
 
@@ -122,7 +123,7 @@ def channel_gelu_backward(
         w4.shape[1],
         g.shape[1],
         z.stride(0),
-        **noise.arguments(),
+        **noise_arguments(noise),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

@@ -19,7 +19,7 @@ from ..rounding import cdiv
 from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden_dropout, tile_origin
 from .gelu import gelu
 from .launch import launch
-from .noise import kept_image
+from .noise import kept_image, noise_arguments
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
         columns,
         product.K,
         product.u.shape[1],
-        **product.noise.arguments(),
+        **noise_arguments(product.noise),
         FC1=product.is_fc1,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .noise import Noise, kept_branch, kept_hidden, kept_image
+from ..noise import Noise
+from .noise import kept_branch, kept_hidden, kept_image
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ...tuning.configs import channel_product_config
 from ...tuning.target import target_of
+from ..noise import Noise
 from ..rounding import round_up
 from . import channel_descriptors, channel_products
 from .channel_epilogue import ChannelProduct
-from .noise import Noise
 from .prepack import folded_weights, product_weight
 
 

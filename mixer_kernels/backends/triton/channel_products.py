@@ -10,7 +10,7 @@ from ..rounding import cdiv
 from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden_dropout, tile_origin
 from .gelu import gelu
 from .launch import launch, needs_int64
-from .noise import kept_image
+from .noise import kept_image, noise_arguments
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def run_product(config: ProductConfig, product: ChannelProduct) -> None:
         *u.stride(),
         product.left.stride(0),
         product.result.stride(0),
-        **product.noise.arguments(),
+        **noise_arguments(product.noise),
         FC1=product.is_fc1,
         FOLD=product.is_folded,
         EVEN_K=product.K % config.block_k == 0,

@@ -7,27 +7,24 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .. import noise
+from ..noise import Noise
 
 SITE_HIDDEN = tl.constexpr(0)
 SITE_BRANCH = tl.constexpr(1)
 SITE_IMAGE = tl.constexpr(2)
 
 
-class Noise(noise.Noise):
-    """As every backend takes it, with the arguments of Triton kernels."""
-
-    def arguments(self) -> dict[str, Any]:
-        """What every kernel with noise takes."""
-        return {
-            "seed_ptr": self.seed,
-            "dropout_p": self.dropout_p,
-            "dropout_scale": _scale(self.dropout_p),
-            "path_p": self.drop_path_p,
-            "path_scale": _scale(self.drop_path_p),
-            "DROPOUT": self.dropout_p > 0,
-            "DROP_PATH": self.drop_path_p > 0,
-        }
+def noise_arguments(noise: Noise) -> dict[str, Any]:
+    """What every kernel with noise takes."""
+    return {
+        "seed_ptr": noise.seed,
+        "dropout_p": noise.dropout_p,
+        "dropout_scale": _scale(noise.dropout_p),
+        "path_p": noise.drop_path_p,
+        "path_scale": _scale(noise.drop_path_p),
+        "DROPOUT": noise.dropout_p > 0,
+        "DROP_PATH": noise.drop_path_p > 0,
+    }
 
 
 def _scale(p: float) -> float:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ...tuning.configs import token_backward_config, token_segments
 from ...tuning.target import target_of
+from ..noise import Noise
 from ..rounding import cdiv, round_up
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
-from .noise import Noise, kept_hidden, kept_image
+from .noise import kept_hidden, kept_image, noise_arguments
 from .prepack import token_weights
 from .token_mixing import _channels_of_program, _hidden, _normalised, is_vectorised
 
@@ -226,7 +227,7 @@ def token_data_gradient(
         packed.w1.shape[0],
         packed.w1.shape[0] // config.block_d,
         *x.stride(),
-        **noise.arguments(),
+        **noise_arguments(noise),
         N0=segments[0],
         N1=segments[1],
         N2=segments[2],

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ...tuning.configs import token_config, token_segments
 from ...tuning.target import target_of
+from ..noise import Noise
 from ..rounding import cdiv, round_up
 from .gelu import gelu
 from .launch import launch, needs_int64
-from .noise import Noise, kept_branch, kept_hidden, kept_image
+from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
 from .prepack import token_weights
 
 
@@ -254,7 +255,7 @@ def token_mixing_fused(
         packed.w1.shape[0],
         packed.w1.shape[0] // config.block_d,
         *x.stride(),
-        **noise.arguments(),
+        **noise_arguments(noise),
         N0=segments[0],
         N1=segments[1],
         N2=segments[2],

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ...tuning.configs import token_product_config
 from ...tuning.target import target_of
+from ..noise import Noise
 from ..rounding import cdiv, round_up
 from .gelu import gelu
 from .launch import launch, needs_int64
-from .noise import Noise, kept_branch, kept_hidden, kept_image
+from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
 from .prepack import token_weights
 
 
@@ -203,7 +204,7 @@ def _run_product(
         hidden,
         w.shape[1],
         *x.stride(),
-        **noise.arguments(),
+        **noise_arguments(noise),
         FIRST=first,
         KEEP_Z=keep_z,
         BLOCK_M=config.block_m,

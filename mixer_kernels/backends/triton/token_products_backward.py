@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ...tuning.configs import token_gelu_backward_config
 from ...tuning.target import target_of
+from ..noise import Noise
 from ..rounding import cdiv
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
-from .noise import Noise, kept_hidden
+from .noise import kept_hidden, noise_arguments
 from .prepack import transposed_weight
 
 
@@ -102,7 +103,7 @@ def token_gelu_backward(
         channels,
         hidden,
         packed.shape[1],
-        **noise.arguments(),
+        **noise_arguments(noise),
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_n,
         BLOCK_K=config.block_k,

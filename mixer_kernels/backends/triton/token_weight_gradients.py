@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ...tuning.configs import weight_gradient_config
 from ...tuning.target import target_of
+from ..noise import Noise
 from ..rounding import cdiv
 from .launch import launch, needs_int64
-from .noise import Noise, kept_image
+from .noise import kept_image, noise_arguments
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def weight_gradient(
         channels,
         hidden,
         *right.stride(),
-        **noise.arguments(),
+        **noise_arguments(noise),
         IS_W1=norm is not None,
         SPLITS=splits,
         BLOCK_D=config.block_m,
