@@ -118,10 +118,10 @@ void block_forward(mk_input x, mk_size size, float eps1, float eps2, const Token
                          at(a_channels), nullptr, row, at(y), at(stream));
 }
 
-void token_backward(mk_input x, mk_size size, mk_norm norm, mk_type type, int S_pad, int D, int D_S, Address g,
-                    Address w1, Address b1, Address w2t, mk_noise noise, bool tanh, mk_device device, Address dn,
-                    Address a, Address dz, Address stream) {
-    mk_token_backward arguments{};
+void token_data_gradient(mk_input x, mk_size size, mk_norm norm, mk_type type, int S_pad, int D, int D_S, Address g,
+                         Address w1, Address b1, Address w2t, mk_noise noise, bool tanh, mk_device device, Address dn,
+                         Address a, Address dz, Address stream) {
+    mk_token_data_gradient_arguments arguments{};
     arguments.x = x;
     arguments.size = size;
     arguments.norm = norm;
@@ -139,12 +139,12 @@ void token_backward(mk_input x, mk_size size, mk_norm norm, mk_type type, int S_
     arguments.dn = at(dn);
     arguments.a = at(a);
     arguments.dz = at(dz);
-    check(mk_token_mixing_backward(&arguments, at(stream)), "mk_token_mixing_backward");
+    check(mk_token_data_gradient(&arguments, at(stream)), "mk_token_data_gradient");
 }
 
 void token_hidden(mk_input x, mk_size size, mk_norm norm, mk_type type, int D_S, Address w1, Address b1, Address z,
                   Address stream) {
-    mk_token_products arguments{};
+    mk_token_products_arguments arguments{};
     arguments.x = x;
     arguments.size = size;
     arguments.norm = norm;
@@ -158,7 +158,7 @@ void token_hidden(mk_input x, mk_size size, mk_norm norm, mk_type type, int D_S,
 
 void token_gelu_backward(mk_size size, mk_type type, int D_S, Address g, Address w2t, Address z, mk_noise noise,
                          bool tanh, Address a, Address dz, Address stream) {
-    mk_token_gelu_backward arguments{};
+    mk_token_gelu_backward_arguments arguments{};
     arguments.size = size;
     arguments.type = type;
     arguments.D_S = D_S;
@@ -169,13 +169,13 @@ void token_gelu_backward(mk_size size, mk_type type, int D_S, Address g, Address
     arguments.tanh = tanh;
     arguments.a = at(a);
     arguments.dz = at(dz);
-    check(mk_token_products_backward(&arguments, at(stream)), "mk_token_products_backward");
+    check(mk_token_gelu_backward(&arguments, at(stream)), "mk_token_gelu_backward");
 }
 
 void token_weight_gradient(mk_size size, mk_type type, int D_S, Address left, int64_t C_left, mk_input right,
                            std::optional<mk_norm> norm, mk_noise noise, int splits, Address partial, Address bias,
                            Address stream) {
-    mk_weight_gradient arguments{};
+    mk_token_weight_gradient_arguments arguments{};
     arguments.size = size;
     arguments.type = type;
     arguments.D_S = D_S;
@@ -192,7 +192,7 @@ void token_weight_gradient(mk_size size, mk_type type, int D_S, Address left, in
 
 void channel_hidden(mk_input u, mk_size size, const FirstWeights& weights, mk_type type, Address mean, Address rstd,
                     int64_t row, Address z, Address stream) {
-    mk_channel_fc1 arguments = first_product(u, size, weights, type, {at<float>(mean), at<float>(rstd)});
+    mk_channel_fc1_arguments arguments = first_product(u, size, weights, type, {at<float>(mean), at<float>(rstd)});
     arguments.row = row;
     arguments.z = at(z);
     check(mk_channel_fc1_forward(&arguments, at(stream)), "mk_channel_fc1_forward");
@@ -200,7 +200,7 @@ void channel_hidden(mk_input u, mk_size size, const FirstWeights& weights, mk_ty
 
 void channel_gelu_backward(mk_size size, mk_type type, int D_C, Address g, Address w4t, Address z, int64_t row,
                            mk_noise noise, bool tanh, Address dz, Address a, Address sums, Address stream) {
-    mk_channel_gelu_backward arguments{};
+    mk_channel_gelu_backward_arguments arguments{};
     arguments.size = size;
     arguments.type = type;
     arguments.D_C = D_C;
@@ -213,7 +213,7 @@ void channel_gelu_backward(mk_size size, mk_type type, int D_C, Address g, Addre
     arguments.dz = at(dz);
     arguments.a = at(a);
     arguments.sums = at<float>(sums);
-    check(mk_channel_mixing_gelu_backward(&arguments, at(stream)), "mk_channel_mixing_gelu_backward");
+    check(mk_channel_gelu_backward(&arguments, at(stream)), "mk_channel_gelu_backward");
 }
 
 void branch_gradient(Address dy, mk_type dy_type, mk_size size, mk_noise noise, Address g, mk_type type,
@@ -223,7 +223,7 @@ void branch_gradient(Address dy, mk_type dy_type, mk_size size, mk_noise noise, 
 
 void norm_backward(mk_input x, mk_size size, mk_norm norm, mk_type type, Address dn, Address dy, Address dx, Address n,
                    int parts, Address sums, Address stream) {
-    mk_norm_backward arguments{};
+    mk_norm_backward_arguments arguments{};
     arguments.x = x;
     arguments.size = size;
     arguments.norm = norm;
@@ -234,7 +234,7 @@ void norm_backward(mk_input x, mk_size size, mk_norm norm, mk_type type, Address
     arguments.n = at(n);
     arguments.parts = parts;
     arguments.sums = at<float>(sums);
-    check(mk_layer_norm_backward(&arguments, at(stream)), "mk_layer_norm_backward");
+    check(mk_norm_backward(&arguments, at(stream)), "mk_norm_backward");
 }
 
 void pack_weight(Address w, mk_type w_type, int64_t rows, int64_t columns, bool transposed, Address packed,
@@ -264,7 +264,7 @@ PYBIND11_MODULE(_C, module) {
     define("pack_weight", &pack_weight);
 
     using py::operator""_a;
-    define("token_mixing_backward", &token_backward, "x"_a, "size"_a, "norm"_a, "type"_a, "S_pad"_a, "D"_a, "D_S"_a,
+    define("token_data_gradient", &token_data_gradient, "x"_a, "size"_a, "norm"_a, "type"_a, "S_pad"_a, "D"_a, "D_S"_a,
            "g"_a, "w1"_a, "b1"_a, "w2t"_a, "noise"_a, "tanh"_a, "device"_a, "dn"_a, "a"_a, "dz"_a, "stream"_a);
     define("token_hidden", &token_hidden, "x"_a, "size"_a, "norm"_a, "type"_a, "D_S"_a, "w1"_a, "b1"_a, "z"_a,
            "stream"_a);

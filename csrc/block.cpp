@@ -16,7 +16,7 @@ void token_half_forward(mk_input x, mk_size size, float eps, const TokenWeights&
     check(mk_row_statistics(x, size, eps, statistics.mean, statistics.rstd, stream), "mk_row_statistics");
     const mk_norm norm{statistics.mean, statistics.rstd, weights.gamma, weights.beta};
     if (mk_padded_tokens(size.S) != 0) {
-        mk_token_mixing mixing{};
+        mk_token_mixing_arguments mixing{};
         mixing.x = x;
         mixing.size = size;
         mixing.norm = norm;
@@ -34,7 +34,7 @@ void token_half_forward(mk_input x, mk_size size, float eps, const TokenWeights&
         check(mk_token_mixing_forward(&mixing, stream), "mk_token_mixing_forward");
         return;
     }
-    mk_token_products products{};
+    mk_token_products_arguments products{};
     products.x = x;
     products.size = size;
     products.norm = norm;
@@ -51,9 +51,9 @@ void token_half_forward(mk_input x, mk_size size, float eps, const TokenWeights&
     check(mk_token_products_forward(&products, stream), "mk_token_products_forward");
 }
 
-mk_channel_fc1 first_product(mk_input u, mk_size size, const FirstWeights& weights, mk_type type,
-                             Statistics statistics) {
-    mk_channel_fc1 fc1{};
+mk_channel_fc1_arguments first_product(mk_input u, mk_size size, const FirstWeights& weights, mk_type type,
+                                       Statistics statistics) {
+    mk_channel_fc1_arguments fc1{};
     fc1.u = u;
     fc1.size = size;
     fc1.norm = {statistics.mean, statistics.rstd, weights.gamma, weights.beta};
@@ -71,14 +71,14 @@ void channel_half_forward(mk_input u, mk_size size, float eps, const FirstWeight
                           const Options& options, Statistics statistics, void* a, void* z, int64_t row, void* y,
                           mk_stream stream) {
     check(mk_row_statistics(u, size, eps, statistics.mean, statistics.rstd, stream), "mk_row_statistics");
-    mk_channel_fc1 fc1 = first_product(u, size, first, options.type, statistics);
+    mk_channel_fc1_arguments fc1 = first_product(u, size, first, options.type, statistics);
     fc1.noise = options.noise;
     fc1.tanh = options.tanh;
     fc1.row = row;
     fc1.a = a;
     fc1.z = z;
     check(mk_channel_fc1_forward(&fc1, stream), "mk_channel_fc1_forward");
-    mk_channel_fc2 fc2{};
+    mk_channel_fc2_arguments fc2{};
     fc2.u = u;
     fc2.size = size;
     fc2.type = options.type;

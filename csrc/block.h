@@ -5,7 +5,7 @@
 
 namespace mixer_kernels {
 
-// As mk_token_mixing takes them for up to 256 tokens, as mk_token_products for more.
+// As mk_token_mixing_arguments takes them for up to 256 tokens, as mk_token_products_arguments for more.
 struct TokenWeights {
     int D_S;
     int D, S_pad;  // rows and columns of w1
@@ -15,7 +15,7 @@ struct TokenWeights {
     const float *b2, *gamma, *beta;
 };
 
-// As mk_channel_fc1 and mk_channel_fc2 take them.
+// As mk_channel_fc1_arguments and mk_channel_fc2_arguments take them.
 struct FirstWeights {
     int D_C;
     const void* w3;
@@ -41,10 +41,10 @@ struct Statistics {
 void check(int error, const char* launcher);
 
 // fc1 without options and results: the same for the forward pass and for z recomputed.
-mk_channel_fc1 first_product(mk_input u, mk_size size, const FirstWeights& weights, mk_type type,
-                             Statistics statistics);
+mk_channel_fc1_arguments first_product(mk_input u, mk_size size, const FirstWeights& weights, mk_type type,
+                                       Statistics statistics);
 
-// u from x; a is scratch for more than 256 tokens, see mk_token_products.
+// u from x; a is scratch for more than 256 tokens, see mk_token_products_arguments.
 void token_half_forward(mk_input x, mk_size size, float eps, const TokenWeights& weights, const Options& options,
                         Statistics statistics, void* a, void* u, mk_stream stream);
 

@@ -52,7 +52,7 @@ struct Fc1 {
     int64_t row;
     void *a, *z;
 
-    explicit Fc1(const mk_channel_fc1& p)
+    explicit Fc1(const mk_channel_fc1_arguments& p)
         : u(p.u),
           stride_b(batch_stride(p.u, p.size)),
           stride_s(p.u.stride_s),
@@ -147,7 +147,7 @@ struct Fc2 {
     Noise noise;
     void* y;
 
-    explicit Fc2(const mk_channel_fc2& p)
+    explicit Fc2(const mk_channel_fc2_arguments& p)
         : a(p.a, p.type, 0, p.row, 1),
           u(p.u),
           stride_b(batch_stride(p.u, p.size)),
@@ -227,7 +227,7 @@ struct GeluBackward {
     void *dz, *a;
     float* sums;
 
-    explicit GeluBackward(const mk_channel_gelu_backward& p)
+    explicit GeluBackward(const mk_channel_gelu_backward_arguments& p)
         : g(p.g, p.type, 0, p.size.C, 1),
           z(p.z, p.type, 0, p.row, 1),
           M(p.size.B * p.size.S),
@@ -316,7 +316,7 @@ bool is_sound(mk_size size, int hidden, mk_type type) {
 }
 
 template <class T>
-int fc1(const mk_channel_fc1& p, mk_stream stream) {
+int fc1(const mk_channel_fc1_arguments& p, mk_stream stream) {
     const Fc1<T> product(p);
     const auto launch_tile = [&](auto tile, auto folded) {
         using TILE = decltype(tile);
@@ -330,7 +330,7 @@ int fc1(const mk_channel_fc1& p, mk_stream stream) {
 }
 
 template <class T>
-int fc2(const mk_channel_fc2& p, mk_stream stream) {
+int fc2(const mk_channel_fc2_arguments& p, mk_stream stream) {
     const Fc2<T> product(p);
     if (!product.a.has_vectors) return cudaErrorInvalidValue;
     if (are_few(product.M, product.C, 1)) {
@@ -340,7 +340,7 @@ int fc2(const mk_channel_fc2& p, mk_stream stream) {
 }
 
 template <class T>
-int gelu_backward(const mk_channel_gelu_backward& p, mk_stream stream) {
+int gelu_backward(const mk_channel_gelu_backward_arguments& p, mk_stream stream) {
     const GeluBackward<T> product(p);
     return launch_product<LargeTile>(channel_gelu_backward_kernel<T, LargeTile>, product.M, product.D_C, 1, stream,
                                      product);
@@ -349,13 +349,13 @@ int gelu_backward(const mk_channel_gelu_backward& p, mk_stream stream) {
 }  // namespace
 }  // namespace mixer_kernels
 
-extern "C" int mk_channel_fc1_forward(const mk_channel_fc1* arguments, mk_stream stream) {
+extern "C" int mk_channel_fc1_forward(const mk_channel_fc1_arguments* arguments, mk_stream stream) {
     using namespace mixer_kernels;
     if (!is_sound(arguments->size, arguments->D_C, arguments->type)) return cudaErrorInvalidValue;
     return arguments->type == MK_BFLOAT16 ? fc1<bfloat16>(*arguments, stream) : fc1<float16>(*arguments, stream);
 }
 
-extern "C" int mk_channel_fc2_forward(const mk_channel_fc2* arguments, mk_stream stream) {
+extern "C" int mk_channel_fc2_forward(const mk_channel_fc2_arguments* arguments, mk_stream stream) {
     using namespace mixer_kernels;
     if (!is_sound(arguments->size, arguments->D_C, arguments->type)) return cudaErrorInvalidValue;
     return arguments->type == MK_BFLOAT16 ? fc2<bfloat16>(*arguments, stream) : fc2<float16>(*arguments, stream);
@@ -365,7 +365,7 @@ extern "C" int64_t mk_gelu_backward_tiles(int64_t rows) {
     return mixer_kernels::tiles(rows, mixer_kernels::LargeTile::kM);
 }
 
-extern "C" int mk_channel_mixing_gelu_backward(const mk_channel_gelu_backward* arguments, mk_stream stream) {
+extern "C" int mk_channel_gelu_backward(const mk_channel_gelu_backward_arguments* arguments, mk_stream stream) {
     using namespace mixer_kernels;
     if (!is_sound(arguments->size, arguments->D_C, arguments->type)) return cudaErrorInvalidValue;
     return arguments->type == MK_BFLOAT16 ? gelu_backward<bfloat16>(*arguments, stream)

@@ -74,8 +74,8 @@ typedef struct {
     int tanh;  // GELU's tanh form instead of the erf form
     mk_device device;
     void* u;  // [B, S, C] contiguous, in x.type
-} mk_token_mixing;
-int mk_token_mixing_forward(const mk_token_mixing* arguments, mk_stream stream);
+} mk_token_mixing_arguments;
+int mk_token_mixing_forward(const mk_token_mixing_arguments* arguments, mk_stream stream);
 
 // dn = W1' . dz with dz = (W2' . g) * GELU'(z), z recomputed, S <= 256: equations (14), (15).
 typedef struct {
@@ -94,8 +94,8 @@ typedef struct {
     void* dn;  // [B, S, C] contiguous, in type
     void* a;   // [B, D_S, C] contiguous, in type, or null
     void* dz;  // [B, D_S, C] contiguous, in type, or null
-} mk_token_backward;
-int mk_token_mixing_backward(const mk_token_backward* arguments, mk_stream stream);
+} mk_token_data_gradient_arguments;
+int mk_token_data_gradient(const mk_token_data_gradient_arguments* arguments, mk_stream stream);
 
 // The two products of token mixing for any S, with the interface of the fused kernel; a is scratch between them.
 enum { MK_K_MULTIPLE = 64 };  // zero-padded along the summed axis to a multiple of this, weights need no mask
@@ -113,8 +113,8 @@ typedef struct {
     int tanh;
     void* a;  // [B, D_S, C_pad] in type, C_pad = C padded to 8; z and no more is written to it if u is null
     void* u;  // [B, S, C] contiguous, in x.type, or null
-} mk_token_products;
-int mk_token_products_forward(const mk_token_products* arguments, mk_stream stream);
+} mk_token_products_arguments;
+int mk_token_products_forward(const mk_token_products_arguments* arguments, mk_stream stream);
 
 // a = GELU(z) and dz = (W2' . g) * GELU'(z) for any S; dz may be z.
 typedef struct {
@@ -128,8 +128,8 @@ typedef struct {
     int tanh;
     void* a;   // [B, D_S, C_pad]
     void* dz;  // [B, D_S, C_pad]
-} mk_token_gelu_backward;
-int mk_token_products_backward(const mk_token_gelu_backward* arguments, mk_stream stream);
+} mk_token_gelu_backward_arguments;
+int mk_token_gelu_backward(const mk_token_gelu_backward_arguments* arguments, mk_stream stream);
 
 // One weight's gradient and its bias's: equation (16). Partial sums in a fixed order; the caller adds them up.
 typedef struct {
@@ -144,9 +144,9 @@ typedef struct {
     int splits;           // from mk_weight_gradient_splits
     float* partial;       // [splits, D_S, S]: dW1, or dW2 transposed
     float* bias;          // [splits, D_S] for W1 (db1), [splits, S] for W2 (db2)
-} mk_weight_gradient;
+} mk_token_weight_gradient_arguments;
 int mk_weight_gradient_splits(mk_size size, int D_S, int multiprocessors);
-int mk_token_weight_gradient(const mk_weight_gradient* arguments, mk_stream stream);
+int mk_token_weight_gradient(const mk_token_weight_gradient_arguments* arguments, mk_stream stream);
 
 // -------------------------------------------------------------------------------------------------- channel mixing
 
@@ -167,8 +167,8 @@ typedef struct {
     int64_t row;  // row stride of a and z: D_C padded to 8
     void* a;      // [B * S, D_C] in type, or null
     void* z;      // [B * S, D_C] in type, or null
-} mk_channel_fc1;
-int mk_channel_fc1_forward(const mk_channel_fc1* arguments, mk_stream stream);
+} mk_channel_fc1_arguments;
+int mk_channel_fc1_forward(const mk_channel_fc1_arguments* arguments, mk_stream stream);
 
 // y = u + a . W4' + b4: equation (7).
 typedef struct {
@@ -182,8 +182,8 @@ typedef struct {
     const float* b4;  // [C], or null
     mk_noise noise;
     void* y;  // [B, S, C] contiguous, in u.type
-} mk_channel_fc2;
-int mk_channel_fc2_forward(const mk_channel_fc2* arguments, mk_stream stream);
+} mk_channel_fc2_arguments;
+int mk_channel_fc2_forward(const mk_channel_fc2_arguments* arguments, mk_stream stream);
 
 // dz = (g . W4) * GELU'(z), and a = GELU(z); sums of dz over each tile of rows, for db3: equation (20).
 typedef struct {
@@ -199,9 +199,9 @@ typedef struct {
     void* dz;     // [B * S, D_C] contiguous
     void* a;      // [B * S, D_C] contiguous, or null
     float* sums;  // [mk_gelu_backward_tiles(B * S), D_C]
-} mk_channel_gelu_backward;
+} mk_channel_gelu_backward_arguments;
 int64_t mk_gelu_backward_tiles(int64_t rows);
-int mk_channel_mixing_gelu_backward(const mk_channel_gelu_backward* arguments, mk_stream stream);
+int mk_channel_gelu_backward(const mk_channel_gelu_backward_arguments* arguments, mk_stream stream);
 
 // ------------------------------------------------------------------------------------------------------ both halves
 
@@ -221,9 +221,9 @@ typedef struct {
     void* n;         // [B, S, C] contiguous, in type, or null
     int parts;       // rows of sums: mk_norm_backward_parts
     float* sums;     // [parts, 3, C]: for dgamma, dbeta and the column sums of dy
-} mk_norm_backward;
+} mk_norm_backward_arguments;
 int mk_norm_backward_parts(mk_size size, int multiprocessors);
-int mk_layer_norm_backward(const mk_norm_backward* arguments, mk_stream stream);
+int mk_norm_backward(const mk_norm_backward_arguments* arguments, mk_stream stream);
 
 // ---------------------------------------------------------------------------------------------------- prepacking
 

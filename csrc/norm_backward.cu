@@ -25,7 +25,8 @@ struct Moments {
 };
 
 // Equation (18) for one row, in all lanes of a warp.
-__device__ __forceinline__ Moments moments_of(const mk_norm_backward& p, int64_t row, float mean, float rstd) {
+__device__ __forceinline__ Moments moments_of(const mk_norm_backward_arguments& p, int64_t row, float mean,
+                                              float rstd) {
     const int lane = threadIdx.x % 32, C = p.size.C;
     const int64_t start = row_offset(p.x, p.size, row);
     float m = 0.0f, v = 0.0f;
@@ -45,7 +46,7 @@ __device__ __forceinline__ Moments moments_of(const mk_norm_backward& p, int64_t
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-    norm_bwd_kernel(const mk_norm_backward p, int along_channels, bool totals_in_shared) {
+    norm_bwd_kernel(const mk_norm_backward_arguments p, int along_channels, bool totals_in_shared) {
     const int C = p.size.C;
     Moments* moments = shared_memory<Moments>();  // [kRows]
     float* part = p.sums + int64_t{blockIdx.x} * 3 * C;
@@ -124,7 +125,7 @@ extern "C" int mk_norm_backward_parts(mk_size size, int multiprocessors) {
     return static_cast<int>(steps < blocks ? steps : blocks);
 }
 
-extern "C" int mk_layer_norm_backward(const mk_norm_backward* arguments, mk_stream stream) {
+extern "C" int mk_norm_backward(const mk_norm_backward_arguments* arguments, mk_stream stream) {
     using namespace mixer_kernels;
     const int C = arguments->size.C, along_channels = threads_along_channels(C);
     const size_t moments = kRows * sizeof(Moments);

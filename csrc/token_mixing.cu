@@ -33,7 +33,8 @@ struct ForwardTile {
 };
 
 template <class T, int S_PAD>
-__global__ void __launch_bounds__(256, 1) token_mixing_fwd_kernel(const mk_token_mixing p, const Noise noise) {
+__global__ void __launch_bounds__(256, 1)
+    token_mixing_fwd_kernel(const mk_token_mixing_arguments p, const Noise noise) {
     using Tile = ForwardTile<T, S_PAD>;
     constexpr int kHidden = Tile::kHidden;
     T* ring = shared_memory<T>();
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(256, 1) token_mixing_fwd_kernel(const mk_token
 }
 
 template <class T, int S_PAD>
-int launch_forward(const mk_token_mixing& p, mk_stream stream) {
+int launch_forward(const mk_token_mixing_arguments& p, mk_stream stream) {
     const int warps = warps_for(p.size, p.device, ForwardTile<T, S_PAD>::shared_bytes);
     const int channels = warps * kWarpChannels;
     const int64_t blocks = p.size.B * ((p.size.C + channels - 1) / channels);
@@ -163,7 +164,7 @@ int launch_forward(const mk_token_mixing& p, mk_stream stream) {
 }
 
 template <class T>
-int dispatch(const mk_token_mixing& p, mk_stream stream) {
+int dispatch(const mk_token_mixing_arguments& p, mk_stream stream) {
     switch (p.S_pad) {
         case 64:
             return launch_forward<T, 64>(p, stream);
@@ -181,9 +182,9 @@ int dispatch(const mk_token_mixing& p, mk_stream stream) {
 
 extern "C" int mk_padded_tokens(int S) { return S <= 64 ? 64 : S <= 208 ? 208 : S <= 256 ? 256 : 0; }
 
-extern "C" int mk_token_mixing_forward(const mk_token_mixing* arguments, mk_stream stream) {
+extern "C" int mk_token_mixing_forward(const mk_token_mixing_arguments* arguments, mk_stream stream) {
     using namespace mixer_kernels;
-    const mk_token_mixing& p = *arguments;
+    const mk_token_mixing_arguments& p = *arguments;
     if (p.size.S > p.S_pad || p.D % MK_HIDDEN_MULTIPLE != 0) return cudaErrorInvalidValue;
     return p.type == MK_BFLOAT16  ? dispatch<bfloat16>(p, stream)
            : p.type == MK_FLOAT16 ? dispatch<float16>(p, stream)

@@ -42,7 +42,7 @@ struct Fc1 {
     bool tanh_form, keeps_z;
     void* a;
 
-    explicit Fc1(const mk_token_products& p)
+    explicit Fc1(const mk_token_products_arguments& p)
         : x(p.x),
           stride_b(p.x.stride_b),
           stride_s(p.x.stride_s),
@@ -109,7 +109,7 @@ struct Fc2 {
     Noise noise;
     void* u;
 
-    explicit Fc2(const mk_token_products& p)
+    explicit Fc2(const mk_token_products_arguments& p)
         : a(p.a, p.type, 0, padded(p.size.C), 1),
           x(p.x),
           stride_b(p.x.stride_b),
@@ -182,7 +182,7 @@ struct GeluBackward {
     bool tanh_form;
     void *a, *dz;
 
-    explicit GeluBackward(const mk_token_gelu_backward& p)
+    explicit GeluBackward(const mk_token_gelu_backward_arguments& p)
         : g(p.g, p.type, 0, p.size.C, 1),
           z(p.z, p.type, 0, padded(p.size.C), 1),
           C_pad(padded(p.size.C)),
@@ -245,7 +245,7 @@ bool is_sound(mk_size size, int D_S, mk_type type) {
 }
 
 template <class T, class TILE>
-int forward_in(const mk_token_products& p, mk_stream stream) {
+int forward_in(const mk_token_products_arguments& p, mk_stream stream) {
     const Fc2<T> second(p);
     if (!second.a.has_vectors) return cudaErrorInvalidValue;
     const mk_size& size = p.size;
@@ -255,13 +255,13 @@ int forward_in(const mk_token_products& p, mk_stream stream) {
 }
 
 template <class T>
-int forward(const mk_token_products& p, mk_stream stream) {
+int forward(const mk_token_products_arguments& p, mk_stream stream) {
     return are_few(p.D_S, p.size.C, p.size.B) ? forward_in<T, SmallTile>(p, stream)
                                               : forward_in<T, LargeTile>(p, stream);
 }
 
 template <class T>
-int backward(const mk_token_gelu_backward& p, mk_stream stream) {
+int backward(const mk_token_gelu_backward_arguments& p, mk_stream stream) {
     return launch_product<LargeTile>(token_gelu_backward_kernel<T, LargeTile>, p.D_S, p.size.C, p.size.B, stream,
                                      GeluBackward<T>(p));
 }
@@ -269,14 +269,14 @@ int backward(const mk_token_gelu_backward& p, mk_stream stream) {
 }  // namespace
 }  // namespace mixer_kernels
 
-extern "C" int mk_token_products_forward(const mk_token_products* arguments, mk_stream stream) {
+extern "C" int mk_token_products_forward(const mk_token_products_arguments* arguments, mk_stream stream) {
     using namespace mixer_kernels;
     if (!is_sound(arguments->size, arguments->D_S, arguments->type)) return cudaErrorInvalidValue;
     return arguments->type == MK_BFLOAT16 ? forward<bfloat16>(*arguments, stream)
                                           : forward<float16>(*arguments, stream);
 }
 
-extern "C" int mk_token_products_backward(const mk_token_gelu_backward* arguments, mk_stream stream) {
+extern "C" int mk_token_gelu_backward(const mk_token_gelu_backward_arguments* arguments, mk_stream stream) {
     using namespace mixer_kernels;
     if (!is_sound(arguments->size, arguments->D_S, arguments->type)) return cudaErrorInvalidValue;
     return arguments->type == MK_BFLOAT16 ? backward<bfloat16>(*arguments, stream)

@@ -27,7 +27,7 @@ struct WeightGradient {
     int splits;
     float *partial, *bias;
 
-    explicit WeightGradient(const mk_weight_gradient& p)
+    explicit WeightGradient(const mk_token_weight_gradient_arguments& p)
         : left(p.left, p.type, p.D_S * p.C_left, p.C_left, 1),
           right(p.right),
           size(p.size),
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 }
 
 template <class T>
-int weight_gradient(const mk_weight_gradient& p, mk_stream stream) {
+int weight_gradient(const mk_token_weight_gradient_arguments& p, mk_stream stream) {
     const auto kernel =
         p.norm != nullptr ? token_weight_gradient_kernel<T, true> : token_weight_gradient_kernel<T, false>;
     return launch_product<Tile>(kernel, p.D_S, p.size.S, p.splits, stream, WeightGradient<T>(p));
@@ -167,9 +167,9 @@ extern "C" int mk_weight_gradient_splits(mk_size size, int D_S, int multiprocess
     return static_cast<int>(splits < 1 || stages < 1 ? 1 : splits < stages ? splits : stages);
 }
 
-extern "C" int mk_token_weight_gradient(const mk_weight_gradient* arguments, mk_stream stream) {
+extern "C" int mk_token_weight_gradient(const mk_token_weight_gradient_arguments* arguments, mk_stream stream) {
     using namespace mixer_kernels;
-    const mk_weight_gradient& p = *arguments;
+    const mk_token_weight_gradient_arguments& p = *arguments;
     if (p.size.B < 0 || p.size.S < 1 || p.size.C < 1 || p.D_S < 1 || p.splits < 1 || p.C_left < p.size.C ||
         p.type == MK_FLOAT32) {
         return cudaErrorInvalidValue;

@@ -157,7 +157,7 @@ def kernels_run(backend):
 
 NAMES_OF_KERNELS = {
     "triton": ("_token_weight_gradient_kernel", "_norm_bwd_kernel", "_token_mixing_bwd_kernel"),
-    "cuda": ("token_weight_gradient", "norm_backward", "token_mixing_backward"),
+    "cuda": ("token_weight_gradient", "norm_backward", "token_data_gradient"),
 }
 
 
@@ -165,7 +165,7 @@ NAMES_OF_KERNELS = {
 def test_launches_are_only_what_is_asked_for(half, backend, device):
     """dx alone makes no weight gradient; a bias alone makes no LayerNorm backward."""
     if device == "cuda" and backend == "triton":
-        pytest.skip("counts in the strict interpreter, on the CPU")
+        pytest.skip("waits for a machine without a GPU: counts in the strict interpreter")
     shape = MixerShape(S=20, C=24, D_S=16, D_C=32)
     block, x = make_block(shape, finest(backend), device), make_x(2, shape, finest(backend), device)
     parameters = block.token() if half == "token_mixing" else block.channel()

@@ -60,7 +60,7 @@ def load_backend() -> ModuleType:
     return module
 
 
-needs_nvcc = pytest.mark.skipif(load_backend().find_nvcc()[0] is None, reason="there is no nvcc that works")
+needs_nvcc = pytest.mark.skipif(load_backend().find_nvcc()[0] is None, reason="waits for a machine with nvcc")
 
 
 def put_nvcc(folder: Path, *, version: str = "12.4", compiling: str = "true") -> Path:

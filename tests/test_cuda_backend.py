@@ -66,7 +66,7 @@ def test_an_empty_batch_is_no_call(watched, device):
     assert watched.calls == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the launches of the model of a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: counts on the model")
 @pytest.mark.parametrize(("shape", "launches"), ((SHAPE, 5), (LONG, 6)), ids=("fused", "long"))
 def test_a_block_is_five_launches(shape, launches, cuda_kernels):
     """Row statistics twice, token mixing (two products for more than 256 tokens), fc1, fc2."""
@@ -79,7 +79,7 @@ def test_a_block_is_five_launches(shape, launches, cuda_kernels):
     assert build.launches() - before == launches
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the products of the model of a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: counts on the model")
 def test_padding_at_196_tokens_is_below_7_percent(cuda_kernels):
     """Executed over useful products of the fused token kernels, forward and backward (z, da and dn)."""
     from cuda_on_host import build
@@ -110,7 +110,7 @@ def test_training_packs_each_weight_once_a_step(watched, device):
     assert watched.calls.count("pack_weight") <= first
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks the model of a GPU for less shared memory than it has")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: limits the model")
 def test_a_launch_that_fails_raises_with_its_name(cuda_kernels):
     from cuda_on_host import build
 
@@ -120,7 +120,7 @@ def test_a_launch_that_fails_raises_with_its_name(cuda_kernels):
     assert run(block, x, "cuda").isfinite().all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a GPU")
 def test_cuda_graph_and_side_stream(cuda_kernels, device):
     block, x = make_block(SHAPE, BF16, device), make_x(2, SHAPE, BF16, device)
     expected = run(block, x, "cuda")
@@ -213,7 +213,10 @@ def test_pack_weight(dtype, size, transposed, cuda_kernels, device):
     assert torch.equal(pack_weight(w, dtype, rows, columns, transposed), expected)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="memory that is never touched costs nothing on the CPU alone")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="waits for a machine without a GPU: untouched memory is free there",
+)
 @pytest.mark.parametrize("tokens", (3, 257))
 @pytest.mark.parametrize("far", ("image", "token", "channel"))
 def test_offsets_beyond_2_to_the_31(far, tokens, cuda_kernels):

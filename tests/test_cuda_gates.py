@@ -33,7 +33,7 @@ def has_tools() -> bool:
     return True
 
 
-needs_nvcc = pytest.mark.skipif(not has_tools(), reason="there is no nvcc that works, or no cuobjdump")
+needs_nvcc = pytest.mark.skipif(not has_tools(), reason="waits for a machine with nvcc and cuobjdump")
 
 ATOMICS = "for (int i = 0; i < 4; ++i) atomicAdd(out + i, d[i]);"
 STORE = "*reinterpret_cast<float4*>(out + 4 * threadIdx.x) = make_float4(d[0], d[1], d[2], d[3]);"

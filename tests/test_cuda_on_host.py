@@ -294,7 +294,7 @@ PLANTED = {  # file of csrc/, what is there, what is planted, what the driver sa
     "tokens stored past S": (
         "token_mixing.cu", "if (s >= S || valid", "if (s > S || valid", "u: a write at byte"),
     "hidden units stored past D_S": (
-        "token_mixing_backward.cu", "lane, v);\n            if (d < p.D_S", "lane, v);\n            if (d <= p.D_S",
+        "token_data_gradient.cu", "lane, v);\n            if (d < p.D_S", "lane, v);\n            if (d <= p.D_S",
         "(a|dz): a write at byte"),
     "rows stored past the last": (
         "product.cuh", "row >= rows_left) continue", "row > rows_left) continue", "a write at byte"),
@@ -332,10 +332,11 @@ PLANTED = {  # file of csrc/, what is there, what is planted, what the driver sa
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the driver says of each fault; two at a time, for most change one file."""
+    faulty = tmp_path_factory.mktemp("faulty")  # not by the threads: pytest's folders are made by one at a time
 
     def output(fault: str) -> str:
         name, old, new, _ = PLANTED[fault]
-        csrc = tmp_path_factory.mktemp("faulty") / "csrc"
+        csrc = faulty / fault.replace(" ", "_") / "csrc"
         shutil.copytree(build.CSRC, csrc)
         text = (csrc / name).read_text()
         assert old in text, f"{fault}: {name} has changed, bring the test up to date"

@@ -297,7 +297,7 @@ def test_a_backend_that_is_not_here_is_one_row_that_says_why(cuda_kernels):
     from mixer_kernels.backends.cuda import library
 
     if torch.cuda.is_available():
-        pytest.skip("needs a machine on which the kernels do not run")
+        pytest.skip("waits for a machine without a GPU")
     tasks = module("tasks")
     on_each_backend, options = module("kernels").on_each_backend, settings(rehearse=True)
     made = on_each_backend(options, lambda backend: [tasks.Task(backend, print, backend=backend)])

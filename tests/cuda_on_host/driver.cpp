@@ -192,17 +192,17 @@ class Block {
         Array& dx = add("dx", p_.stream, rows, p_.C);
         Array& n = add("n", p_.type, rows, p_.C);
         Array& sums = add("norm sums", MK_FLOAT32, parts * 3, p_.C);
-        const mk_norm_backward arguments{of, size(), norm,  p_.type,      dn, random("dy", p_.stream, rows, p_.C),
-                                         dx, n,      parts, sums.floats()};
-        check("mk_layer_norm_backward", mk_layer_norm_backward(&arguments, nullptr));
+        const mk_norm_backward_arguments arguments{
+            of, size(), norm, p_.type, dn, random("dy", p_.stream, rows, p_.C), dx, n, parts, sums.floats()};
+        check("mk_norm_backward", mk_norm_backward(&arguments, nullptr));
     }
 
     void weight_gradient(const void* left, int64_t C_left, mk_input right, const mk_norm* norm) {
         const int splits = mk_weight_gradient_splits(size(), p_.D_S, 4);
         Array& partial = add("weight gradient", MK_FLOAT32, splits * p_.D_S, p_.S);
         Array& bias = add("bias gradient", MK_FLOAT32, splits, norm != nullptr ? p_.D_S : p_.S);
-        const mk_weight_gradient arguments{size(), p_.type, p_.D_S,           left,         C_left, right, norm,
-                                           noise_, splits,  partial.floats(), bias.floats()};
+        const mk_token_weight_gradient_arguments arguments{
+            size(), p_.type, p_.D_S, left, C_left, right, norm, noise_, splits, partial.floats(), bias.floats()};
         check("mk_token_weight_gradient", mk_token_weight_gradient(&arguments, nullptr));
     }
 
@@ -220,8 +220,8 @@ class Block {
         float* b1 = vector("b1", D);
         void* w2 = packed("w2", p_.S, p_.D_S, S_pad, D);
         Array& u = add("u", p_.stream, rows, p_.C);
-        const mk_token_mixing forward{x_,     size(),  norm,        p_.type, S_pad, D, w1, b1, w2, vector("b2", S_pad),
-                                      noise_, p_.tanh, mk_device{}, u};
+        const mk_token_mixing_arguments forward{
+            x_, size(), norm, p_.type, S_pad, D, w1, b1, w2, vector("b2", S_pad), noise_, p_.tanh, mk_device{}, u};
         check("mk_token_mixing_forward", mk_token_mixing_forward(&forward, nullptr));
 
         void* w2t = packed("w2t", p_.D_S, p_.S, D, S_pad, true);
@@ -229,9 +229,9 @@ class Block {
         const bool drops = p_.drop_path_p > 0;
         Array& a = add("a", p_.type, p_.B * p_.D_S, p_.C).skips_rows(drops);
         Array& dz = add("dz", p_.type, p_.B * p_.D_S, p_.C).skips_rows(drops);
-        const mk_token_backward backward{x_, size(), norm,   p_.type, S_pad,       D,  p_.D_S, g, w1,
-                                         b1, w2t,    noise_, p_.tanh, mk_device{}, dn, a,      dz};
-        check("mk_token_mixing_backward", mk_token_mixing_backward(&backward, nullptr));
+        const mk_token_data_gradient_arguments backward{x_, size(), norm,   p_.type, S_pad,       D,  p_.D_S, g, w1,
+                                                        b1, w2t,    noise_, p_.tanh, mk_device{}, dn, a,      dz};
+        check("mk_token_data_gradient", mk_token_data_gradient(&backward, nullptr));
         weight_gradient(dz, p_.C, x_, &norm);
         weight_gradient(a, p_.C, contiguous(g, p_.type), nullptr);
         norm_backward(x_, norm, dn);
@@ -244,7 +244,7 @@ class Block {
         void* w2 = packed("w2", p_.S, p_.D_S, p_.S, D_pad);
         Array& scratch = add("a", p_.type, hidden, p_.C, C_pad);
         Array& u = add("u", p_.stream, p_.B * p_.S, p_.C);
-        mk_token_products forward{
+        mk_token_products_arguments forward{
             x_,     size(),  norm,    p_.type, p_.D_S, w1, vector("b1", p_.D_S), w2, vector("b2", p_.S),
             noise_, p_.tanh, scratch, u};
         check("mk_token_products_forward", mk_token_products_forward(&forward, nullptr));
@@ -256,8 +256,8 @@ class Block {
         void* w2t = packed("w2t", p_.D_S, p_.S, p_.D_S, S_pad, true);
         Array& a = add("a", p_.type, hidden, p_.C, C_pad);
         Array& dz = add("dz", p_.type, hidden, p_.C, C_pad);
-        const mk_token_gelu_backward backward{size(), p_.type, p_.D_S, g, w2t, z, noise_, p_.tanh, a, dz};
-        check("mk_token_products_backward", mk_token_products_backward(&backward, nullptr));
+        const mk_token_gelu_backward_arguments backward{size(), p_.type, p_.D_S, g, w2t, z, noise_, p_.tanh, a, dz};
+        check("mk_token_gelu_backward", mk_token_gelu_backward(&backward, nullptr));
         weight_gradient(dz, C_pad, x_, &norm);
     }
 
@@ -266,9 +266,10 @@ class Block {
         const mk_norm norm = statistics(u_);
         Array& a = add("a", p_.type, rows, p_.D_C, row);
         Array& z = add("z", p_.type, rows, p_.D_C, row);
-        mk_channel_fc1 fc1{u_,      size(),  norm,    p_.type, p_.D_C, packed("w3", p_.D_C, p_.C, p_.D_C, C_pad),
-                           nullptr, nullptr, nullptr, nullptr, noise_, p_.tanh,
-                           row,     a,       z};
+        mk_channel_fc1_arguments fc1{
+            u_,      size(),  norm,    p_.type, p_.D_C, packed("w3", p_.D_C, p_.C, p_.D_C, C_pad),
+            nullptr, nullptr, nullptr, nullptr, noise_, p_.tanh,
+            row,     a,       z};
         if (p_.folded) {
             fc1.norm.gamma = fc1.norm.beta = nullptr;
             fc1.wg = vector("wg", p_.D_C);
@@ -281,7 +282,7 @@ class Block {
 
         void* w4 = packed("w4", p_.C, p_.D_C, p_.C, padded(p_.D_C, MK_K_MULTIPLE));
         Array& y = add("y", p_.stream, rows, p_.C);
-        const mk_channel_fc2 fc2{u_, size(), p_.type, p_.D_C, a, row, w4, vector("b4", p_.C), noise_, y};
+        const mk_channel_fc2_arguments fc2{u_, size(), p_.type, p_.D_C, a, row, w4, vector("b4", p_.C), noise_, y};
         check("mk_channel_fc2_forward", mk_channel_fc2_forward(&fc2, nullptr));
 
         void* g = branch_gradient();
@@ -289,9 +290,9 @@ class Block {
         Array& dz = add("dz", p_.type, rows, p_.D_C);
         Array& again = add("a again", p_.type, rows, p_.D_C);
         Array& sums = add("sums of dz", MK_FLOAT32, mk_gelu_backward_tiles(rows), p_.D_C);
-        const mk_channel_gelu_backward backward{size(), p_.type, p_.D_C,  g,  w4t,   z,
-                                                row,    noise_,  p_.tanh, dz, again, sums.floats()};
-        check("mk_channel_mixing_gelu_backward", mk_channel_mixing_gelu_backward(&backward, nullptr));
+        const mk_channel_gelu_backward_arguments backward{size(), p_.type, p_.D_C,  g,  w4t,   z,
+                                                          row,    noise_,  p_.tanh, dz, again, sums.floats()};
+        check("mk_channel_gelu_backward", mk_channel_gelu_backward(&backward, nullptr));
         norm_backward(u_, norm, random("dn", p_.type, rows, p_.C));
     }
 

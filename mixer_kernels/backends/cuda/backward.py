@@ -65,7 +65,7 @@ def token_data_gradient(
     """Write ``dn [B, S, C]``, and ``a`` and ``dz`` ``[B, D_S, C]`` where they are wanted; S up to 256."""
     weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype)
     wide_hidden, padded_tokens = weights.w1.shape
-    loaded().token_mixing_backward(
+    loaded().token_data_gradient(
         x=layout(x),
         size=x.shape,
         norm=(pointer(mean), pointer(rstd), pointer(weights.gamma), pointer(weights.beta)),

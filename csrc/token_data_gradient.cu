@@ -29,7 +29,8 @@ struct BackwardTile {
 };
 
 template <class T, int S_PAD>
-__global__ void __launch_bounds__(256, 1) token_mixing_bwd_kernel(const mk_token_backward p, const Noise noise) {
+__global__ void __launch_bounds__(256, 1)
+    token_mixing_bwd_kernel(const mk_token_data_gradient_arguments p, const Noise noise) {
     constexpr int kWeight = BackwardTile<T, S_PAD>::kWeight, kPitch = S_PAD + kPadding;
     const TokenBlock block(p.size.C);
     const int S = p.size.S, lane = block.lane;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(256, 1) token_mixing_bwd_kernel(const mk_token
 }
 
 template <class T, int S_PAD>
-int launch_backward(const mk_token_backward& p, mk_stream stream) {
+int launch_backward(const mk_token_data_gradient_arguments& p, mk_stream stream) {
     const int warps = warps_for(p.size, p.device, BackwardTile<T, S_PAD>::shared_bytes);
     const int channels = warps * kWarpChannels;
     const int64_t blocks = p.size.B * ((p.size.C + channels - 1) / channels);
@@ -152,7 +153,7 @@ int launch_backward(const mk_token_backward& p, mk_stream stream) {
 }
 
 template <class T>
-int dispatch(const mk_token_backward& p, mk_stream stream) {
+int dispatch(const mk_token_data_gradient_arguments& p, mk_stream stream) {
     switch (p.S_pad) {
         case 64:
             return launch_backward<T, 64>(p, stream);
@@ -168,9 +169,9 @@ int dispatch(const mk_token_backward& p, mk_stream stream) {
 }  // namespace
 }  // namespace mixer_kernels
 
-extern "C" int mk_token_mixing_backward(const mk_token_backward* arguments, mk_stream stream) {
+extern "C" int mk_token_data_gradient(const mk_token_data_gradient_arguments* arguments, mk_stream stream) {
     using namespace mixer_kernels;
-    const mk_token_backward& p = *arguments;
+    const mk_token_data_gradient_arguments& p = *arguments;
     if (p.size.S > p.S_pad || p.D % MK_HIDDEN_MULTIPLE != 0) return cudaErrorInvalidValue;
     return p.type == MK_BFLOAT16  ? dispatch<bfloat16>(p, stream)
            : p.type == MK_FLOAT16 ? dispatch<float16>(p, stream)
