@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -307,6 +308,7 @@ def _inspect(target: Target, kernel: str, case: Case, options: dict, compiled, s
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=128)  # neighbouring cases share kernels
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
     """Registers, stack bytes and SASS, by the cuobjdump that Triton's wheel carries."""
     import triton.backends.nvidia as nvidia
