@@ -1,4 +1,5 @@
-// What the module was built with, as attributes of it: on_host, runtime_version, architectures, ptx; driver_version().
+// What the module was built with, as attributes of it: on_host, runtime_version, architectures, ptx, sm90_sources;
+// driver_version().
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,6 +15,10 @@
 #ifndef MIXER_KERNELS_ARCHITECTURES
 #define MIXER_KERNELS_ARCHITECTURES ""
 #define MIXER_KERNELS_PTX ""
+#endif
+// A digest of the sources of the kernels for sm_90a; empty where there are none in the build.
+#ifndef MIXER_KERNELS_SM90_SOURCES
+#define MIXER_KERNELS_SM90_SOURCES ""
 #endif
 
 namespace mixer_kernels {
@@ -45,6 +50,7 @@ inline void describe_build(pybind11::module_& module) {
     module.def("driver_version", &driver_version);
     module.attr("architectures") = comma_separated(MIXER_KERNELS_ARCHITECTURES);
     module.attr("ptx") = comma_separated(MIXER_KERNELS_PTX);
+    module.attr("sm90_sources") = MIXER_KERNELS_SM90_SOURCES;
 }
 
 }  // namespace mixer_kernels

@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_on_host import build
-
-FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # mk_type
-DTYPES = {FLOAT32: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
+from cuda_on_host.samples import BFLOAT16, DTYPES, FLOAT16, FLOAT32, failure, load, pointer
 
 FAULTS = [  # samples.cu's enum Fault
     "none", "row mask one too far", "store mask one too far", "no wait", "no barrier after wait",
@@ -29,8 +27,7 @@ FAULTS = [  # samples.cu's enum Fault
 
 @pytest.fixture(scope="module")
 def samples() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build.build_samples()))
-    library.mk_error_string.restype = ctypes.c_char_p
+    library = load("samples")
     assert library.sample_faults() == len(FAULTS)
     return library
 
@@ -40,15 +37,6 @@ def _default_settings(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "samples" in request.fixturenames:
         build.configure(request.getfixturevalue("samples"))
-
-
-def pointer(array: np.ndarray | torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data)
-
-
-def failure(samples: ctypes.CDLL, error: int) -> str:
-    assert error != 0
-    return samples.mk_error_string(error).decode()
 
 
 # ------------------------------------------------------------------------------------------------------- instructions

@@ -15,46 +15,101 @@ namespace mixer_kernels {
 
 // Four (two) 8 x 8 matrices of 16-bit numbers; lane l points at row l % 8, 16-byte aligned, of matrix l / 8.
 // Of load_matrices_x2, lanes 16 to 31 point anywhere valid: they may repeat lanes 0 to 15.
-__device__ __forceinline__ void load_matrices_x4(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrices_x4(uint32_t (&r)[4], shared_address row) {
 #ifdef MIXER_KERNELS_ON_HOST
     cuda_on_host::ldmatrix(r, 4, false, row);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "r"(row)
                  : "memory");
 #endif
 }
 
-__device__ __forceinline__ void load_matrices_x4_transposed(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrices_x4_transposed(uint32_t (&r)[4], shared_address row) {
 #ifdef MIXER_KERNELS_ON_HOST
     cuda_on_host::ldmatrix(r, 4, true, row);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "r"(row)
                  : "memory");
 #endif
 }
 
-__device__ __forceinline__ void load_matrices_x2(uint32_t (&r)[2], const void* row) {
+__device__ __forceinline__ void load_matrices_x2(uint32_t (&r)[2], shared_address row) {
 #ifdef MIXER_KERNELS_ON_HOST
     cuda_on_host::ldmatrix(r, 2, false, row);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "r"(row)
                  : "memory");
 #endif
 }
 
-__device__ __forceinline__ void load_matrices_x2_transposed(uint32_t (&r)[2], const void* row) {
+__device__ __forceinline__ void load_matrices_x2_transposed(uint32_t (&r)[2], shared_address row) {
 #ifdef MIXER_KERNELS_ON_HOST
     cuda_on_host::ldmatrix(r, 2, true, row);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "r"(row)
+                 : "memory");
+#endif
+}
+
+__device__ __forceinline__ void load_matrices_x4(uint32_t (&r)[4], const void* row) {
+    load_matrices_x4(r, address_of(row));
+}
+
+__device__ __forceinline__ void load_matrices_x4_transposed(uint32_t (&r)[4], const void* row) {
+    load_matrices_x4_transposed(r, address_of(row));
+}
+
+__device__ __forceinline__ void load_matrices_x2(uint32_t (&r)[2], const void* row) {
+    load_matrices_x2(r, address_of(row));
+}
+
+__device__ __forceinline__ void load_matrices_x2_transposed(uint32_t (&r)[2], const void* row) {
+    load_matrices_x2_transposed(r, address_of(row));
+}
+
+// The other way round, on sm_90 and up: what a lane holds goes where load_matrices would take it from.
+__device__ __forceinline__ void store_matrices_x4(shared_address row, const uint32_t (&r)[4]) {
+#ifdef MIXER_KERNELS_ON_HOST
+    cuda_on_host::stmatrix(row, r, 4, false);
+#else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_matrices_x4_transposed(shared_address row, const uint32_t (&r)[4]) {
+#ifdef MIXER_KERNELS_ON_HOST
+    cuda_on_host::stmatrix(row, r, 4, true);
+#else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_matrices_x2(shared_address row, const uint32_t (&r)[2]) {
+#ifdef MIXER_KERNELS_ON_HOST
+    cuda_on_host::stmatrix(row, r, 2, false);
+#else
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(r[0]), "r"(r[1])
+                 : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_matrices_x2_transposed(shared_address row, const uint32_t (&r)[2]) {
+#ifdef MIXER_KERNELS_ON_HOST
+    cuda_on_host::stmatrix(row, r, 2, true);
+#else
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(r[0]), "r"(r[1])
                  : "memory");
 #endif
 }

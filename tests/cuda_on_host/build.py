@@ -33,11 +33,15 @@ CACHE = ROOT / "build" / "cuda_on_host"
 LANDINGS = ("late", "early", "random")  # cuda_on_host::Landing
 SHARED_LIMIT = 227 << 10  # bytes of dynamic shared memory that a block may have at most, on sm_90 and sm_100
 
-MODEL_SOURCES = ("fibers.cpp", "grid.cpp", "instructions.cpp")
+MODEL_SOURCES = (
+    "asynchronous.cpp", "barriers.cpp", "fibers.cpp", "grid.cpp", "instructions.cpp", "mbarriers.cpp", "operands.cpp",
+    "registers.cpp", "shared_memory.cpp", "tensor_maps.cpp", "warpgroup.cpp",
+)  # fmt: skip
 FLAGS = (
     "-std=c++20", "-g1", "-fPIC", "-pthread",
     "-fno-strict-aliasing",  # kernels read memory in vectors of another type, as nvcc lets them
     "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes",
+    "-Wno-psabi",  # tensor maps as parameters: GCC 4.6 passes them in another way
     "-DMIXER_KERNELS_ON_HOST", f"-I{MODEL}", f"-I{CSRC}",
 )  # fmt: skip
 
@@ -89,6 +93,11 @@ def matrix_products() -> int:
     return _counter("cuda_on_host_matrix_products")
 
 
+def warpgroup_products() -> int:
+    """How many of those were wgmma's."""
+    return _counter("cuda_on_host_warpgroup_products")
+
+
 def _counter(name: str) -> int:
     counter = getattr(ctypes.CDLL(str(build_module())), name)
     counter.restype = ctypes.c_uint64
@@ -107,25 +116,25 @@ def build_module() -> Path:
     import pybind11
 
     flags = ["-O2", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [*sorted(CSRC.glob("*.cu")), *sorted(CSRC.glob("*.cpp")), *model_sources()]
+    sources = [*sources_of(CSRC), CSRC / "bind.cpp", *model_sources()]
     return build(sources, flags, ["-shared"], "_C" + sysconfig.get_config_var("EXT_SUFFIX"))
 
 
-def build_samples(sanitizer: str | None = None) -> Path:
-    """samples.cu as a program, or without ``sanitizer`` as a library: small kernels, faulty ones among them."""
-    sources = [MODEL / "samples.cu", CSRC / "errors.cpp", *model_sources()]
+def build_samples(sanitizer: str | None = None, name: str = "samples") -> Path:
+    """``name``.cu as a program, or without ``sanitizer`` as a library: small kernels, faulty ones among them."""
+    sources = [MODEL / f"{name}.cu", CSRC / "errors.cpp", *model_sources()]
     flags = sanitize(sanitizer)
-    return build(sources, flags, [*flags, "-rdynamic" if sanitizer else "-shared"], "samples")
+    return build(sources, flags, [*flags, "-rdynamic" if sanitizer else "-shared"], name)
 
 
-def build_driver(sanitizer: str | None = None, csrc: Path = CSRC) -> Path:
-    """The path of a program that runs every launcher of ``csrc`` over small shapes: driver.cpp.
+def build_driver(sanitizer: str | None = None, csrc: Path = CSRC, name: str = "driver") -> Path:
+    """The path of a program that runs every launcher of ``csrc`` over small shapes: driver.cpp, driver_sm90.cpp.
 
     ``sanitizer`` is g++'s ``-fsanitize``: "address,undefined" or "thread".
     """
     flags = sanitize(sanitizer)
-    sources = [*sorted(csrc.glob("*.cu")), csrc / "errors.cpp", *model_sources(), MODEL / "driver.cpp"]
-    return build(sources, flags, [*flags, "-rdynamic"], "driver", kernel_flags=["-O0"])  # compiling is what takes long
+    sources = [*sources_of(csrc), *model_sources(), MODEL / f"{name}.cpp"]
+    return build(sources, flags, [*flags, "-rdynamic"], name, kernel_flags=["-O0"])  # compiling is what takes long
 
 
 def sanitize(sanitizer: str | None) -> list[str]:
@@ -158,6 +167,13 @@ def run(program: Path, *arguments: str, **environment: str) -> subprocess.Comple
     return result
 
 
+def sources_of(csrc: Path) -> list[Path]:
+    """All but the bindings."""
+    folders = (csrc, csrc / "sm90")
+    found = [file for folder in folders for ending in ("*.cu", "*.cpp") for file in sorted(folder.glob(ending))]
+    return [file for file in found if file.name != "bind.cpp"]
+
+
 def model_sources() -> list[Path]:
     return [MODEL / name for name in MODEL_SOURCES]
 
@@ -174,8 +190,12 @@ def build(
 
     Raises CompileError with what the compiler said.
     """
-    commands = {source: [compiler(), *FLAGS, *flags, *(kernel_flags if source.suffix == ".cu" else ())]
-                for source in sources}  # fmt: skip
+
+    def command(source: Path) -> list[str]:
+        own = kernel_flags if source.suffix == ".cu" else ["-O2"] if source in model_sources() else []
+        return [compiler(), *FLAGS, *flags, *own]
+
+    commands = {source: command(source) for source in sources}
     objects = {source: cache / f"{_digest(source, commands[source])}.o" for source in sources}
     link = [compiler(), "-pthread", *link_flags, *map(str, objects.values()), "-o"]
     target = cache / _hash(*link) / name

@@ -1,8 +1,9 @@
 // CUDA on the CPU, for tests: what the kernels' sources need of CUDA's language and run time, without a CUDA toolkit.
 //
-// The threads of a block run as fibers, one at a time and in a random order given by a seed. The warp's instructions
-// (ldmatrix, mma, shuffles) are models of the PTX ISA's text. What a GPU leaves undefined is an error here: launch()
-// then returns cudaErrorLaunchFailure and cudaGetErrorString() says what happened in which thread.
+// The threads of a block, and of the other blocks of its cluster, run as fibers, one at a time and in a random order
+// given by a seed. The warp's instructions (ldmatrix, mma, shuffles) and those of sm_90 (hopper.h) are models of the
+// PTX ISA's text. What a GPU leaves undefined is an error here: launch() then returns cudaErrorLaunchFailure and
+// cudaGetErrorString() says what happened in which thread.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 // No __shared__: static shared memory would not start as NaN in each block. Kernels take shared_memory<T>().
 
 struct uint3 {
@@ -59,18 +61,21 @@ enum cudaError_t {
 };
 
 // For cudaErrorLaunchFailure and cudaErrorInvalidConfiguration: what went wrong in this process's latest failed launch.
+// For cudaErrorInvalidValue also: what was wrong with the latest tensor map that was refused.
 const char* cudaGetErrorString(cudaError_t error);
 
 // Settings, below, by their numbers.
 extern "C" void cuda_on_host_configure(uint64_t seed, int landing, uint64_t shared_limit);
 extern "C" uint64_t cuda_on_host_launches();
 extern "C" uint64_t cuda_on_host_matrix_products();
+extern "C" uint64_t cuda_on_host_warpgroup_products();
 
 namespace cuda_on_host {
 
 using Where = std::source_location;
 
-// When the bytes of a cp.async arrive: with the wait that covers it, with its issue, or at any time between.
+// When asynchronous work is done: copies of cp.async, TMA's loads and stores, wgmma. When a wait covers it (and, of
+// sm_90's, when no thread can go on without), with its issue, or at any time between.
 enum class Landing { late = 0, early = 1, random = 2 };
 
 struct Settings {
@@ -80,18 +85,25 @@ struct Settings {
 };
 Settings& settings();  // from CUDA_ON_HOST_SEED, CUDA_ON_HOST_LANDING and CUDA_ON_HOST_SHARED_LIMIT at first
 
-// function is the kernel's address, for its name in messages.
-cudaError_t run_grid(const void* function, void (*thread)(void*), void* closure, dim3 grid, dim3 block,
+// function is the kernel's address, for its name in messages. cluster: blocks side by side along x.
+cudaError_t run_grid(const void* function, void (*thread)(void*), void* closure, dim3 grid, dim3 block, int cluster,
                      size_t shared_bytes);
 
 template <class F>
-cudaError_t launch(const void* function, F thread, dim3 grid, dim3 block, size_t shared_bytes) {
-    return run_grid(function, [](void* closure) { (*static_cast<F*>(closure))(); }, &thread, grid, block, shared_bytes);
+cudaError_t launch(const void* function, F thread, dim3 grid, dim3 block, int cluster, size_t shared_bytes) {
+    return run_grid(
+        function, [](void* closure) { (*static_cast<F*>(closure))(); }, &thread, grid, block, cluster, shared_bytes);
 }
 
 // -------------------------------------------------------------------------------------- a thread's view of its block
 
 void* shared_memory();  // NaN at first, whichever the type: every byte is 0xFF
+
+// An address in the shared window, and back. The window begins at a multiple of 128 that is none of 256: kernels have
+// to align by hand what needs more.
+using shared_address = uint32_t;
+shared_address address_of(const void* shared, Where where = Where::current());
+void* pointer_to(shared_address address, Where where = Where::current());
 
 void sync_block(Where where);
 void sync_warp(unsigned mask, Where where);
@@ -103,7 +115,8 @@ void cp_async_commit();
 void cp_async_wait(int groups);
 
 enum class Operands { bfloat16, float16 };
-void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* row, Where where = Where::current());
+void ldmatrix(uint32_t* r, int matrices, bool transposed, shared_address row, Where where = Where::current());
+void stmatrix(shared_address row, const uint32_t* r, int matrices, bool transposed, Where where = Where::current());
 void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Operands type, Where where = Where::current());
 
 // ------------------------------------------------------------------------------------------------- number formats
@@ -200,3 +213,5 @@ template <class T>
 constexpr T max(T a, T b) {
     return a < b ? b : a;
 }
+
+#include "hopper.h"

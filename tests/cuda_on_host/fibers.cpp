@@ -1,4 +1,4 @@
-// The threads of a block as fibers: one runs at a time, in an order drawn from the seed.
+// The threads of a cluster's blocks as fibers: one runs at a time, in an order drawn from the seed.
 
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 
+#include "asynchronous.h"
 #include "machine.h"
 #include "sanitizers.h"
 
@@ -38,19 +39,17 @@ struct Warp {
 
 struct Cancelled {};  // thrown in threads that wait when another has a fault
 
-std::vector<std::unique_ptr<Fiber>> pool;
-Fiber launcher;  // the caller of run_block
+std::vector<std::unique_ptr<Fiber>> pool;  // the blocks' threads, block by block
+Fiber launcher;                            // the caller of run_cluster
 Fiber* running = nullptr;
 
-std::vector<Warp> warps;
+std::vector<Warp> warps;  // the blocks' warps, block by block
 std::vector<int> warps_ready;
 Random order_of_threads{0};
 uint32_t patience = 1;  // turns that a warp takes on average before another has one
 
 int threads = 0, finished = 0;
-int at_barrier = 0, barriers = 0;
-Where barrier_where;
-char barrier_order[2], block_begins, block_ends;  // addresses for the thread sanitizer
+char cluster_begins, cluster_ends;  // addresses for the thread sanitizer
 
 void (*kernel)(void*);
 void* closure;
@@ -63,9 +62,11 @@ std::string failure;
 // many functions.
 [[gnu::noinline]] void switch_to(Fiber& to) {
     Fiber& from = *running;
+    if (&from == &to) return;
     running = &to;
     current = &to.thread;
     threadIdx = to.thread.index;
+    if (current->block != nullptr) blockIdx = current->block->index;
 #ifdef CUDA_ON_HOST_SANITIZED
     before_switch(from.sanitized, to.sanitized, to.stack, to.stack_bytes);
     swapcontext(&from.context, &to.context);
@@ -108,26 +109,21 @@ void run_next() {
     switch_to(*pool[warp * 32 + lane]);
 }
 
-void wait(const char* what, Where where) {
-    Thread& self = *current;
-    self.waits_in = what;
-    self.where = where;
-    run_next();
-    if (cancelling) throw Cancelled{};
-    self.waits_in = nullptr;
-}
-
 void run_kernel() {
-    acquire(&block_begins);
+    acquire(&cluster_begins);
     try {
-        const Seen seen;
-        kernel(closure);
+        {
+            const Seen seen;
+            kernel(closure);
+        }
+        check_stores(*current);
+        check_products(*current);
     } catch (const Cancelled&) {
     } catch (const std::exception& error) {
         failure = error.what();
         cancelling = true;
     }
-    release(&block_ends);
+    release(&cluster_ends);
 }
 
 void fiber_main() {
@@ -136,7 +132,9 @@ void fiber_main() {
     for (;;) {  // once for each block
         if (!cancelling) run_kernel();
         current->done = true;
+        ++current->block->finished;
         ++finished;
+        check_cluster_barrier();
         run_next();
     }
 }
@@ -160,15 +158,14 @@ void add_fiber() {
     pool.push_back(std::move(fiber));
 }
 
-void start(Thread& thread, int linear, uint64_t seed) {
+void start(Thread& thread, Block& block, int linear, uint64_t seed) {
+    thread = Thread{};
+    thread.block = &block;
     thread.linear = linear;
     thread.lane = linear % warpSize;
     thread.warp = linear / warpSize;
     thread.index = {linear % blockDim.x, linear / blockDim.x % blockDim.y, linear / blockDim.x / blockDim.y};
-    thread.groups.clear();
-    thread.random = Random(seed * 1024 + static_cast<uint64_t>(linear));
-    thread.waits_in = nullptr;
-    thread.done = false;
+    thread.random = Random(seed * 1024 + static_cast<uint64_t>(block.first_thread + linear));
 }
 
 bool same_place(Where one, Where other) {
@@ -184,11 +181,54 @@ std::vector<const Thread*> all_threads() {
 
 }  // namespace
 
+// -------------------------------------------------------------------------------------------------------- waiting
+
+Random& scheduling() { return order_of_threads; }
+
+void sleep(const char* what, Where where) {
+    Thread& self = *current;
+    self.waits_in = what;
+    self.where = where;
+    self.asleep = true;
+    run_next();
+    if (cancelling) throw Cancelled{};
+    self.asleep = false;
+    self.waits_in = nullptr;
+}
+
+void wake(Thread& thread) {
+    if (!thread.asleep) return;
+    thread.asleep = false;
+    make_ready(thread.block->first_warp + thread.warp, thread.lane);
+}
+
+void wake(std::vector<Thread*>& sleeping) {
+    for (size_t i = sleeping.size(); i > 0; --i) {
+        std::swap(sleeping[i - 1], sleeping[order_of_threads.below(static_cast<uint32_t>(i))]);
+        wake(*sleeping[i - 1]);
+    }
+    sleeping.clear();
+}
+
+void give_way() {
+    if (warps_ready.empty() || order_of_threads.below(4) != 0) return;
+    Thread& self = *current;
+    const int own = self.block->first_warp + self.warp;
+    make_ready(own, self.lane);
+    Warp& warp = warps[own];
+    std::swap(warp.queue[0], warp.queue[warp.ready - 1]);  // the last of its warp
+    const uint32_t other = order_of_threads.below(static_cast<uint32_t>(warps_ready.size()));
+    std::swap(warps_ready.back(), warps_ready[other]);
+    run_next();
+    if (cancelling) throw Cancelled{};
+}
+
 // ------------------------------------------------------------------------------------------------ meeting points
 
 void meet(const char* what, int variant, Memory memory, void* argument, void (*work)(void**), Where where) {
     Thread& self = *current;
-    Warp& warp = warps[self.warp];
+    const int number = self.block->first_warp + self.warp;
+    Warp& warp = warps[number];
     if (warp.met == 0) {
         warp.what = what;
         warp.variant = variant;
@@ -201,32 +241,34 @@ void meet(const char* what, int variant, Memory memory, void* argument, void (*w
     if (memory == Memory::ordered) release(order);
     warp.arguments[self.lane] = argument;
     if (++warp.met < warp.lanes) {
-        wait(what, where);
+        sleep(what, where);
     } else {
         if (work) work(warp.arguments);
         warp.met = 0;
         ++warp.meetings;
-        make_warp_ready(self.warp, self.lane);
+        make_warp_ready(number, self.lane);
     }
     if (memory == Memory::ordered) acquire(order);
 }
 
 void sync_block(Where where) {
     const Unseen unseen;
-    if (at_barrier > 0 && !same_place(where, barrier_where)) {
-        fault("in a __syncthreads while others are in that of " + place(barrier_where), where);
+    let_operations_happen();
+    Block& block = *current->block;
+    if (block.at_barrier > 0 && !same_place(where, block.barrier_where)) {
+        fault("in a __syncthreads while others are in that of " + place(block.barrier_where), where);
     }
-    barrier_where = where;
-    void* order = &barrier_order[barriers % 2];
+    block.barrier_where = where;
+    void* order = &block.barrier_order[block.barriers % 2];
     release(order);
-    if (++at_barrier < threads) {
-        wait("__syncthreads", where);
+    if (++block.at_barrier < block.threads) {
+        sleep("__syncthreads", where);
     } else {
-        at_barrier = 0;
-        ++barriers;
-        for (int warp = 0; warp < static_cast<int>(warps.size()); ++warp) {
-            make_warp_ready(warp, warp == current->warp ? current->lane : -1);
-        }
+        block.at_barrier = 0;
+        ++block.barriers;
+        const int own = current->block->first_warp + current->warp;
+        const int end = block.first_warp + (block.threads + warpSize - 1) / warpSize;
+        for (int warp = block.first_warp; warp < end; ++warp) make_warp_ready(warp, warp == own ? current->lane : -1);
         for (size_t i = warps_ready.size(); i > 1; --i) {
             std::swap(warps_ready[i - 1], warps_ready[order_of_threads.below(static_cast<uint32_t>(i))]);
         }
@@ -234,39 +276,59 @@ void sync_block(Where where) {
     acquire(order);
 }
 
-// -------------------------------------------------------------------------------------------------------- blocks
+// ------------------------------------------------------------------------------------------------------ clusters
 
-void run_block(void (*kernel_)(void*), void* closure_, int count, uint64_t seed) {
+int threads_of_cluster() { return threads; }
+int threads_that_returned() { return finished; }
+
+void run_cluster(void (*kernel_)(void*), void* closure_, Cluster& cluster, uint64_t seed) {
     kernel = kernel_;
     closure = closure_;
-    threads = count;
-    finished = at_barrier = 0;
+    threads = finished = 0;
     cancelling = false;
     failure.clear();
     order_of_threads = Random(seed);
     patience = 16u << 5 * order_of_threads.below(3);  // from side by side to one after the other
-    while (static_cast<int>(pool.size()) < count) add_fiber();
-    for (int i = 0; i < count; ++i) start(pool[i]->thread, i, seed);
-    warps.assign((count + 31) / 32, Warp{});
+    warps.clear();
     warps_ready.clear();
-    for (int i = 0; i < static_cast<int>(warps.size()); ++i) {
-        warps[i].lanes = std::min(32, count - i * 32);
-        make_warp_ready(i, -1);
+    forget_operations();
+    forget_cluster_barrier();
+    for (const auto& block : cluster) {
+        block->first_thread = threads;
+        block->first_warp = static_cast<int>(warps.size());
+        threads += block->threads;
+        while (static_cast<int>(pool.size()) < threads) add_fiber();
+        for (int i = 0; i < block->threads; ++i) start(pool[block->first_thread + i]->thread, *block, i, seed);
+        for (int first = 0; first < block->threads; first += warpSize) {
+            warps.emplace_back();
+            warps.back().lanes = std::min(warpSize, block->threads - first);
+        }
     }
+    for (int i = 0; i < static_cast<int>(warps.size()); ++i) make_warp_ready(i, -1);
 
     describe_caller(launcher.sanitized, launcher.stack, launcher.stack_bytes);
     launcher.started = true;
     running = &launcher;
-    release(&block_begins);
-    run_next();
-    if (finished < count) {
+    current = &launcher.thread;
+    release(&cluster_begins);
+    try {
+        do {
+            run_next();  // until none can run
+        } while (!cancelling && finished < threads && make_operation_happen());
+        if (!cancelling && finished == threads) finish_operations();
+    } catch (const Fault& error) {  // of an operation
+        failure = error.what();
+        cancelling = true;
+    }
+    if (finished < threads) {
         if (!cancelling) failure = deadlock_report(all_threads());
         cancelling = true;
-        for (int i = 0; i < count; ++i) {  // those that wait leave by Cancelled: their destructors run
+        for (int i = 0; i < threads; ++i) {  // those that wait leave by Cancelled: their destructors run
             if (!pool[i]->thread.done) switch_to(*pool[i]);
         }
     }
-    acquire(&block_ends);
+    acquire(&cluster_ends);
+    forget_operations();
     if (cancelling) throw Fault(failure);
 }
 

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -13,12 +14,11 @@
 namespace cuda_on_host {
 
 Thread* current = nullptr;
-SharedMemory shared;
 
 namespace {
 
 std::mutex one_launch;  // at a time, whichever threads launch
-std::string last_error;
+std::string last_error, last_refusal;
 uint64_t launches = 0;  // in this process
 
 std::string triple(unsigned x, unsigned y, unsigned z) {
@@ -63,7 +63,7 @@ Settings from_environment() {
     return result;
 }
 
-void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
+void check_limits(dim3 grid, dim3 block, int cluster, size_t shared_bytes) {
     const auto check = [](const char* what, uint64_t value, uint64_t limit) {
         if (value == 0 || value > limit) {
             throw Fault(std::string(what) + " is " + std::to_string(value) + ", not 1 to " + std::to_string(limit));
@@ -76,6 +76,11 @@ void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
     check("blockDim.y", block.y, 1024);
     check("blockDim.z", block.z, 64);
     check("the number of threads in a block", static_cast<uint64_t>(block.x) * block.y * block.z, 1024);
+    check("the number of blocks in a cluster", static_cast<uint64_t>(std::max(cluster, 0)), 8);
+    if (grid.x % static_cast<unsigned>(cluster) != 0) {
+        throw Fault("gridDim.x is " + std::to_string(grid.x) + ", not a multiple of the " + std::to_string(cluster) +
+                    " blocks in a cluster");
+    }
     if (shared_bytes > settings().shared_limit) {
         throw Fault("dynamic shared memory of " + std::to_string(shared_bytes) + " bytes is over the limit of " +
                     std::to_string(settings().shared_limit));
@@ -88,28 +93,25 @@ class SharedMemoryOwner {
     explicit SharedMemoryOwner(size_t bytes) : bytes_(bytes), memory_(2 * ZONE + bytes) {
         const size_t lead = -reinterpret_cast<uintptr_t>(memory_.data()) % ALIGNMENT;
         begin_ = memory_.data() + lead + ZONE - ALIGNMENT;
-        shared = {begin_, bytes};
     }
-    ~SharedMemoryOwner() {
-        protect(false);
-        shared = {};
-    }
+    ~SharedMemoryOwner() { protect(false); }
     SharedMemoryOwner(const SharedMemoryOwner&) = delete;
     SharedMemoryOwner& operator=(const SharedMemoryOwner&) = delete;
+
+    SharedMemory memory() const { return {begin_, bytes_}; }
 
     void fresh() {
         protect(false);
         std::memset(memory_.data(), 0xff, memory_.size());
         protect(true);
     }
-    void check() {
+    void check(const Block& block) {
         protect(false);
         const auto outside = [&](const char* from, const char* to) {
             for (const char* at = from; at < to; ++at) {
                 if (*at != static_cast<char>(0xff)) {
-                    throw Fault("block " + triple(blockIdx.x, blockIdx.y, blockIdx.z) +
-                                ": a write outside of shared memory, at byte " + std::to_string(at - begin_) + " of " +
-                                std::to_string(bytes_));
+                    throw Fault(name_of(block) + ": a write outside of shared memory, at byte " +
+                                std::to_string(at - begin_) + " of " + std::to_string(bytes_));
                 }
             }
         };
@@ -132,21 +134,32 @@ class SharedMemoryOwner {
     char* begin_;
 };
 
-// All blocks in an order of the seed's: an affine map of their numbers.
-void run_blocks(void (*thread)(void*), void* closure, dim3 grid, dim3 block, SharedMemoryOwner& memory) {
-    const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z, seed = settings().seed;
+// All clusters in an order of the seed's: an affine map of their numbers.
+void run_clusters(void (*thread)(void*), void* closure, dim3 grid, dim3 block, int cluster, size_t shared_bytes) {
+    const uint64_t clusters = static_cast<uint64_t>(grid.x) * grid.y * grid.z / cluster, seed = settings().seed;
+    const int threads = static_cast<int>(block.x * block.y * block.z);
+    std::deque<SharedMemoryOwner> memories;
+    for (int rank = 0; rank < cluster; ++rank) memories.emplace_back(shared_bytes);
     Random random(seed);
-    uint64_t step = 1 + random.below(static_cast<uint32_t>(std::min<uint64_t>(blocks, 1u << 31)));
-    while (std::gcd(step, blocks) != 1) ++step;
-    uint64_t number = random.next() % blocks;
+    uint64_t step = 1 + random.below(static_cast<uint32_t>(std::min<uint64_t>(clusters, 1u << 31)));
+    while (std::gcd(step, clusters) != 1) ++step;
+    uint64_t number = random.next() % clusters;
     gridDim = grid;
     blockDim = block;
-    for (uint64_t i = 0; i < blocks; ++i, number = (number + step) % blocks) {
-        blockIdx = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
-                    static_cast<unsigned>(number / grid.x / grid.y)};
-        memory.fresh();
-        run_block(thread, closure, static_cast<int>(block.x * block.y * block.z), seed * blocks + number);
-        memory.check();
+    for (uint64_t i = 0; i < clusters; ++i, number = (number + step) % clusters) {
+        Cluster blocks;
+        for (int rank = 0; rank < cluster; ++rank) {
+            const uint64_t linear = number * cluster + rank;
+            const uint3 index{static_cast<unsigned>(linear % grid.x), static_cast<unsigned>(linear / grid.x % grid.y),
+                              static_cast<unsigned>(linear / grid.x / grid.y)};
+            memories[rank].fresh();
+            blocks.push_back(std::make_unique<Block>(index, rank, threads, memories[rank].memory(), blocks));
+        }
+        run_cluster(thread, closure, blocks, seed * clusters + number);
+        for (int rank = 0; rank < cluster; ++rank) {
+            memories[rank].check(*blocks[rank]);
+            check_registers(*blocks[rank]);
+        }
     }
 }
 
@@ -157,20 +170,19 @@ Settings& settings() {
     return value;
 }
 
-cudaError_t run_grid(const void* function, void (*thread)(void*), void* closure, dim3 grid, dim3 block,
+cudaError_t run_grid(const void* function, void (*thread)(void*), void* closure, dim3 grid, dim3 block, int cluster,
                      size_t shared_bytes) {
     const std::lock_guard<std::mutex> lock(one_launch);
     const Unseen unseen;
     ++launches;
     try {
-        check_limits(grid, block, shared_bytes);
+        check_limits(grid, block, cluster, shared_bytes);
     } catch (const Fault& error) {
         last_error = kernel_name(function) + ": " + error.what();
         return cudaErrorInvalidConfiguration;
     }
     try {
-        SharedMemoryOwner memory(shared_bytes);
-        run_blocks(thread, closure, grid, block, memory);
+        run_clusters(thread, closure, grid, block, cluster, shared_bytes);
     } catch (const Fault& error) {
         last_error = kernel_name(function) + ": " + error.what();
         return cudaErrorLaunchFailure;
@@ -178,41 +190,86 @@ cudaError_t run_grid(const void* function, void (*thread)(void*), void* closure,
     return cudaSuccess;
 }
 
-void* shared_memory() { return shared.begin; }
-
 std::string place(Where where) {
     const std::string file = where.file_name();
     return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
-void fault(const std::string& what, Where where) {
-    throw Fault("block " + triple(blockIdx.x, blockIdx.y, blockIdx.z) + ", thread " +
-                triple(threadIdx.x, threadIdx.y, threadIdx.z) + ": " + what + ", in " + place(where));
+std::string name_of(const Block& block) { return "block " + triple(block.index.x, block.index.y, block.index.z); }
+
+void fault(const Thread& thread, const std::string& what, Where where) {
+    throw Fault(name_of(*thread.block) + ", thread " + triple(thread.index.x, thread.index.y, thread.index.z) + ": " +
+                what + ", in " + place(where));
+}
+
+void fault(const std::string& what, Where where) { fault(*current, what, where); }
+
+void refuse_tensor_map(const std::string& what) {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    last_refusal = "invalid argument; the latest tensor map that was refused: " + what;
+}
+
+// "0-31 33 ...", at most 8 runs
+std::string runs_of(const std::vector<int>& numbers) {
+    std::string text;
+    int shown = 0;
+    for (size_t i = 0; i < numbers.size(); ++shown) {
+        size_t last = i;
+        while (last + 1 < numbers.size() && numbers[last + 1] == numbers[last] + 1) ++last;
+        if (shown < 8) {
+            text += " " + std::to_string(numbers[i]) + (last > i ? "-" + std::to_string(numbers[last]) : "");
+        }
+        i = last + 1;
+    }
+    return text + (shown > 8 ? " ..." : "");
+}
+
+// "wait in __syncthreads, file:line"
+std::string what_it_does(const Thread& thread) {
+    if (thread.done) return "returned";
+    if (thread.waits_in == nullptr) return "run";
+    std::string text = "wait in " + std::string(thread.waits_in);
+    if (thread.waits_at != nullptr) {
+        text += " for parity " + std::to_string(thread.waits_at->phase % 2) + " of the mbarrier at " +
+                place_in(*thread.block, thread.waits_at->address);
+    }
+    return text + ", " + place(thread.where);
 }
 
 std::string deadlock_report(const std::vector<const Thread*>& threads) {
+    std::string text;
+    const Block* block = nullptr;
     std::map<std::string, std::vector<int>> places;
-    for (const Thread* thread : threads) {
-        const std::string at = thread->done ? "returned"
-                               : thread->waits_in
-                                   ? "wait in " + std::string(thread->waits_in) + ", " + place(thread->where)
-                                   : "run";
-        places[at].push_back(thread->linear);
-    }
-    std::string text = "block " + triple(blockIdx.x, blockIdx.y, blockIdx.z) + ": deadlock";
-    for (const auto& [at, members] : places) {
-        text += "; " + std::to_string(members.size()) + (members.size() == 1 ? " thread " : " threads ") + at + ":";
-        int shown = 0;
-        for (size_t i = 0; i < members.size(); ++shown) {
-            size_t last = i;
-            while (last + 1 < members.size() && members[last + 1] == members[last] + 1) ++last;
-            if (shown < 8) {
-                text += " " + std::to_string(members[i]) + (last > i ? "-" + std::to_string(members[last]) : "");
-            }
-            i = last + 1;
+    const auto tell_block = [&] {
+        if (block == nullptr || block->finished == block->threads) return;
+        text += (text.empty() ? "" : ". ") + name_of(*block) + ": deadlock";
+        for (const auto& [at, members] : places) {
+            const bool one = members.size() == 1;
+            text += "; " + std::to_string(members.size()) + (one ? " thread " : " threads ") +
+                    (one && at.starts_with("wait") ? "waits" + at.substr(4) : at) + ":" + runs_of(members);
         }
-        if (shown > 8) text += " ...";
+        for (const Mbarrier& barrier : block->mbarriers) {
+            if (barrier.waiting.empty()) continue;
+            text += "; the mbarrier at " + place_in(*block, barrier.address) + " is in phase " +
+                    std::to_string(barrier.phase) + ", and waits for " + std::to_string(barrier.pending) + " of " +
+                    std::to_string(barrier.arrivals) + " arrivals and " + std::to_string(barrier.bytes) + " bytes";
+        }
+        for (int id = 1; id < 16; ++id) {
+            const NamedBarrier& barrier = block->named_barriers[id];
+            if (barrier.waiting.empty()) continue;
+            text += "; " + std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
+                    " threads have come to named barrier " + std::to_string(id);
+        }
+    };
+    for (const Thread* thread : threads) {
+        if (thread->block != block) {
+            tell_block();
+            block = thread->block;
+            places.clear();
+        }
+        places[what_it_does(*thread)].push_back(thread->linear);
     }
+    tell_block();
     return text;
 }
 
@@ -223,7 +280,7 @@ const char* cudaGetErrorString(cudaError_t error) {
         case cudaSuccess:
             return "no error";
         case cudaErrorInvalidValue:
-            return "invalid argument";
+            return cuda_on_host::last_refusal.empty() ? "invalid argument" : cuda_on_host::last_refusal.c_str();
         case cudaErrorInvalidConfiguration:
         case cudaErrorLaunchFailure:
             return cuda_on_host::last_error.c_str();
@@ -238,3 +295,5 @@ void cuda_on_host_configure(uint64_t seed, int landing, uint64_t shared_limit) {
 uint64_t cuda_on_host_launches() { return cuda_on_host::launches; }
 
 uint64_t cuda_on_host_matrix_products() { return cuda_on_host::matrix_products; }
+
+uint64_t cuda_on_host_warpgroup_products() { return cuda_on_host::warpgroup_products; }

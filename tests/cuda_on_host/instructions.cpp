@@ -10,19 +10,6 @@ namespace {
 
 constexpr int LANES = 32;
 
-void check_shared(const char* what, const void* address, size_t bytes, Where where) {
-    const char* begin = static_cast<const char*>(address);
-    const auto offset = reinterpret_cast<intptr_t>(begin) - reinterpret_cast<intptr_t>(shared.begin);
-    if (offset < 0 || offset + bytes > shared.bytes) {
-        fault(std::string(what) + " at byte " + std::to_string(offset) + " of " + std::to_string(shared.bytes) +
-                  " bytes of shared memory",
-              where);
-    }
-    if (offset % 16 != 0) {
-        fault(std::string(what) + " at byte " + std::to_string(offset) + ", not a multiple of 16", where);
-    }
-}
-
 void land(Copy& copy) {
     if (copy.landed) return;
     copy.landed = true;
@@ -94,6 +81,26 @@ void distribute(void** arguments) {
     }
 }
 
+struct StoredLane {
+    std::array<uint16_t, 8> row;  // written by the lane that points at it
+    const uint32_t* r;
+};
+
+template <int MATRICES, bool TRANSPOSED>
+void collect(void** arguments) {
+    for (int matrix = 0; matrix < MATRICES; ++matrix) {
+        for (int lane = 0; lane < LANES; ++lane) {
+            const uint32_t pair = static_cast<const StoredLane*>(arguments[lane])->r[matrix];
+            for (int i = 0; i < 2; ++i) {
+                const int row = TRANSPOSED ? lane % 4 * 2 + i : lane / 4;
+                const int column = TRANSPOSED ? lane / 4 : lane % 4 * 2 + i;
+                static_cast<StoredLane*>(arguments[matrix * 8 + row])->row[column] =
+                    static_cast<uint16_t>(i == 0 ? pair : pair >> 16);
+            }
+        }
+    }
+}
+
 struct ShuffleLane {
     uint32_t value, result;
     int source;
@@ -122,7 +129,7 @@ void check_mask(const char* what, unsigned mask, Where where) {
 
 }  // namespace
 
-uint64_t matrix_products = 0;
+uint64_t matrix_products = 0, warpgroup_products = 0;
 
 void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Operands type, Where where) {
     const Unseen unseen;
@@ -133,19 +140,34 @@ void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Operand
          type == Operands::bfloat16 ? multiply<from_bfloat16> : multiply<from_float16>, where);
 }
 
-void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* row, Where where) {
+void ldmatrix(uint32_t* r, int matrices, bool transposed, shared_address row, Where where) {
     const Unseen unseen;
     check_full_warp("ldmatrix", where);
     MatrixLane lane;
     lane.r = r;
     if (current->lane < matrices * 8) {  // the addresses of the other lanes are ignored
-        check_shared("ldmatrix", row, 16, where);
-        kernel_reads(row, 16);
-        std::memcpy(lane.row.data(), row, 16);
+        const char* from = shared_bytes(*current->block, "ldmatrix", row, 16, 16, where);
+        kernel_reads(from, 16);
+        std::memcpy(lane.row.data(), from, 16);
     }
     const auto work = matrices == 4 ? (transposed ? distribute<4, true> : distribute<4, false>)
                                     : (transposed ? distribute<2, true> : distribute<2, false>);
     meet("ldmatrix", matrices * 2 + transposed, Memory::unordered, &lane, work, where);
+}
+
+void stmatrix(shared_address row, const uint32_t* r, int matrices, bool transposed, Where where) {
+    const Unseen unseen;
+    check_full_warp("stmatrix", where);
+    StoredLane lane{{}, r};
+    const bool writes = current->lane < matrices * 8;  // the addresses of the other lanes are ignored
+    char* to = writes ? shared_bytes(*current->block, "stmatrix", row, 16, 16, where) : nullptr;
+    const auto work = matrices == 4 ? (transposed ? collect<4, true> : collect<4, false>)
+                                    : (transposed ? collect<2, true> : collect<2, false>);
+    meet("stmatrix", matrices * 2 + transposed, Memory::unordered, &lane, work, where);
+    if (!writes) return;
+    kernel_writes(to, 16);
+    std::memcpy(to, lane.row.data(), 16);
+    note_write(*current->block, to, current);
 }
 
 uint32_t shuffle(unsigned mask, uint32_t value, int source, Where where) {
@@ -164,32 +186,32 @@ void sync_warp(unsigned mask, Where where) {
 
 void cp_async_16(void* to, const void* from, int valid_bytes, Where where) {
     const Unseen unseen;
-    check_shared("cp.async", to, 16, where);
+    char* shared = shared_bytes(*current->block, "cp.async", address_of(to, where), 16, 16, where);
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
         fault("cp.async from an address that is not 16-byte aligned", where);
     }
     if (valid_bytes < 0 || valid_bytes > 16) {
         fault("cp.async of " + std::to_string(valid_bytes) + " bytes, not 0 to 16", where);
     }
-    Copy copy{static_cast<char*>(to), static_cast<const char*>(from), valid_bytes, false};
+    Copy copy{shared, static_cast<const char*>(from), valid_bytes, false};
     // The destination is undefined from now until the copy lands.
     kernel_writes(copy.shared, 16);
     std::memset(copy.shared, 0xff, 16);
     const Landing landing = settings().landing;
     if (landing == Landing::early || (landing == Landing::random && current->random.below(2) == 0)) land(copy);
-    if (current->groups.empty()) current->groups.emplace_back();
-    current->groups.back().push_back(copy);
+    if (current->copies.empty()) current->copies.emplace_back();
+    current->copies.back().push_back(copy);
 }
 
 void cp_async_commit() {
     const Unseen unseen;
-    if (current->groups.empty()) current->groups.emplace_back();
-    current->groups.emplace_back();
+    if (current->copies.empty()) current->copies.emplace_back();
+    current->copies.emplace_back();
 }
 
 void cp_async_wait(int groups) {
     const Unseen unseen;
-    auto& queue = current->groups;
+    auto& queue = current->copies;
     if (queue.empty()) return;
     const int closed = static_cast<int>(queue.size()) - 1, finished = closed - groups;
     if (finished > 0) {
