@@ -58,10 +58,14 @@ class PatchEmbed(nn.Module):
         self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_tracing():  # which would record the comparison, and warn of it
+            self._check(x)
+        return self.norm(self.proj(x).flatten(2).transpose(1, 2))
+
+    def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels or x.shape[2:] != self.img_size:
             expected = f"(batch, {self.proj.in_channels}, {self.img_size[0]}, {self.img_size[1]})"
             raise ValueError(f"built for images {expected}, got shape {tuple(x.shape)}")
-        return self.norm(self.proj(x).flatten(2).transpose(1, 2))
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         """By how much the grid of tokens is smaller than the image: the larger of both numbers, or both."""
