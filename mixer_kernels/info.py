@@ -20,7 +20,7 @@ import torch
 
 from . import backends
 from .backends.cuda import library
-from .backends.measured import measured_gpus
+from .backends.measured import measured_gpus, passed_on
 from .backends.registry import ENVIRONMENT_VARIABLE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -74,10 +74,12 @@ def render(collected: dict[str, Any]) -> str:
     lines = [f"{name:<14} {version or 'not installed'}" for name, version in collected["versions"].items()]
     lines += [f"{'package':<14} {collected['package']}"]
     lines += [f"{'CUDA kernels':<14} {_built(collected['cuda_kernels'])}"]
+    if "sm90" in collected["cuda_kernels"]:
+        lines += [f"{'Hopper kernels':<14} {_hopper(collected['cuda_kernels'])}"]
     for device in collected["devices"]:
         lines += ["", _device_title(device)]
         for name, entry in device["backends"].items():
-            lines += [f"  {name:<8} {line}" if i == 0 else f"{'':<11}{line}" for i, line in enumerate(_verdict(entry))]
+            lines += [f"  {name:<9} {line}" if i == 0 else f"{'':<12}{line}" for i, line in enumerate(_verdict(entry))]
     environment = collected["environment"]
     lines += ["", "environment variables"]
     lines += [f"  {name}={value}" for name, value in environment.items()] or ["  none that matter here are set"]
@@ -100,7 +102,11 @@ def versions() -> dict[str, str | None]:
 
 
 def cuda_kernels() -> dict[str, Any]:
-    """What the compiled module was built with: CUDA's version and GPU architectures; or why there is none."""
+    """What the compiled module was built with: CUDA's version and GPU architectures; or why there is none.
+
+    "sm90": of the kernels for Hopper alone, a digest of their sources (None if they are not in the build) and the GPUs
+    on which kernels of these sources have passed: where there is one, backend "cuda" uses them.
+    """
     try:
         module = library.loaded()
     except ModuleNotFoundError as error:
@@ -115,6 +121,10 @@ def cuda_kernels() -> dict[str, Any]:
         "cuda": None if module.on_host else f"{runtime // 1000}.{runtime % 1000 // 10}",
         "architectures": list(module.architectures),
         "ptx": list(module.ptx),
+        "sm90": {
+            "sources": module.sm90_sources or None,
+            "passed_on": passed_on(library.SM90, module.sm90_sources) if module.sm90_sources else [],
+        },
     }
 
 
@@ -175,6 +185,16 @@ def _built(kernels: dict[str, Any]) -> str:
     code = ", ".join(f"sm_{name}" for name in kernels["architectures"])
     ptx = ", ".join(f"compute_{name}" for name in kernels["ptx"]) or "no"
     return f"built with CUDA {kernels['cuda']} for {code}; {ptx} PTX for other GPUs"
+
+
+def _hopper(kernels: dict[str, Any]) -> str:
+    if kernels["cuda"] is None:
+        return f"opt-in: backend={library.SM90!r}"
+    if kernels["sm90"]["sources"] is None:
+        return f"not built: {library.SM90_ARCHITECTURE} is not among the architectures"
+    if kernels["sm90"]["passed_on"]:
+        return f"used by backend 'cuda' on compute capability 9.0: passed on {', '.join(kernels['sm90']['passed_on'])}"
+    return f"opt-in, backend={library.SM90!r}: no run of these sources on a GPU is recorded"
 
 
 def _verdict(entry: dict[str, Any]) -> list[str]:

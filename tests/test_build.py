@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
+import pybind11
 import pyproject_hooks
 import pytest
 
@@ -307,8 +309,9 @@ def test_a_cuda_build_imports_without_a_driver_and_says_what_it_is(built, tmp_pa
 import json
 from pathlib import Path
 import mixer_kernels._C as module
+NAMES = ("on_host", "runtime_version", "architectures", "ptx", "sm90_sources")
 loaded = [line for line in Path("/proc/self/maps").read_text().splitlines() if "libcuda" in line or "libstdc++" in line]
-facts = {name: getattr(module, name) for name in ("on_host", "runtime_version", "architectures", "ptx")}
+facts = {name: getattr(module, name) for name in NAMES}
 print(json.dumps(facts | {"loaded": loaded, "launch": module.launch()}))
 """
     result = subprocess.run(
@@ -324,8 +327,35 @@ print(json.dumps(facts | {"loaded": loaded, "launch": module.launch()}))
         "runtime_version": 1000 * major + 10 * minor,
         "architectures": ["80"],
         "ptx": ["80"],
+        "sm90_sources": "",
         "loaded": [],
     }
+
+
+@needs_nvcc
+def test_the_kernels_of_sm90_are_known_by_a_digest_of_their_sources(tmp_path):
+    """Of what is compiled: not of comments and blanks."""
+    tree = make_tree(tmp_path / "tree")
+    source = tree / "csrc/sm90/kernel.cu"
+    source.parent.mkdir()
+    command = [
+        "cmake", "-S", str(tree), "-B", str(tmp_path / "objects"), "-G", "Ninja",
+        "-DCMAKE_CUDA_ARCHITECTURES=80;90a-real", f"-DCMAKE_CUDA_COMPILER={load_backend().find_nvcc()[0].path}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
+    ]  # fmt: skip
+
+    def digest(text: str, *options: str) -> str:
+        source.write_text(text)
+        configured = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+        assert configured.returncode == 0, configured.stdout + configured.stderr
+        found = re.findall(r'SM90_SOURCES=\\"(\w+)', (tmp_path / "objects/build.ninja").read_text())
+        return found[0] if found else ""
+
+    first = digest("int x;  // [once; more]\n")
+    assert len(first) == 12
+    assert digest("// said better\nint\tx;\n") == first
+    assert digest("int y;\n") != first
+    assert digest("int x;\n", "-DCMAKE_CUDA_ARCHITECTURES=80;90") == ""
 
 
 @needs_nvcc

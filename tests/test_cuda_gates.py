@@ -52,6 +52,41 @@ __global__ void {name}(float* out, unsigned a, unsigned b) {{
 template __global__ void {name}<Half, 3>(float*, unsigned, unsigned);
 }}
 """
+# Four products of wgmma on tiles that TMA loads and stores; something in between keeps them from following each other.
+WGMMA = """
+#include "device/warpgroup.cuh"
+namespace mixer_kernels {{
+__global__ void __launch_bounds__(128, 1) products(const __grid_constant__ TensorMap map, float* out) {{
+    const shared_address tile = address_of(shared_memory<char>());
+    float d[32] = {{}};
+    {load}
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {{
+        wgmma<bfloat16, 64, Major::k, Major::k>(d, operand<Swizzle::bytes_128>(tile + 32 * i, 16, 1024),
+                                                operand<Swizzle::bytes_128>(tile + 8192 + 32 * i, 16, 1024));
+        {between}
+    }}
+    wgmma_commit();
+    wgmma_wait<0>();
+    keep(d);
+    {store}
+    for (int i = 0; i < 32; ++i) out[128 * i + threadIdx.x] = d[i];
+}}
+}}
+"""
+LOAD, STORE_TILE = "load_tile(tile, map, tile + 16384, 0, 0);", "store_tile(map, tile, 0, 0);"
+# A row of a disassembly for each instruction of a word.
+INSTRUCTIONS = {
+    "product": "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0 ;",
+    "mma": "HMMA.16816.F32.BF16 R8, R4, R2, R8 ;",
+    "fence": "WARPGROUP.ARRIVE ;",
+    "all but one": "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;",
+    "all": "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;",
+    "load": "UTMALDG.3D [UR8], [UR4] ;",
+    "store": "UTMASTG.3D [UR8], [UR4] ;",
+    "gelu": "MUFU.EX2 R9, R9 ;",
+}
 SPILLS = """
 __global__ void __launch_bounds__(1024, 2) row_statistics(float* x) {
     float v[128];
@@ -74,10 +109,16 @@ def product(name: str = "products", end: str = STORE) -> str:
     return PRODUCT.format(name=name, end=end)
 
 
-def run(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def wgmma(load: str = LOAD, between: str = "", store: str = STORE_TILE) -> str:
+    return WGMMA.format(load=load, between=between, store=store)
+
+
+def run(folder: Path, source: str, *arguments: str, below: str = "") -> subprocess.CompletedProcess[str]:
     (folder / "names.h").write_text("struct Half {};\n")
-    (folder / "planted.cu").write_text(source)
-    command = [sys.executable, str(PROGRAM), str(folder / "planted.cu"), "--cache", str(folder / "cache"), *arguments]
+    planted = folder / below / "planted.cu"
+    planted.parent.mkdir(exist_ok=True)
+    planted.write_text(source)
+    command = [sys.executable, str(PROGRAM), str(planted), "--cache", str(folder / "cache"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -113,6 +154,73 @@ def test_planted_problems_fail(tmp_path, source, message):
 
 
 @needs_nvcc
+def test_kernels_of_sm90_are_compiled_for_it_alone(tmp_path):
+    result = run(tmp_path, wgmma(), "--arch", "sm_80", "sm_90a", below="sm90")
+    assert result.returncode == 0, result.stdout + result.stderr
+    [row] = [line.split() for line in result.stdout.splitlines() if "products" in line]
+    assert row[0] == "sm_90a" and row[6:8] == ["HGMMA", "4"]
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [
+        (wgmma(between="d[0] *= 2.f;"), [r".*\(C75\d\d\)", "products: 4 WARPGROUP.ARRIVE for 4 HGMMA"]),
+        (wgmma(load="", store=""), ["products: no UTMALDG", "products: no UTMASTG"]),
+    ],
+    ids=["serialized", "no TMA"],
+)
+def test_planted_problems_of_sm90_fail(tmp_path, source, messages):
+    result = run(tmp_path, source, below="sm90")
+    assert result.returncode == 1, result.stdout + result.stderr
+    for message in messages:
+        assert re.search(rf"^FAILED sm_90a planted.cu: {message}", result.stdout, re.MULTILINE), result.stdout
+
+
+def sass(words: str) -> str:
+    """A disassembly of two kernels, the first without a product: ``words`` of INSTRUCTIONS, with how many of each."""
+    lines = [
+        f"        /*{16 * i:04x}*/                   {INSTRUCTIONS[word]}"
+        for i, (times, word) in enumerate(re.findall(r"(?:(\d+) )?([a-z]+(?: but one)?)", words))
+        for _ in range(int(times or 1))
+    ]
+    return "\n".join(["\t\tFunction : other", "        /*0000*/  EXIT ;", "\t\tFunction : kernel", *lines])
+
+
+STEP = "load, fence, 13 product, fence, 4 product, all but one, 64 gelu, all, 2 gelu, store"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "problem"),
+    [
+        ("token_mixing<64>", STEP, None),
+        ("token_mixing<64>", STEP.replace("64 gelu, all", "all, 64 gelu"), "0 MUFU while a product runs, expected 32"),
+        ("token_mixing<64>", STEP.replace("all but one", "all"), "0 MUFU while a product runs, expected 32"),
+        ("token_data_gradient<64>", STEP.replace("all but one", "all but one, all"), None),  # all in a first step
+        (
+            "token_data_gradient<64>",
+            STEP.replace(", all, 2", ", product, all, 2"),
+            "0 MUFU while a product runs, expected 32",
+        ),
+        ("fc1<128>", STEP.replace("64 gelu, all", "all, 64 gelu"), None),
+        ("fc1<128>", STEP.replace("13 product", "product, fence, product"), None),
+        ("fc1<128>", STEP.replace("4 product", "").replace("13 product", "product"), "2 WARPGROUP.ARRIVE for 1 HGMMA"),
+        ("fc1<128>", STEP.replace("13 product", "13 mma"), "13 HMMA: a part of its products is not wgmma"),
+        ("fc1<128>", "load, 5 mma, store", "no HGMMA"),
+        ("fc1<128>", STEP.replace("load", "fence"), "no UTMALDG"),
+        ("fc1<128>", STEP.replace(", store", ""), "no UTMASTG"),
+        ("merge_statistics", "gelu", None),
+    ],
+)
+def test_what_machine_code_of_sm90_has_to_hold(name, words, problem):
+    kernels = {mangled: gates.Kernel(mangled, sm90=True) for mangled in ("other", "kernel")}
+    gates.count_instructions(kernels, sass(words))
+    kernels["kernel"].name = name
+    found = kernels["kernel"].problems()
+    assert [each.partition(":")[0] for each in found] == ([] if problem is None else [problem.partition(":")[0]])
+
+
+@needs_nvcc
 def test_what_passed_is_not_compiled_again_until_it_changes(tmp_path, monkeypatch):
     compiled = []
     original = gates.compile_file
@@ -142,6 +250,8 @@ def test_performance_notes_of_ptxas_are_problems():
 def test_names_are_short():
     [name] = gates.demangled(["_ZN13mixer_kernels12_GLOBAL__N_112token_mixingINS_8bfloat16ELi208EEEvNS_9ArgumentsE"])
     assert name == "token_mixing<bfloat16, 208>"
+    [nested] = gates.demangled(["_ZN13mixer_kernels4sm906kernelINS0_4TileINS_8bfloat16ELi8EEEEEvT_"])
+    assert nested == "kernel<Tile<bfloat16, 8>>"
 
 
 def test_without_nvcc_it_says_where_it_looked(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ import torch
 from mixer_kernels.bench.providers import TRAINING_PROVIDERS
 
 ROOT = Path(__file__).parents[1]
+HERE = {"cuda", "cuda:sm90"}  # compiled by nvcc
 PROGRAM = ROOT / "tools" / "gpu_day.py"
 
 # A worker that needs no torch: it lists the tasks named in its argument, and each does what its name says.
@@ -89,14 +90,16 @@ def test_rehearsal(tmp_path):
     assert list(phases) == [
         "probe",
         "build",
+        "hopper",
         "correctness",
         "gradients",
+        "sanitizers",
         "repeats",
         "streams",
         "large",
         "compiled",
+        "ladder",
         "benchmarks",
-        "sanitizers",
         "tests",
     ]
     assert all(phases.values())
@@ -106,6 +109,7 @@ def test_rehearsal(tmp_path):
 
     check_kernels([row for row in rows if row.get("backend") == "triton"], "sm_80", {"fp32", "bf16", "bf16 on fp32"})
     check_kernels([row for row in rows if row.get("backend") == "cuda"], "one multiprocessor", {"bf16", "bf16 on fp32"})
+    check_hopper([row for row in rows if row.get("backend") == "cuda:sm90"])
 
     assert {"eager", "torch", "bare"} <= {row["provider"] for row in document["throughput"] if row.get("ms")}
     trained = [row for row in document["throughput"] if row["mode"] == "train"]
@@ -113,13 +117,28 @@ def test_rehearsal(tmp_path):
     assert all(row["memory_mib"] > 0 for row in trained if row["provider"] in ("eager", "torch"))
     benchmarks = [(row["case"], row["backend"]) for row in rows if row["phase"] == "benchmarks"]
     assert ("block S/32 bf16 batch 1", "cuda") in benchmarks and ("block S/32 bf16 batch 1", "triton") in benchmarks
-    for phase in ("build", "sanitizers", "tests"):
+    for phase, backends in (("build", {"cuda"}), ("sanitizers", HERE), ("tests", HERE)):
         its = [row for row in rows if row["phase"] == phase]
-        assert its and all(row["backend"] == "cuda" and row["reason"].startswith("needs a GPU") for row in its)
+        assert {row["backend"] for row in its} == backends
+        assert all(row["reason"].startswith("needs a GPU") for row in its)
 
     table = result.stdout[result.stdout.index("\nphase ") :]
     assert "skipped streams cuda: needs a GPU" in table and "\npassed: " in table
     assert "block S/32 bf16 batch 1" in table
+
+
+def check_hopper(rows: list[dict]) -> None:
+    """Only what its kernels take, in the order of the phases before all else."""
+    first = [row for row in rows if row["phase"] == "hopper"]
+    assert len(first) == 8 and all(row["status"] == "ok" and row["max_err"] > 0 for row in first)
+    for phase in ("correctness", "gradients"):
+        its = [row for row in rows if row["phase"] == phase]
+        assert {row["dtype"] for row in its} <= {"bf16", "fp16"} and all(row["status"] == "ok" for row in its)
+        assert any("one multiprocessor" in row["case"] for row in its)
+        assert not any(layout in row["case"] for row in its for layout in ("transposed", "offset", "slice"))
+    ladder = [row for row in rows if row["phase"] == "ladder"]
+    assert len(ladder) == 8 + 3 * 9 and all(row["ms"] > 0 and row["vs_bare"] > 0 for row in ladder)
+    assert sum("chosen" in row["config"] for row in ladder) == 4
 
 
 def check_kernels(rows: list[dict], other_tiles: str, gradient_dtypes: set[str]) -> None:
@@ -171,6 +190,17 @@ def test_what_goes_wrong_is_named(tmp_path):
     assert "FAILED: 4 failed, 0 not reached" in closing
 
 
+def test_a_backend_whose_first_calls_go_wrong_is_left_out(tmp_path):
+    """A kernel that hangs would take the time of all others."""
+    plant = "error:token cuda:sm90 bf16 3x49x72"
+    result = gpu_day("--rehearse", "--phases", "hopper,streams,ladder", "--output", str(tmp_path), "--plant", plant)
+    assert result.returncode == 1, result.stdout[-4000:] + result.stderr
+    later = [row for row in read(tmp_path)["rows"] if row["phase"] in ("streams", "ladder")]
+    (hopper, ladder) = [row for row in later if row["backend"] == "cuda:sm90"]
+    assert hopper["reason"] == ladder["reason"] == "its first calls went wrong or had no end"
+    assert {row["backend"] for row in later if row["status"] == "ok"} == {"cuda", "triton"}
+
+
 def test_without_a_gpu(tmp_path):
     result = gpu_day("--output", str(tmp_path))
     assert result.returncode == 2
@@ -181,7 +211,7 @@ def test_without_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--phases", "repeats,streems"), "expected some of build,correctness,gradients,repeats"),
+        (("--phases", "repeats,streems"), "expected some of build,hopper,correctness,gradients"),
         (("--budget", "0"), "--budget must be > 0 seconds, got 0"),
         (("--plant", "typo:x"), "got 'typo:x', expected KIND:TEXT"),
     ],
@@ -256,6 +286,16 @@ def test_record(results, tmp_path):
     both = {"cuda": ["NVIDIA A100-SXM4-80GB"], "triton": ["NVIDIA A100-SXM4-80GB", "NVIDIA H200"]}
     assert json.loads(measured.read_text()) == both
     assert (tmp_path / "results" / "nvidia-a100-sxm4-80gb" / run.name).read_text() == run.read_text()
+
+
+def test_of_the_hopper_kernels_the_sources_are_recorded(results, tmp_path):
+    measured, run = tmp_path / "measured.json", tmp_path / "run.json"
+    measured.write_text('{"cuda:sm90": {"NVIDIA H200": "0123", "NVIDIA H100 PCIe": "0123"}}')
+    built = {"sm90": {"sources": "4567", "passed_on": []}}
+    passed = {"passed_backends": ["cuda:sm90"], "device": {"name": "NVIDIA H200"}, "cuda_kernels": built}
+    run.write_text(json.dumps(passed))
+    results.record(run, measured, tmp_path / "results")
+    assert json.loads(measured.read_text()) == {"cuda:sm90": {"NVIDIA H200": "4567", "NVIDIA H100 PCIe": "0123"}}
 
 
 def test_a_failed_run_is_not_recorded(results, tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixer_kernels.bench.providers import TRAINING_PROVIDERS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -175,7 +177,7 @@ def test_what_becomes_of_a_report(log, outcome, tmp_path):
     executable.write_text(f"#!{sys.executable}\nprint({log!r})\n")
     executable.chmod(0o755)
     values = {}
-    check = functools.partial(module("sanitizers")._check, settings(), str(executable), "memcheck", values)
+    check = functools.partial(module("sanitizers")._check, settings(), str(executable), "cuda", "memcheck", values)
     if outcome is None:
         check()
         assert values["config"] == "15 calls" + (", 1 reports on others' kernels" if log is OTHERS else "")
@@ -202,7 +204,7 @@ def test_sanitizers_watch_every_launcher(cuda_kernels, device):
     forget_packs()
     watched = Watched(cuda_kernels)
     library.install(watched)
-    results = list(module("sanitized").calls(device))
+    results = [result for backend in ("cuda", "cuda:sm90") for result in module("sanitized").calls(device, backend)]
     library.install(cuda_kernels)
     assert all(bool(result.isfinite().all()) for result in results) and len(results) >= 15
     assert {name for name in launchers if not name.startswith("_")} == set(watched.calls)
@@ -247,6 +249,9 @@ def test_each_backend_passes_for_itself():
     assert passed([*both, row("large", "triton", "cut")], needed, needed) == ["cuda"]
     assert passed([*both, row("benchmarks", "triton", "cut")], needed, needed) == ["cuda", "triton"]
     assert passed([*both, row("probe", "", "failed")], needed, needed) == []
+    hopper = [row(phase, "cuda:sm90") for phase in needed]
+    assert passed([*both, *hopper], needed, needed) == ["cuda:sm90", "cuda", "triton"]
+    assert passed([*both, *hopper, row("hopper", "cuda:sm90", "failed")], needed, needed) == ["cuda", "triton"]
     absent = [row("build", "cuda", "skipped"), *(row(phase, "cuda", "skipped") for phase in needed)]
     assert passed([*absent, *(each for each in both if each.backend == "triton")], needed, needed) == ["triton"]
 
@@ -254,7 +259,7 @@ def test_each_backend_passes_for_itself():
 def throughput(**reasons: str):
     from mixer_kernels.bench.report import Row
 
-    names = ("eager", "compile", "torch", "triton fast", "triton min", "cuda fast", "cuda min", "bare")
+    names = TRAINING_PROVIDERS
     common = {"level": "block", "name": "B/16", "S": 196, "C": 768, "D_S": 384, "D_C": 3072, "dtype": "bf16"}
     return [
         Row(
@@ -267,17 +272,22 @@ def throughput(**reasons: str):
 
 def test_a_benchmark_has_a_row_for_each_backend():
     rows_of = module("benchmarks").rows_of
-    cuda, triton = rows_of(throughput())
+    hopper, cuda, triton = rows_of(throughput())
+    assert (hopper["backend"], hopper["ms"]) == ("cuda:sm90", 14.0)
     assert (cuda["backend"], cuda["status"], cuda["ms"], cuda["call_ms"]) == ("cuda", "ok", 9.0, 1.0)
     assert (triton["backend"], triton["ms"], triton["config"]) == ("triton", 11.0, "compile: mode=default")
-    wrong = rows_of(throughput(**{"cuda min": "wrong: output: max error", "compile": "failed: RuntimeError: oh"}))
+    assert [each["backend"] for each in rows_of([row for row in throughput() if "sm90" not in row.provider])] == [
+        "cuda",
+        "triton",
+    ]
+    _, *wrong = rows_of(throughput(**{"cuda min": "wrong: output: max error", "compile": "failed: RuntimeError: oh"}))
     assert [(each["backend"], each["status"]) for each in wrong] == [
         ("cuda", "failed"),
         ("triton", "ok"),
         ("", "failed"),
     ]
     assert wrong[0]["reason"] == "cuda min: wrong: output: max error"
-    absent = rows_of(throughput(**{"cuda fast": "cannot run: not built", "cuda min": "cannot run: not built"}))
+    _, *absent = rows_of(throughput(**{"cuda fast": "cannot run: not built", "cuda min": "cannot run: not built"}))
     assert (absent[0]["status"], absent[0]["reason"]) == ("skipped", "cannot run: not built")
 
 
@@ -287,8 +297,8 @@ def test_speeds_of_all_providers_stand_in_a_line():
     speed_table = module("tables").speed_table
     rows = [asdict(each) for each in throughput(**{"cuda fast": "cannot run: not built"})]
     header, line = speed_table(rows, "ms", "ms").splitlines()
-    assert header.split() == ["ms", "eager", "compile", "torch", "triton", "cuda", "bare"]
-    assert line.split()[-6:] == ["5.000", "7.000", "5.000", "11.000", "-", "4.000"]
+    assert header.split() == ["ms", "eager", "compile", "torch", "triton", "cuda", "cuda:sm90", "bare"]
+    assert line.split()[-7:] == ["5.000", "7.000", "5.000", "11.000", "-", "14.000", "4.000"]
     assert line.startswith("block B/16 bf16 batch 32 training")
     assert speed_table([], "ms", "ms") == ""
 
@@ -301,9 +311,9 @@ def test_a_backend_that_is_not_here_is_one_row_that_says_why(cuda_kernels):
     tasks = module("tasks")
     on_each_backend, options = module("kernels").on_each_backend, settings(rehearse=True)
     made = on_each_backend(options, lambda backend: [tasks.Task(backend, print, backend=backend)])
-    assert [task.case for task in made] == ["cuda", "triton"]
+    assert [task.case for task in made] == ["cuda:sm90", "cuda", "triton"]
     library.install(None)
-    absent, _ = on_each_backend(options, lambda backend: [tasks.Task(backend, print, backend=backend)])
+    _, absent, _ = on_each_backend(options, lambda backend: [tasks.Task(backend, print, backend=backend)])
     assert (absent.case, absent.backend) == ("backend cuda", "cuda")
     with pytest.raises(tasks.Skip, match="use backend='torch'"):
         absent.run({})

@@ -61,7 +61,8 @@ def test_measured_gpus_are_listed_by_backend():
     listed = json.loads((Path(info.__file__).parent / MEASURED_FILE).read_text())
     assert set(listed) <= set(backends.BACKENDS) - {"torch"}
     for backend, names in listed.items():
-        assert measured_gpus(backend) == names and all(isinstance(name, str) for name in names)
+        assert measured_gpus(backend) == list(names) and all(isinstance(name, str) for name in names)
+    assert isinstance(listed.get("cuda:sm90", {}), dict)
     assert measured_gpus("no such backend") == []
 
 
@@ -69,7 +70,7 @@ def test_info_says_what_the_cuda_kernels_were_built_for(monkeypatch, capsys):
     module = ModuleType(library.MODULE)
     module.__file__ = "/here/_C.so"
     module.on_host, module.runtime_version = False, 12080
-    module.architectures, module.ptx = ("80", "90a", "120"), ("80", "120")
+    module.architectures, module.ptx, module.sm90_sources = ("80", "90a", "120"), ("80", "120"), "0123456789ab"
     monkeypatch.setattr(library, "loaded", lambda: module)
     info.main([])
     line = "CUDA kernels   built with CUDA 12.8 for sm_80, sm_90a, sm_120; compute_80, compute_120 PTX for other GPUs"

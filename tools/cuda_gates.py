@@ -3,6 +3,9 @@
 A row a kernel: registers, stack, spills, static shared memory, matrix instructions, seconds. Failures: a warning, a
 spill, any use of local memory, ptxas' notes of lost performance (C75xx), a product without matrix instructions, an
 atomic on floats (its order, and so the result, would change from run to run).
+
+The kernels of csrc/sm90 are compiled for sm_90a alone. Their products have to be HGMMA on tiles that UTMALDG loads and
+UTMASTG stores, not one at a time, and GELU of token mixing has to be computed while a product runs.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
+SM90 = "sm90"  # the folder of kernels for one architecture, and that
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+SM90_ARCHITECTURES = ("sm_90a",)
 # Optimisation as CMake's Release build has it.
 FLAGS = (
     "-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}", "-cubin",
@@ -34,8 +39,14 @@ FLAGS = (
 )  # fmt: skip
 # Kernels with these words in their names compute no product.
 WITHOUT_PRODUCT = ("statistics", "norm", "branch", "pack")
-# mma.sync, whatever the architecture: this code has none of Hopper's and Blackwell's own matrix instructions.
-MATRIX_INSTRUCTION = "HMMA"
+# In machine code: mma.sync, on every architecture, and of sm_90a wgmma, its fence, TMA's loads and stores.
+MMA, WGMMA, FENCE, LOAD, STORE = "HMMA", "HGMMA", "WARPGROUP.ARRIVE", "UTMALDG", "UTMASTG"
+WAIT = "WARPGROUP.DEPBAR"
+# A product that waits for the one before it has a fence of its own; a step of these kernels has four or more to one.
+LEAST_PRODUCTS_A_FENCE = 2
+# GELU of 64 x 64 elements, 32 a thread, one special function each at least.
+OVERLAPPED = ("token_mixing", "token_data_gradient")
+LEAST_OVERLAPPED = 32
 
 
 class Tools(NamedTuple):
@@ -55,8 +66,15 @@ class Kernel:
     stack: int = 0
     spilled: int = 0  # bytes, stores and loads
     shared: int = 0  # bytes, static
-    matrix: int | None = None  # instructions; None where there is no machine code
+    sm90: bool = False  # one of those for sm_90a alone
+    instructions: dict[str, int] | None = None  # None where there is no machine code
+    overlapped: int = 0  # special functions while a product of wgmma runs, of which the next step has no need yet
     float_atomics: int = 0
+
+    @property
+    def matrix(self) -> str:
+        """The matrix instruction that its products are made of."""
+        return WGMMA if self.sm90 else MMA
 
     def problems(self) -> list[str]:
         found = []
@@ -66,9 +84,23 @@ class Kernel:
             found.append(f"{self.stack} bytes of stack")
         if self.float_atomics:
             found.append(f"{self.float_atomics} atomics on floats")
-        if self.matrix == 0 and not any(word in bare_name(self.name) for word in WITHOUT_PRODUCT):
-            found.append(f"no {MATRIX_INSTRUCTION}: its product became something else")
+        if self.instructions is not None and not any(word in bare_name(self.name) for word in WITHOUT_PRODUCT):
+            if not self.instructions[self.matrix]:
+                found.append(f"no {self.matrix}: its product became something else")
+            elif self.sm90:
+                found += self._sm90_problems(self.instructions)
         return found
+
+    def _sm90_problems(self, count: dict[str, int]) -> Iterator[str]:
+        if count[MMA]:
+            yield f"{count[MMA]} {MMA}: a part of its products is not wgmma"
+        for instruction, what in ((LOAD, "loads"), (STORE, "stores")):
+            if not count[instruction]:
+                yield f"no {instruction}: its {what} became something else"
+        if count[WGMMA] < LEAST_PRODUCTS_A_FENCE * count[FENCE]:
+            yield f"{count[FENCE]} {FENCE} for {count[WGMMA]} {WGMMA}: one product waits for another"
+        if any(name in bare_name(self.name) for name in OVERLAPPED) and self.overlapped < LEAST_OVERLAPPED:
+            yield f"{self.overlapped} MUFU while a product runs, expected {LEAST_OVERLAPPED}: GELU waits for it"
 
 
 @dataclasses.dataclass
@@ -103,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--arch: got {', '.join(wrong)}, expected 'all' or some such as {', '.join(ARCHITECTURES)}")
     if arguments.jobs < 1:
         parser.error(f"--jobs: got {arguments.jobs}, expected 1 or more")
-    files = arguments.files or sorted(CSRC.glob("*.cu"))
+    files = arguments.files or sorted([*CSRC.glob("*.cu"), *CSRC.glob(f"{SM90}/*.cu")])
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
         parser.error(f"no such file: {', '.join(missing) or CSRC / '*.cu'}")
@@ -117,9 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(tools: Tools, files: Sequence[Path], architectures: Sequence[str], jobs: int, cache: Path) -> list[str]:
     """Compile every file for every architecture, print as results come, return the problems."""
-    work = [(file, architecture) for file in files for architecture in architectures]
-    print(f"CUDA {tools.version}, {len(files)} files for {len(architectures)} architectures")
-    print(f"{'arch':8}{'kernel':64}{'regs':>5}{'stack':>6}{'spills':>7}{'shared':>7}{'matrix':>9}{'seconds':>9}")
+    work = [(file, architecture) for file in files for architecture in architectures_of(file, architectures)]
+    print(f"CUDA {tools.version}, {len(files)} files for {len(architectures)} architectures: {len(work)} compilations")
+    print(f"{'arch':8}{'kernel':74}{'regs':>5}{'stack':>6}{'spills':>7}{'shared':>7}{'matrix':>9}{'seconds':>9}")
     problems, kernels = [], 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         pending = {pool.submit(cached, tools, *item, cache): item for item in work}
@@ -136,6 +168,11 @@ def check(tools: Tools, files: Sequence[Path], architectures: Sequence[str], job
         print(f"FAILED {problem}")
     print(f"{kernels} kernels compiled, {len(problems)} problems")
     return problems
+
+
+def architectures_of(file: Path, architectures: Sequence[str]) -> list[str]:
+    """Those of ``architectures`` for which ``file`` has kernels."""
+    return [name for name in architectures if file.resolve().parent.name != SM90 or name in SM90_ARCHITECTURES]
 
 
 def cached(tools: Tools, file: Path, architecture: str, cache: Path) -> Report:
@@ -170,7 +207,7 @@ def compile_file(tools: Tools, file: Path, architecture: str) -> Report:
             sass = subprocess.run([tools.cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True)
             count_instructions(kernels, sass.stdout)
     for kernel, name in zip(kernels.values(), demangled(list(kernels)), strict=True):
-        kernel.name = name
+        kernel.name, kernel.sm90 = name, file.resolve().parent.name == SM90
     return Report(compiled.returncode == 0, output.strip(), round(seconds, 1), list(kernels.values()))
 
 
@@ -192,10 +229,14 @@ def resource_usage(output: str) -> dict[str, Kernel]:
 
 
 def count_instructions(kernels: dict[str, Kernel], sass: str) -> None:
-    """Matrix instructions and atomics on floats, from the output of ``cuobjdump -sass``."""
+    """Matrix instructions, TMA and atomics on floats, from the output of ``cuobjdump -sass``."""
     for name, code in _functions(sass):
         if name in kernels:
-            kernels[name].matrix = len(re.findall(rf"\b{MATRIX_INSTRUCTION}\b", code))
+            names = (MMA, WGMMA, FENCE, LOAD, STORE)
+            kernels[name].instructions = {each: len(re.findall(rf"\b{each}\b", code)) for each in names}
+            # From where all products but the last group are done to where that is done too, at the latest.
+            waits = re.findall(rf"{WAIT}\S* gsb0, 0x1\b((?:(?!{WGMMA}).)*){WAIT}\S* gsb0, 0x0\b", code, re.DOTALL)
+            kernels[name].overlapped = max((len(re.findall(r"\bMUFU\b", each)) for each in waits), default=0)
             kernels[name].float_atomics = len(re.findall(r"\b(?:RED|ATOM[GS]?)\.[\w.]*\bB?F(?:16|32|64)", code))
 
 
@@ -242,14 +283,14 @@ def bare_name(name: str) -> str:
 
 
 def _shortened(name: str) -> str:
-    name = re.sub(r"\(anonymous namespace\)::|mixer_kernels::|\((?:bool|int|unsigned int|long)\)", "", name)
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::|\((?:bool|int|unsigned int|long)\)", "", name)
     depth = 0
     for position, character in enumerate(name):
         depth += (character == "<") - (character == ">")
         if character == "(" and depth == 0:
             name = name[:position]
             break
-    return name.removeprefix("void ")
+    return name.removeprefix("void ").replace("> >", ">>")
 
 
 def _functions(sass: str) -> Iterator[tuple[str, str]]:
@@ -265,9 +306,10 @@ def _toolkit(nvcc: str) -> Path | None:
 
 
 def _row(architecture: str, kernel: Kernel, seconds: float) -> str:
-    matrix = f"{MATRIX_INSTRUCTION} {kernel.matrix}" if kernel.matrix else "-"
+    count = (kernel.instructions or {}).get(kernel.matrix)
+    matrix = f"{kernel.matrix} {count}" if count else "-"
     return (
-        f"{architecture:8}{kernel.name:64}{kernel.registers:5}{kernel.stack:6}{kernel.spilled:7}{kernel.shared:7}"
+        f"{architecture:8}{kernel.name:74}{kernel.registers:5}{kernel.stack:6}{kernel.spilled:7}{kernel.shared:7}"
         f"{matrix:>9}{seconds:9.1f}{'  FAILED' if kernel.problems() else ''}"
     )
 

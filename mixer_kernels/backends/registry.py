@@ -2,7 +2,8 @@
 
 A backend is a module with ``why_not``, ``token_mixing_forward`` and ``channel_mixing_forward`` and, unless autograd
 differentiates it, ``backward_kernels``, which ``backends.backward`` puts in order; it may have ``mixer_block_forward``.
-Backends are imported when first asked for: importing mixer_kernels needs neither Triton nor a GPU.
+Its name is the module's; that of "cuda:sm90" is cuda.sm90. Backends are imported when first asked for: importing
+mixer_kernels needs neither Triton nor a GPU.
 
 ``auto`` on a GPU prefers, of the two backends with kernels,
 
@@ -12,7 +13,9 @@ Backends are imported when first asked for: importing mixer_kernels needs neithe
 3. else ``triton``, which has the instructions of 9.0 and 10.x, then ``cuda``.
 
 What cannot run (not built, not installed, a dtype) is passed over; ``torch`` is the last resort and on the CPU the only
-one.
+one. It is also what ``auto`` takes while a model is exported to ONNX or traced by TorchScript, which know PyTorch's
+operators alone. ``torch.export`` and AOTInductor keep ours. ``cuda:sm90`` has to be asked for: it is ``cuda`` with
+kernels for compute capability 9.0, and ``cuda`` uses those itself once they have passed on a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -33,7 +37,7 @@ from .measured import measured_gpus
 
 logger = logging.getLogger("mixer_kernels")
 
-BACKENDS = ("cuda", "triton", "torch")
+BACKENDS = ("cuda", "cuda:sm90", "triton", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
@@ -43,7 +47,7 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mixer_k
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the block's calls on ``name`` ("auto", "cuda", "triton" or "torch") inside the ``with`` statement.
+    """Run the block's calls on ``name``, one of ``CHOICES``, inside the ``with`` statement.
 
     Wins over ``MIXER_KERNELS_BACKEND``; a ``backend=`` argument wins over both. Holds for the current thread or task.
     A function compiled by ``torch.compile`` keeps the backend that it was compiled with.
@@ -75,6 +79,11 @@ def choose(
     """
     name = requested_backend() if backend is None else _checked(backend, "backend")
     device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
+    target = _exported_to()
+    if target is not None and name != "torch":
+        if name != "auto":
+            raise RuntimeError(f"backend={name!r} cannot run: {target} has no such operators; use backend='torch'")
+        return "torch"
     if name != "auto":
         reason = why_not(name, device, dtype)
         if reason is not None:
@@ -119,7 +128,7 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def load(name: str) -> ModuleType:
     """The module of backend ``name``, imported on first use."""
-    return importlib.import_module(f"{__package__}.{name}")
+    return importlib.import_module(f"{__package__}.{name.replace(':', '.')}")
 
 
 def forget_packs() -> None:
@@ -132,6 +141,14 @@ def forget_packs() -> None:
     from . import prepack
 
     prepack.forget_packs()
+
+
+def _exported_to() -> str | None:
+    """The format without our operators that a model is being exported to right now, or None."""
+    onnx = sys.modules.get("torch.onnx")  # it is imported by who exports
+    if onnx is not None and onnx.is_in_onnx_export():
+        return "ONNX"
+    return "TorchScript" if torch.jit.is_tracing() else None
 
 
 def _checked(name: str, source: str) -> str:

@@ -13,6 +13,7 @@ from .report import Row, significant
 _COLORS = {"eager": "#999999", "compile": "#56B4E9", "bare": "#DDDDDD", "torch": "#009E73", "triton": "#D55E00"}
 _COLORS |= {"triton fast": _COLORS["triton"], "triton min": "#E69F00"}
 _COLORS |= {"cuda": "#0072B2", "cuda fast": "#0072B2", "cuda min": "#F0E442"}
+_COLORS |= {"cuda:sm90": "#003E5C", "cuda:sm90 fast": "#003E5C", "cuda:sm90 min": "#9A8F1D"}
 _OTHER_COLOR = "#CC79A7"
 _LABELS = {
     "eager": "eager PyTorch",
@@ -25,6 +26,9 @@ _LABELS = {
     "cuda": "CUDA kernels",
     "cuda fast": 'CUDA, memory="fast"',
     "cuda min": 'CUDA, memory="min"',
+    "cuda:sm90": "Hopper kernels",
+    "cuda:sm90 fast": 'Hopper, memory="fast"',
+    "cuda:sm90 min": 'Hopper, memory="min"',
 }
 
 

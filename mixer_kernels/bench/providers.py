@@ -24,7 +24,8 @@ from .check import COMPILED_GRADIENT_FACTOR, GRADIENT_FACTOR
 EPS = 1e-6  # timm's
 PROVIDERS = ("eager", "compile", *reversed(backends.BACKENDS), "bare")  # in the order of the rows
 TRAINING_PROVIDERS = (  # one row a memory mode
-    "eager", "compile", "torch", "triton fast", "triton min", "cuda fast", "cuda min", "bare",
+    "eager", "compile", "torch", "triton fast", "triton min", "cuda:sm90 fast", "cuda:sm90 min", "cuda fast",
+    "cuda min", "bare",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mixer_kernels.bench.progress import no_progress
+from mixer_kernels.bench.providers import backend_and_memory
 from mixer_kernels.bench.report import Row
 from mixer_kernels.bench.run import is_defect, run_group
 from mixer_kernels.bench.workloads import Workload, prepare_workload
@@ -52,11 +53,12 @@ def _task(settings: Settings, workload: Workload) -> Task:
         device = torch.device(settings.device, None if settings.rehearse else torch.cuda.current_device())
         mode = None if settings.rehearse else settings.compile_mode
         prepared = prepare_workload(workload, device, smoke=settings.rehearse, compile_mode=mode)
+        providers = [each for each in prepared.providers if backend_and_memory(each.name)[0] not in settings.without]
         seconds = 0.01 if settings.rehearse else SECONDS
         group = run_group(
             prepared.case,
             prepared.inputs,
-            prepared.providers,
+            providers,
             prepared.reference,
             seconds=seconds,
             progress=no_progress,
@@ -79,6 +81,8 @@ def rows_of(throughput: Sequence[Row]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for backend in BACKENDS:
         its = [row for row in throughput if row.provider.split()[0] == backend]
+        if not its:  # left out
+            continue
         found.append({"backend": backend, "config": f"compile: {compiled}", **_figures(its[0]), **_state(its)})
     others = [row for row in throughput if row.provider.split()[0] not in BACKENDS]
     if _state(others)["status"] == FAILED:

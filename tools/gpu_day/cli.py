@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .phases import NAMES, PER_BACKEND, PHASES, REQUIRED, Phase
+from .phases import HOPPER_PHASE, NAMES, PER_BACKEND, PHASES, REQUIRED, Phase
 from .results import CUT, FAILED, Results, Row, passed_backends, record, say, slug
 from .supervise import WorkerDied, run_phase
 from .tables import closing_text
@@ -91,8 +91,9 @@ class _Run:
 
         arguments = self._arguments
         settings = Settings(
-            phase.name, arguments.rehearse, arguments.compile_mode, tuple(arguments.plant), time.time() + seconds
-        )
+            phase.name, arguments.rehearse, arguments.compile_mode, tuple(arguments.plant), self._without(),
+            time.time() + seconds,
+        )  # fmt: skip
         try:
             complete = run_phase(
                 command(settings),
@@ -113,6 +114,11 @@ class _Run:
         entry = {"name": phase.name, "seconds": round(elapsed, 1), "allotted": round(seconds, 1), "complete": complete}
         self._results.document["phases"].append(entry)
         self._results.flush()
+
+    def _without(self) -> tuple[str, ...]:
+        """Backends that later phases leave out: a kernel that hangs would take their time."""
+        wrong = {row.backend for row in self._results.rows if row.phase == HOPPER_PHASE and row.status in (FAILED, CUT)}
+        return tuple(sorted(wrong - {""}))
 
     def _seconds(self, phase: Phase) -> float:
         """The phase's part of the time that is left."""

@@ -6,7 +6,8 @@ launched the same: so the kernels on pointers run on an sm_90 too, which takes t
 
 The CUDA backend's kernels for token mixing choose by shared memory and by how many blocks the batch is: the 16-bit ones
 of those cases, as for this GPU, then as for one with a single multiprocessor, which takes the widest tile that fits
-into the shared memory, with this GPU's and with each smaller one.
+into the shared memory, with this GPU's and with each smaller one. A block of the kernels of csrc/sm90 goes over the
+batch by itself there, in both halves.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mixer_kernels.tuning.target import KNOWN_TARGETS, Target, assume_target, ta
 
 from .kernels import on_each_backend
 from .launches import config_of, noted_launches
+from .results import HOPPER
 from .sample import (
     EPS,
     Sample,
@@ -67,13 +69,15 @@ def _tasks(settings: Settings, backend: str) -> list[Task]:
     own, others = [], []
     for target, sample, level in tile_samples(settings, backend, launches_of):
         prefix = "tiles " if target is None else f"tiles of {target.name}: "
-        (own if target is None else others).append(_task(settings, sample, level, target, prefix))
+        (own if target is None else others).append(forward_task(settings, sample, level, target, prefix))
     samples = samples_on(backend, _inputs(settings))
-    inputs = [_task(settings, sample, level) for sample in samples for level in HALVES]
+    inputs = [forward_task(settings, sample, level) for sample in samples for level in HALVES]
     return own + inputs + others
 
 
-def _task(settings: Settings, sample: Sample, level: str, target: Target | None = None, prefix: str = "") -> Task:
+def forward_task(
+    settings: Settings, sample: Sample, level: str, target: Target | None = None, prefix: str = ""
+) -> Task:
     case = sample.task(level, None, prefix).case
 
     def run(values: dict[str, Any]) -> None:
@@ -104,8 +108,8 @@ def tile_samples(settings: Settings, backend: str, launches: Callable[[Sample, s
     """
     cases = _rehearsed() if settings.rehearse else compile_check.cases()
     samples = dict.fromkeys(samples_on(backend, map(_sample_of, cases)))
-    if backend == "cuda":
-        yield from _limits(settings, samples)
+    if backend != "triton":
+        yield from _limits(settings, backend, samples)
         return
     own = _own_target(settings)
     seen: set[tuple] = set()
@@ -126,16 +130,17 @@ def _sample_of(case: compile_check.Case) -> Sample:
     )  # fmt: skip
 
 
-def _limits(settings: Settings, samples: Iterable[Sample]) -> Tiles:
+def _limits(settings: Settings, backend: str, samples: Iterable[Sample]) -> Tiles:
     own = _own_target(settings)
     smaller = {each.shared_memory for each in KNOWN_TARGETS.values() if each.shared_memory < own.shared_memory}
     limits = [own.shared_memory, *sorted(smaller, reverse=True)]
-    if settings.rehearse:
+    if settings.rehearse or backend == HOPPER:
         limits = limits[:1]
     yield from ((None, sample, level) for sample in samples for level in HALVES)
     for limit in limits:
         target = Target(f"one multiprocessor, {limit >> 10} KiB", limit, 1)
-        yield from ((target, sample, "token") for sample in samples)
+        levels = HALVES if backend == HOPPER else ("token",)
+        yield from ((target, sample, level) for sample in samples for level in levels)
 
 
 def _runs_on(own: Target, other: Target) -> bool:

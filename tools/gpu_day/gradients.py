@@ -50,7 +50,7 @@ def _tasks(settings: Settings, backend: str) -> list[Task]:
             continue
         (own if target is None else others).append(_tile(settings, sample, level, target))
     inputs = [
-        _inputs(settings, on_backend, level, memory)
+        backward_task(settings, on_backend, level, memory)
         for sample, level, memory in _samples(settings)
         for on_backend in samples_on(backend, [sample])
     ]
@@ -98,7 +98,7 @@ def _launches(sample: Sample, level: str, target: Target) -> set[tuple]:
     return noted_of(sample, target, lambda block, x: _direct(sample, level, block, x, torch.empty_like(x)))
 
 
-def _inputs(settings: Settings, sample: Sample, level: str, memory: str) -> Task:
+def backward_task(settings: Settings, sample: Sample, level: str, memory: str) -> Task:
     prefix = f"{memory}: " if level != "token" else ""
     case = sample.task(level, None, prefix).case
 

@@ -23,6 +23,8 @@ def on_each_backend(settings: Settings, tasks_of: Callable[[str], Iterable[Task]
 
 
 def why_not(settings: Settings, backend: str) -> str | None:
+    if backend in settings.without:
+        return "its first calls went wrong or had no end"
     index = torch.cuda.current_device() if settings.device == "cuda" else None
     return backends.why_not(backend, torch.device(settings.device, index), torch.bfloat16)
 

@@ -89,10 +89,10 @@ def _dense(settings: Settings, backend: str) -> Iterator[Task]:
             ("hidden > 2^31", "token", Sample(many, batch_size=LIMIT // (3072 * 768) + 3), 5 * LIMIT),
         ]
     for name, level, each, nbytes in cases:
-        (sample,) = samples_on(backend, [each])
-        prefix = f"{name}: "
-        case = sample.task(level, None, prefix).case
-        yield sample.task(level, _by_pieces(settings, case, level, sample, nbytes), prefix)
+        for sample in samples_on(backend, [each]):
+            prefix = f"{name}: "
+            case = sample.task(level, None, prefix).case
+            yield sample.task(level, _by_pieces(settings, case, level, sample, nbytes), prefix)
 
 
 def _by_pieces(

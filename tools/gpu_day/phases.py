@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 TASK_SECONDS = 90.0
 MAX_JOBS = 16
+HOPPER_PHASE = "hopper"
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,16 @@ class Phase:
 PHASES = (
     Phase("probe", 30, per_backend=False),
     Phase("build", 130, per_backend=False, task_seconds=math.inf),
+    Phase(HOPPER_PHASE, 30, jobs=4, per_backend=False, task_seconds=15.0),
     Phase("correctness", 200, jobs=MAX_JOBS),
     Phase("gradients", 150, jobs=MAX_JOBS),
+    Phase("sanitizers", 60, jobs=9, required=False, per_backend=False, task_seconds=math.inf),
     Phase("repeats", 60),
     Phase("streams", 40),
     Phase("large", 50),
     Phase("compiled", 45),
+    Phase("ladder", 40, required=False, per_backend=False),
     Phase("benchmarks", 110, required=False, per_backend=False),
-    Phase("sanitizers", 60, jobs=5, required=False, per_backend=False, task_seconds=math.inf),
     Phase("tests", 45, required=False, per_backend=False, task_seconds=math.inf),
 )
 NAMES = tuple(phase.name for phase in PHASES)

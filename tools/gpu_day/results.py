@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, SKIPPED, CUT = "ok", "failed", "skipped", "cut"
-BACKENDS = ("cuda", "triton")  # with kernels
+HOPPER = "cuda:sm90"
+BACKENDS = (HOPPER, "cuda", "triton")  # with kernels
 
 
 @dataclass
@@ -135,7 +136,10 @@ def record(path: Path, measured: Path, directory: Path) -> str:
         shutil.copyfile(path, target)
     known = json.loads(measured.read_text(encoding="utf-8"))
     for backend in passed:
-        known[backend] = sorted({*known.get(backend, []), name})
+        if backend == HOPPER:  # of which "cuda" uses these sources from now on, and no others
+            known[backend] = {**known.get(backend, {}), name: document["cuda_kernels"]["sm90"]["sources"]}
+        else:
+            known[backend] = sorted({*known.get(backend, []), name})
     measured.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     return f"{name!r} is recorded in {measured} for {', '.join(passed)}; results: {target}"
 

@@ -18,6 +18,7 @@ from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.target import KNOWN_TARGETS, Target, assume_target
 
 from .memory import watched_memory
+from .results import HOPPER
 from .tasks import Settings, Task
 
 LEVELS = {"token": F.token_mixing, "channel": F.channel_mixing, "block": F.mixer_block}
@@ -52,6 +53,12 @@ class Sample:
     def shape_name(self) -> str:
         return f"{self.batch_size}x{self.shape.S}x{self.shape.C} ({self.shape.D_S}, {self.shape.D_C})"
 
+    @property
+    def taken_by_hopper(self) -> bool:
+        """Whether the kernels of csrc/sm90 take it, those of token mixing aside for more than 256 tokens."""
+        same = self.stream_dtype is TORCH_DTYPES[self.dtype]
+        return same and self.shape.C % 8 == 0 and self.layout == "contiguous"
+
     def title(self) -> str:
         traits = [self.backend, self.layout if self.layout != "contiguous" else "", self.special]
         traits += [self.dtype_name, self.shape_name]
@@ -75,8 +82,11 @@ class Sample:
 
 
 def samples_on(backend: str, samples: Iterable[Sample]) -> list[Sample]:
-    """Those of ``samples`` whose products ``backend`` has, on that backend."""
+    """Those of ``samples`` whose products ``backend`` has, on that backend; of "cuda:sm90" those that do not leave it
+    all to the kernels of "cuda"."""
     here = [sample for sample in samples if TORCH_DTYPES[sample.dtype] in PRODUCTS[backend]]
+    if backend == HOPPER:
+        here = [sample for sample in here if sample.taken_by_hopper]
     return [dataclasses.replace(sample, backend=backend) for sample in here]
 
 

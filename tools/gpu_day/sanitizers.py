@@ -1,4 +1,4 @@
-"""Sanitizers: NVIDIA's compute-sanitizer over tiny calls of the CUDA backend (sanitized.py), each tool by itself.
+"""Sanitizers: NVIDIA's compute-sanitizer over tiny calls of the CUDA backends (sanitized.py), each tool by itself.
 
 Everything on the GPU is watched, PyTorch's kernels and cuBLAS as well; what is reported about those is counted apart.
 """
@@ -16,10 +16,12 @@ from typing import Any
 
 from .kernels import absent, why_not
 from .programs import last_lines, run_program
+from .results import HOPPER
 from .sanitized import DONE
 from .tasks import Settings, Skip, Task
 
 PROGRAM = "compute-sanitizer"
+COMPILED = (HOPPER, "cuda")  # the backends that are compiled by nvcc
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Padding: allocations lie apart, so that what is beside a tensor is never another one. API errors: PyTorch asks for
 # some and handles them.
@@ -33,23 +35,27 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 def tasks(settings: Settings) -> list[Task]:
     if settings.device != "cuda":
-        return [Task(tool, _needs_gpu, backend="cuda") for tool in TOOLS]
-    reason = why_not(settings, "cuda")
+        return [Task(tool, _needs_gpu, backend=backend) for backend in COMPILED for tool in TOOLS]
     executable = find()
-    if reason is None and executable is None:
-        reason = f"there is no {PROGRAM} on the PATH or in the CUDA toolkit"
-    if reason is not None:
-        return [absent("cuda", reason)]
-    found = [Task(tool, partial(_check, settings, executable, tool), backend="cuda") for tool in TOOLS]
-    return [Task("self-test: memcheck", partial(_self_test, settings, executable), backend="cuda"), *found]
+    missing = None if executable else f"there is no {PROGRAM} on the PATH or in the CUDA toolkit"
+    found: list[Task] = []
+    for backend in COMPILED:
+        reason = why_not(settings, backend) or missing
+        if reason is not None:
+            found.append(absent(backend, reason))
+            continue
+        found += [Task(tool, partial(_check, settings, executable, backend, tool), backend=backend) for tool in TOOLS]
+        if backend == "cuda":
+            found.append(Task("self-test: memcheck", partial(_self_test, settings, executable), backend=backend))
+    return found
 
 
 def _needs_gpu(values: dict[str, Any]) -> None:
     raise Skip("needs a GPU")
 
 
-def _check(settings: Settings, executable: str, tool: str, values: dict[str, Any]) -> None:
-    status, log = run_program(command(executable, tool), settings, {**os.environ, **ENVIRONMENT})
+def _check(settings: Settings, executable: str, backend: str, tool: str, values: dict[str, Any]) -> None:
+    status, log = run_program(command(executable, tool, backend), settings, {**os.environ, **ENVIRONMENT})
     report = parse(log)
     values["config"] = f"{report.calls} calls"
     if report.others:

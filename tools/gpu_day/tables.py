@@ -11,7 +11,7 @@ from .results import CUT, FAILED, OK, SKIPPED, Results, Row
 MAX_REASONS = 25
 MAX_REASON, MAX_NAME = 300, 40  # characters
 LATENCY_BATCH = 32  # up to this batch size the time of a call is shown, launches included
-PROVIDERS = ("eager", "compile", "torch", "triton", "cuda", "bare")
+PROVIDERS = ("eager", "compile", "torch", "triton", "cuda", "cuda:sm90", "bare")
 
 _COLUMNS = (
     "phase", "backend", "case", "dtype", "shape", "config", "status", "max err", "/ eager's", "equal",

@@ -25,6 +25,7 @@ class Settings:
     rehearse: bool = False
     compile_mode: str = "default"
     plants: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()  # backends whose first calls went wrong
     ends: float = math.inf  # of the phase, as time.time() counts
 
     @property

@@ -2,6 +2,11 @@
 
 No compiler runs at the first call, and a whole block is one call into ``mixer_kernels._C``: five launches (six for more
 than 256 tokens) on PyTorch's current stream, in memory from PyTorch's allocator. The kernels are in csrc/.
+
+On compute capability 9.0 there are kernels of that GPU's own instructions for the fused token half, forward and
+backward, and for the channel products: those of csrc/sm90. Functions use them for the tensors that they take
+(``library.sm90_takes``) where ``sm90`` is true, or None and they have passed on a GPU as they were built
+(``library.sm90_by_default``); all else is for the kernels of every GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +18,10 @@ from ..devices import device_of
 from ..noise import Noise
 from ..rounding import round_up
 from .backward import backward_kernels
-from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, stream_of, why_not
+from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of, why_not
 from .prepack import fc1_weights, fc2_weights, token_weights
+
+SM90_STATISTICS_CHANNELS = 64  # see mk_sm90_token_mixing_arguments in csrc/sm90/launchers.h
 
 __all__ = [
     "backward_kernels",
@@ -40,6 +47,7 @@ def token_mixing_forward(
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
     seed: Tensor | None = None,
+    sm90: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``; products in ``dtype``."""
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -47,7 +55,8 @@ def token_mixing_forward(
     if x.numel() == 0:
         return u, mean, rstd
     with device_of(x):
-        weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype)
+        sm90 = sm90_takes(x, dtype, sm90, tokens=True)
+        weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90)
         a = _token_scratch(x, w1, dtype)
         loaded().token_mixing_forward(
             layout(x), x.shape, eps, weights.arguments, TYPES[dtype], approximate == "tanh",
@@ -73,6 +82,7 @@ def channel_mixing_forward(
     drop_path_p: float = 0.0,
     seed: Tensor | None = None,
     keep_z: bool = False,
+    sm90: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``u [B, S, C]``, and z ``[B * S, D_C]`` if kept."""
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
@@ -85,7 +95,7 @@ def channel_mixing_forward(
             a = _hidden(u, w3, dtype)
             loaded().channel_mixing_forward(
                 layout(u), u.shape, eps, first.arguments, second.arguments, TYPES[dtype], approximate == "tanh",
-                noise_of(Noise(dropout_p, drop_path_p, seed)), limits_of(u),
+                noise_of(Noise(dropout_p, drop_path_p, seed)), limits_of(u), sm90_takes(u, dtype, sm90),
                 pointer(mean), pointer(rstd), pointer(a), pointer(z), a.shape[1], pointer(y), stream_of(u),
             )  # fmt: skip
     return y, mean, rstd, None if z is None else z[:, : w3.shape[0]]
@@ -110,22 +120,25 @@ def mixer_block_forward(
     eps2: float,
     approximate: str,
     dtype: torch.dtype,
+    sm90: bool | None = None,
 ) -> Tensor:
     """``y [B, S, C]``, contiguous, of the whole block, without dropout and stochastic depth: one call."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
     with device_of(x):
-        tokens = token_weights(gamma1, beta1, w1, b1, w2, b2, dtype)
+        sm90_tokens = sm90_takes(x, dtype, sm90, tokens=True)
+        tokens = token_weights(gamma1, beta1, w1, b1, w2, b2, dtype, sm90_tokens)
         first = fc1_weights(gamma2, beta2, w3, b3, dtype, folded=x.dtype is dtype)
         second = fc2_weights(w4, b4, dtype)
         statistics = torch.empty(4, x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
         u = torch.empty_like(y)
+        partial = _partial_statistics(x) if sm90_tokens else None
         a_tokens, a_channels = _token_scratch(x, w1, dtype), _hidden(x, w3, dtype)
         loaded().mixer_block_forward(
             layout(x), x.shape, eps1, eps2, tokens.arguments, first.arguments, second.arguments, TYPES[dtype],
-            approximate == "tanh", limits_of(x), pointer(statistics), pointer(a_tokens), pointer(u),
-            pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
+            approximate == "tanh", limits_of(x), sm90_takes(u, dtype, sm90), pointer(statistics), pointer(partial),
+            pointer(a_tokens), pointer(u), pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
         )  # fmt: skip
     return y
 
@@ -134,6 +147,12 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors, not views of one: an operator's results may not share memory."""
     rows = x.shape[0] * x.shape[1]
     return tuple(torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+
+
+def _partial_statistics(x: Tensor) -> Tensor:
+    """What the token kernel of csrc/sm90 leaves for the LayerNorm behind it."""
+    pieces = -(-x.shape[2] // SM90_STATISTICS_CHANNELS)
+    return torch.empty(pieces, x.shape[0] * x.shape[1], 2, dtype=torch.float32, device=x.device)
 
 
 def _token_scratch(x: Tensor, w1: Tensor, dtype: torch.dtype) -> Tensor | None:

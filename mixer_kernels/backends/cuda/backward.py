@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -12,22 +12,22 @@ from ...tuning.target import target_of
 from ..backward import Kernels, NormGradients
 from ..noise import Noise
 from ..rounding import round_up
-from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, stream_of
+from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of
 from .prepack import fc1_weights, float_vector, token_weights, transposed_weight
 
 
 @cache
-def backward_kernels(dtype: torch.dtype) -> Kernels:
-    """All of them: the same for every ``dtype`` of the products."""
+def backward_kernels(dtype: torch.dtype, sm90: bool | None = None) -> Kernels:
+    """All of them: the same for every ``dtype`` of the products. ``sm90`` as for the forward pass."""
     return Kernels(
         MAX_FUSED_TOKENS,
         branch_gradient,
-        token_data_gradient,
+        partial(token_data_gradient, sm90=sm90),
         token_hidden,
         token_gelu_backward,
         weight_gradient,
-        channel_hidden,
-        channel_gelu_backward,
+        partial(channel_hidden, sm90=sm90),
+        partial(channel_gelu_backward, sm90=sm90),
         norm_backward,
     )
 
@@ -61,11 +61,19 @@ def token_data_gradient(
     approximate: str,
     dtype: torch.dtype,
     noise: Noise,
+    sm90: bool | None,
 ) -> None:
     """Write ``dn [B, S, C]``, and ``a`` and ``dz`` ``[B, D_S, C]`` where they are wanted; S up to 256."""
-    weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype)
-    wide_hidden, padded_tokens = weights.w1.shape
-    loaded().token_data_gradient(
+    sm90 = sm90_takes(x, dtype, sm90, tokens=True) and sm90_takes(g, dtype, sm90, tokens=True)
+    weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90)
+    if sm90:
+        run, (padded_tokens, wide_hidden) = loaded().sm90_token_data_gradient, weights.w1.shape
+        matrices = {"w1t": pointer(weights.w1), "w2": pointer(weights.w2)}
+    else:
+        run, (wide_hidden, padded_tokens) = loaded().token_data_gradient, weights.w1.shape
+        w2t = transposed_weight(w2, dtype, wide_hidden, padded_tokens)
+        matrices = {"w1": pointer(weights.w1), "w2t": pointer(w2t)}
+    run(
         x=layout(x),
         size=x.shape,
         norm=(pointer(mean), pointer(rstd), pointer(weights.gamma), pointer(weights.beta)),
@@ -74,9 +82,8 @@ def token_data_gradient(
         D=wide_hidden,
         D_S=w1.shape[0],
         g=pointer(g),
-        w1=pointer(weights.w1),
         b1=pointer(weights.b1),
-        w2t=pointer(transposed_weight(w2, dtype, wide_hidden, padded_tokens)),
+        **matrices,
         noise=noise_of(noise),
         tanh=approximate == "tanh",
         device=limits_of(x),
@@ -101,7 +108,7 @@ def token_hidden(
     dtype: torch.dtype,
 ) -> Tensor:
     """z ``[B, D_S, C]``, rows padded to 16 bytes, of more than 256 tokens."""
-    weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype)
+    weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90=False)
     batch_size, _, channels = x.shape
     z = torch.empty(batch_size, w1.shape[0], round_up(channels, 8), dtype=dtype, device=x.device)
     loaded().token_hidden(
@@ -183,6 +190,7 @@ def channel_hidden(
     b3: Tensor | None,
     *,
     dtype: torch.dtype,
+    sm90: bool | None,
 ) -> Tensor:
     """z ``[B * S, D_C]``, recomputed for the backward pass."""
     hidden = w3.shape[0]
@@ -193,6 +201,8 @@ def channel_hidden(
         size=u.shape,
         weights=weights.arguments,
         type=TYPES[dtype],
+        device=limits_of(u),
+        sm90=sm90_takes(u, dtype, sm90),
         mean=pointer(mean),
         rstd=pointer(rstd),
         row=z.shape[1],
@@ -203,7 +213,7 @@ def channel_hidden(
 
 
 def channel_gelu_backward(
-    g: Tensor, w4: Tensor, z: Tensor, *, want_a: bool, approximate: str, noise: Noise
+    g: Tensor, w4: Tensor, z: Tensor, *, want_a: bool, approximate: str, noise: Noise, sm90: bool | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]`` and ``w4 [C, D_C]``."""
     rows, hidden = z.shape
@@ -211,7 +221,9 @@ def channel_gelu_backward(
     columns = round_up(w4.shape[0], loaded().K_MULTIPLE)
     dz = torch.empty(rows, hidden, dtype=g.dtype, device=g.device)
     a = torch.empty_like(dz) if want_a else None
-    sums = torch.empty(loaded().gelu_backward_tiles(rows), hidden, dtype=torch.float32, device=g.device)
+    sm90 = sm90_takes(g, g.dtype, sm90)
+    tiles = loaded().sm90_gelu_backward_tiles(rows) if sm90 else loaded().gelu_backward_tiles(rows)
+    sums = torch.empty(tiles, hidden, dtype=torch.float32, device=g.device)
     loaded().channel_gelu_backward(
         size=g.shape,
         type=TYPES[g.dtype],
@@ -222,6 +234,8 @@ def channel_gelu_backward(
         row=z.stride(0),
         noise=noise_of(noise),
         tanh=approximate == "tanh",
+        device=limits_of(g),
+        sm90=sm90,
         dz=pointer(dz),
         a=pointer(a),
         sums=pointer(sums),

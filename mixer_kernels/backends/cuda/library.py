@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...tuning.target import target_of
+from ..measured import passed_on
 from ..noise import Noise
 
 logger = logging.getLogger("mixer_kernels")
@@ -23,6 +24,9 @@ MODULE = "mixer_kernels._C"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # mk_type in csrc/mixer_kernels.h
 PRODUCT_DTYPES = (torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, cp.async
+SM90 = "cuda:sm90"  # the backend that uses the kernels of csrc/sm90 whether they have run on a GPU or not
+SM90_CAPABILITY = (9, 0)
+SM90_ARCHITECTURE = "90a"  # with its own instructions: TMA and wgmma
 _TORCH = "; use backend='torch'"
 
 _installed: ModuleType | None = None
@@ -37,6 +41,7 @@ def install(module: ModuleType | None) -> None:
     global _installed
     _installed = module
     _reason.cache_clear()
+    sm90_by_default.cache_clear()
 
 
 def loaded() -> ModuleType:
@@ -54,6 +59,34 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in PRODUCT_DTYPES:
         return f"the CUDA kernels take {', '.join(map(str, PRODUCT_DTYPES))}, got {dtype}{_TORCH}"
     return None
+
+
+def why_not_sm90(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels of csrc/sm90 cannot run products in ``dtype`` on ``device``, or None."""
+    reason = why_not(device, dtype)
+    if reason is None:
+        reason = _sm90_reason(device)
+        reason = None if reason is None else f"{reason}; use backend='cuda'"
+    return reason
+
+
+@functools.cache
+def sm90_by_default(device: torch.device) -> bool:
+    """Whether backend "cuda" uses the kernels of csrc/sm90 on ``device``: where they have run on a GPU, as built."""
+    module = loaded()
+    return not module.on_host and _sm90_reason(device) is None and bool(passed_on(SM90, module.sm90_sources))
+
+
+def sm90_takes(x: Tensor, dtype: torch.dtype, wanted: bool | None, tokens: bool = False) -> bool:
+    """Whether kernels of csrc/sm90 are to compute products in ``dtype`` of ``x [B, S, C]``; ``tokens``: token mixing.
+
+    ``wanted``: whether they may; None for where they do by default. They take 16-bit ``x`` in the dtype of the
+    products, channels side by side, a multiple of 8 of them, the address and the other strides multiples of 16 bytes,
+    and in token mixing up to 256 tokens.
+    """
+    if not (sm90_by_default(x.device) if wanted is None else wanted):
+        return False
+    return loaded().sm90_takes(layout(x), x.shape, TYPES[dtype], tokens)
 
 
 def pointer(t: Tensor | None) -> int:
@@ -110,6 +143,22 @@ def _reason(device: torch.device) -> str | None:
     if capability < LEAST_CAPABILITY:
         return f"the CUDA kernels need compute capability 8.0, got {capability[0]}.{capability[1]}"
     return _driver_reason(module, capability)
+
+
+def _sm90_reason(device: torch.device) -> str | None:
+    """Why not, on a device on which the other kernels run."""
+    module = loaded()
+    if module.on_host:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability != SM90_CAPABILITY:
+        return f"the Hopper kernels need compute capability 9.0, got {capability[0]}.{capability[1]}"
+    if SM90_ARCHITECTURE not in module.architectures:
+        return (
+            f"the CUDA kernels were built for {', '.join(module.architectures)}, the Hopper kernels need "
+            f"{SM90_ARCHITECTURE}: build with MIXER_KERNELS_CUDA_ARCHS={SM90_ARCHITECTURE}"
+        )
+    return None
 
 
 def _driver_reason(module: ModuleType, capability: tuple[int, int]) -> str | None:

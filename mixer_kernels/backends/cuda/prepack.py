@@ -15,9 +15,9 @@ from .library import TYPES, loaded, pointer, stream_of
 
 
 class TokenWeights(NamedTuple):
-    """Weights of the token half, for the fused kernel or for the two products."""
+    """Weights of the token half, for the fused kernel, for that of csrc/sm90 or for the two products."""
 
-    w1: Tensor  # [D, S_pad] (fused), [D_S, S_pad]
+    w1: Tensor  # [D, S_pad] (fused), [S_pad, D] (sm90: its transpose), [D_S, S_pad]
     b1: Tensor  # [D] float32 (fused), [D_S]
     w2: Tensor  # [S_pad, D] (fused), [S, D_pad]
     b2: Tensor  # [S_pad] float32 (fused), [S]
@@ -55,32 +55,35 @@ def token_weights(
     w2: Tensor,
     b2: Tensor | None,
     dtype: torch.dtype,
+    sm90: bool,
 ) -> TokenWeights:
-    """All that the forward pass of the token half takes, in ``dtype``."""
+    """All that the forward pass of the token half takes, in ``dtype``; ``sm90``: for the kernel of csrc/sm90."""
 
     def pack() -> TokenWeights:
         kernels = loaded()
         hidden, tokens = w1.shape
-        padded_tokens = kernels.padded_tokens(tokens)
+        padded_tokens = kernels.sm90_padded_tokens(tokens) if sm90 else kernels.padded_tokens(tokens)
         if padded_tokens:
-            wide_hidden = round_up(hidden, kernels.HIDDEN_MULTIPLE)
+            wide_hidden = round_up(hidden, kernels.SM90_HIDDEN_MULTIPLE if sm90 else kernels.HIDDEN_MULTIPLE)
+            sizes = (padded_tokens, wide_hidden) if sm90 else (wide_hidden, padded_tokens)
             tensors = (
-                pack_weight(w1, dtype, wide_hidden, padded_tokens),
+                pack_weight(w1, dtype, *sizes, transposed=sm90),
                 _vector(b1, wide_hidden, w1),
                 pack_weight(w2, dtype, padded_tokens, wide_hidden),
                 _vector(b2, padded_tokens, w2),
             )
         else:
+            wide_hidden, padded_tokens = hidden, round_up(tokens, kernels.K_MULTIPLE)
             tensors = (
-                pack_weight(w1, dtype, hidden, round_up(tokens, kernels.K_MULTIPLE)),
+                pack_weight(w1, dtype, hidden, padded_tokens),
                 _vector(b1, hidden, w1),
                 pack_weight(w2, dtype, tokens, round_up(hidden, kernels.K_MULTIPLE)),
                 _vector(b2, tokens, w2),
             )
         tensors = (*tensors, _vector(gamma), _vector(beta))
-        return TokenWeights(*tensors, (hidden, tensors[0].shape[0], tensors[0].shape[1], *map(pointer, tensors)))
+        return TokenWeights(*tensors, (hidden, wide_hidden, padded_tokens, *map(pointer, tensors), int(sm90)))
 
-    return packed(("cuda", "token", dtype), (w1, b1, w2, b2, gamma, beta), pack)
+    return packed(("cuda", "token", dtype, sm90), (w1, b1, w2, b2, gamma, beta), pack)
 
 
 def fc1_weights(
