@@ -27,13 +27,14 @@ from pathlib import Path
 import torch
 
 from .backends.backward import channel_mixing_backward, token_mixing_backward
+from .backends.relatives import gated_channel_mixing_backward, token_linear_backward
 from .shapes import SPECS, MixerShape
 from .tuning.target import KNOWN_TARGETS, Target, assume_target
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of both halves: what decides which kernels are compiled."""
+    """One call of a block: what decides which kernels are compiled."""
 
     shape: MixerShape
     dtype: str  # of the products: "bf16", "fp16", "fp32" (IEEE), "tf32"
@@ -44,6 +45,7 @@ class Case:
     offset: int = 0  # elements by which x is off its alignment
     noise: bool = False  # dropout and stochastic depth
     backward: bool = True  # the backward pass as well
+    relative: str = ""  # "gmixer" (with D_S), "resmlp", "gmlp" (whose F is D_C), "patchtsmixer" (S patches)
 
 
 @dataclasses.dataclass
@@ -103,6 +105,29 @@ def cases() -> Iterator[Case]:
         yield Case(shape, "bf16", "bf16", noise=True)
     for tokens in range(16, 257, 16):
         yield Case(dataclasses.replace(b16, S=tokens), "bf16", "bf16", backward=tokens in (208, 224))
+    yield from _cases_of_relatives()
+
+
+def _cases_of_relatives() -> Iterator[Case]:
+    """timm's gmixer_24, resmlp_24, gmlp_s16; gmixer at 448 px; odd sizes."""
+    for relative, shape in (
+        ("gmixer", MixerShape(S=196, C=384, D_S=192, D_C=768)),
+        ("resmlp", MixerShape(S=196, C=384, D_S=0, D_C=1536)),
+        ("gmlp", MixerShape(S=196, C=256, D_S=0, D_C=1536)),
+    ):
+        for dtype, stream in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("tf32", "fp32"), ("bf16", "fp32")):
+            yield Case(shape, dtype, stream, relative=relative)
+        for dtype, stream in (("bf16", "bf16"), ("fp32", "fp32"), ("tf32", "fp32"), ("bf16", "fp32")):
+            yield Case(shape, dtype, stream, noise=True, transposed=True, relative=relative)
+            odd = MixerShape(S=197, C=99, D_S=50, D_C=398)
+            yield Case(odd, dtype, stream, offset=1, relative=relative)
+            if relative == "gmixer":
+                yield Case(dataclasses.replace(shape, S=784), dtype, stream, relative=relative)
+    for tokens, channels in ((4, 8), (13, 48), (64, 64), (8, 192), (64, 192)):
+        for dtype, stream in (("bf16", "bf16"), ("fp32", "fp32"), ("tf32", "fp32"), ("bf16", "fp32")):
+            # IEEE products over 192 features spill 8 bytes on sm_90: a row of an FMA operand is as long as the axis.
+            if dtype != "fp32" or channels < 192:
+                yield Case(MixerShape(S=tokens, C=channels, D_S=0, D_C=0), dtype, stream, relative="patchtsmixer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,7 +245,7 @@ def _compile_case(target_name: str, case: Case) -> dict[str, Row]:
 
 
 def _run(backend, case: Case) -> None:
-    """Both halves on meta tensors, forward and backward."""
+    """A block on meta tensors, forward and backward."""
     shape, dtype = case.shape, TORCH_DTYPES[case.dtype]
     weight = TORCH_DTYPES[case.stream]
 
@@ -235,26 +260,58 @@ def _run(backend, case: Case) -> None:
     rate, seed = (0.1, torch.empty(1, dtype=torch.int64, device="meta")) if case.noise else (0.0, None)
     noise = {"dropout_p": rate, "drop_path_p": rate, "seed": seed}
     common = {"approximate": case.approximate, "dtype": dtype, **noise}
-    tokens = (
-        vector(shape.C), vector(shape.C), parameter(shape.D_S, shape.S), vector(shape.D_S),
-        parameter(shape.S, shape.D_S), vector(shape.S),
-    )  # fmt: skip
+    kind = {"activation": "swiglu"} if case.relative == "gmixer" else {}
+    rows = 2 if case.relative == "gmixer" else 1  # of fc1 to a hidden unit
+
+    def differentiate(gradients, kernels, inputs, kept, parameters, **options):
+        wanted = [t is not None for t in (inputs, *parameters)]
+        dy = torch.empty(inputs.shape, dtype=inputs.dtype, device="meta")
+        gradients(kernels, dy, inputs, *kept, *parameters, **options, wanted=wanted)
+
+    if case.relative == "patchtsmixer":
+        x = x.view(1, 2, shape.S, shape.C)
+        for axis, extent in ((1, 2), (2, shape.S), (3, shape.C)):
+            mlp = (parameter(2 * extent, extent), vector(2 * extent), parameter(extent, 2 * extent), vector(extent))
+            backend.gated_mixing_forward(
+                x, vector(shape.C), vector(shape.C), *mlp, parameter(extent, extent), vector(extent),
+                axis=axis, gate_first=axis == 1, eps=1e-5, approximate=case.approximate, dtype=dtype,
+            )  # fmt: skip
+        return
+    if case.relative == "gmlp":
+        tokens, half = shape.S, shape.D_C // 2
+        block = (
+            vector(shape.C), vector(shape.C), parameter(shape.D_C, shape.C), vector(shape.D_C), vector(half),
+            vector(half), parameter(tokens, tokens), vector(tokens), parameter(shape.C, half), vector(shape.C),
+        )  # fmt: skip
+        _, *saved = backend.gated_channel_mixing_forward(x, *block, eps=1e-6, gate_eps=1e-5, **common, keep_z=True)
+        kernels = backend.relatives_kernels(dtype)
+        differentiate(gated_channel_mixing_backward, kernels, x, saved, block, gate_eps=1e-5, **common)
+        return
     channels = (
-        vector(shape.C), vector(shape.C), parameter(shape.D_C, shape.C), vector(shape.D_C),
+        vector(shape.C), vector(shape.C), parameter(rows * shape.D_C, shape.C), vector(rows * shape.D_C),
         parameter(shape.C, shape.D_C), vector(shape.C),
     )  # fmt: skip
-    u, *statistics = backend.token_mixing_forward(x, *tokens, eps=1e-6, **common)
+    if case.relative == "resmlp":
+        tokens = (vector(shape.C), vector(shape.C), parameter(shape.S, shape.S), vector(shape.S), vector(shape.C))
+        linear = {"dtype": dtype, "drop_path_p": rate, "seed": seed}
+        u = backend.token_linear_forward(x, *tokens, **linear)
+        differentiate(token_linear_backward, backend.relatives_kernels(dtype), x, (), tokens, **linear)
+        kind = {"norm": "affine"}
+    else:
+        tokens = (
+            vector(shape.C), vector(shape.C), parameter(rows * shape.D_S, shape.S), vector(rows * shape.D_S),
+            parameter(shape.S, shape.D_S), vector(shape.S),
+        )  # fmt: skip
+        u, *statistics = backend.token_mixing_forward(x, *tokens, eps=1e-6, **common, **kind)
     if case.offset:  # u as a user's own tensor may lie, not as the token half writes it
         u = x
-    _, *saved = backend.channel_mixing_forward(u, *channels, eps=1e-6, **common, keep_z=case.backward)
+    _, *saved = backend.channel_mixing_forward(u, *channels, eps=1e-6, **common, **kind, keep_z=case.backward)
     if case.backward:
         kernels = backend.backward_kernels(dtype)
-        for gradients, inputs, half, kept in (
-            (token_mixing_backward, x, tokens, statistics),
-            (channel_mixing_backward, u, channels, saved),
-        ):
-            wanted = [t is not None for t in (x, *half)]
-            gradients(kernels, torch.empty_like(u), inputs, *kept, *half, **common, wanted=wanted)
+        kind.pop("norm", None)
+        if case.relative != "resmlp":
+            differentiate(token_mixing_backward, kernels, x, statistics, tokens, **common, **kind)
+        differentiate(channel_mixing_backward, kernels, u, saved, channels, **common, **kind)
 
 
 def _title(case: Case) -> str:
@@ -262,7 +319,8 @@ def _title(case: Case) -> str:
     traits = "".join(f" {name}" for name in ("transposed", "noise", "bare") if getattr(case, name))
     stream = "" if case.stream in (case.dtype, "fp32" if case.dtype == "tf32" else case.dtype) else f" on {case.stream}"
     tanh = " tanh" if case.approximate == "tanh" else ""
-    return f"{case.dtype}{stream} S={shape.S} C={shape.C}{tanh}{traits}"
+    relative = f"{case.relative} " if case.relative else ""
+    return f"{relative}{case.dtype}{stream} S={shape.S} C={shape.C}{tanh}{traits}"
 
 
 def _tile(options: dict) -> str:
@@ -293,9 +351,10 @@ def _inspect(target: Target, kernel: str, case: Case, options: dict, compiled, s
         problems.append(f"spills: {stack} bytes of stack")
     if compiled.metadata.shared > target.shared_memory:
         problems.append(f"{compiled.metadata.shared} bytes of shared memory, {target.name} has {target.shared_memory}")
-    is_product = not any(word in kernel for word in ("statistics", "norm", "branch"))
+    is_product = not any(word in kernel for word in ("statistics", "norm", "branch", "hidden"))
     ieee = case.dtype in ("fp32", "tf32") and options.get("PRECISION") == "ieee"
-    if is_product and not ieee and found != expected:
+    small = "gated_mixing" in kernel and found == "HMMA"  # tiles below the 64 rows of wgmma and tcgen05
+    if is_product and not ieee and found != expected and not small:
         problems.append(f"expected {expected}, found {found}")
     if is_product and (ieee or case.dtype == "fp32") and (tf32 or (target.is_nvidia and instructions)):
         problems.append("IEEE arithmetic was asked for, the product is TF32")

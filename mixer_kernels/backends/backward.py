@@ -36,7 +36,11 @@ class NormGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernels:
-    """A backend's share. Tensors [B, D_S, C] may have padded rows; b2 is there for the pack of the forward pass."""
+    """A backend's share. Tensors [B, D_S, C] may have padded rows; b2 is there for the pack of the forward pass.
+
+    With SwiGLU z and dz have the rows of w1 or w3, values and gates; only then is ``activation`` passed on. ``mean``
+    and ``rstd`` None stand for an affine map in place of LayerNorm.
+    """
 
     max_fused_tokens: int  # the most that token_data_gradient takes
     branch_gradient: Callable[..., Tensor]  # (dy, noise, dtype) -> g
@@ -68,25 +72,26 @@ def token_mixing_backward(
     drop_path_p: float,
     seed: Tensor | None,
     wanted: Sequence[bool],
+    activation: str = "gelu",
 ) -> Gradients:
     """Gradients of ``x, gamma, beta, w1, b1, w2, b2`` from ``du``, that of u; None where ``wanted`` is false."""
     inputs = (x, gamma, beta, w1, b1, w2, b2)
     if x.numel() == 0:
-        return _zeros(inputs, wanted)
+        return zero_gradients(inputs, wanted)
     with device_of(x), without_autocast(x):
         gradients = _token_gradients(
             kernels, du.contiguous(), mean, rstd, *inputs, approximate=approximate, dtype=dtype,
-            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
+            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted, kind=_kind(activation),
         )  # fmt: skip
-        return _cast(gradients, inputs, wanted)
+        return cast_gradients(gradients, inputs, wanted)
 
 
 def channel_mixing_backward(
     kernels: Kernels,
     dy: Tensor,
     u: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     z: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -101,6 +106,7 @@ def channel_mixing_backward(
     drop_path_p: float,
     seed: Tensor | None,
     wanted: Sequence[bool],
+    activation: str = "gelu",
 ) -> Gradients:
     """Gradients of ``u, gamma, beta, w3, b3, w4, b4`` from ``dy``, that of y; None where ``wanted`` is false.
 
@@ -108,17 +114,17 @@ def channel_mixing_backward(
     """
     inputs = (u, gamma, beta, w3, b3, w4, b4)
     if u.numel() == 0:
-        return _zeros(inputs, wanted)
+        return zero_gradients(inputs, wanted)
     with device_of(u), without_autocast(u):
         gradients = _channel_gradients(
             kernels, dy.contiguous(), mean, rstd, z, *inputs, approximate=approximate, dtype=dtype,
-            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted,
+            noise=Noise(dropout_p, drop_path_p, seed), wanted=wanted, kind=_kind(activation),
         )  # fmt: skip
-        return _cast(gradients, inputs, wanted)
+        return cast_gradients(gradients, inputs, wanted)
 
 
 def _token_gradients(
-    kernels, du, mean, rstd, x, gamma, beta, w1, b1, w2, b2, *, approximate, dtype, noise, wanted
+    kernels, du, mean, rstd, x, gamma, beta, w1, b1, w2, b2, *, approximate, dtype, noise, wanted, kind
 ) -> Gradients:
     want_x, want_gamma, want_beta, want_w1, want_b1, want_w2, want_b2 = wanted
     want_dn = want_x or want_gamma or want_beta
@@ -126,8 +132,8 @@ def _token_gradients(
     g = kernels.branch_gradient(du, noise, dtype)
     dn = a = dz = None
     if want_dn or want_dz or want_a:
-        shared = {"approximate": approximate, "noise": noise}
-        if x.shape[1] <= kernels.max_fused_tokens:
+        shared = {"approximate": approximate, "noise": noise, **kind}
+        if x.shape[1] <= kernels.max_fused_tokens and not kind:  # SwiGLU's values, gates and gradients do not fit
             hidden = (x.shape[0], w1.shape[0], x.shape[2])
             dn = torch.empty(x.shape, dtype=dtype, device=x.device)
             a = torch.empty(hidden, dtype=dtype, device=x.device) if want_a else None
@@ -136,7 +142,7 @@ def _token_gradients(
                 x, g, mean, rstd, gamma, beta, w1, b1, w2, b2, dn, a, dz, dtype=dtype, **shared
             )  # fmt: skip
         else:
-            z = kernels.token_hidden(x, mean, rstd, gamma, beta, w1, b1, w2, b2, dtype=dtype)
+            z = kernels.token_hidden(x, mean, rstd, gamma, beta, w1, b1, w2, b2, dtype=dtype, **kind)
             a, dz = kernels.token_gelu_backward(g, w2, z, **shared)
             dn = w1.to(dtype).t() @ dz
     dw1 = db1 = dw2 = db2 = None
@@ -152,7 +158,7 @@ def _token_gradients(
 
 
 def _channel_gradients(
-    kernels, dy, mean, rstd, z, u, gamma, beta, w3, b3, w4, b4, *, approximate, dtype, noise, wanted
+    kernels, dy, mean, rstd, z, u, gamma, beta, w3, b3, w4, b4, *, approximate, dtype, noise, wanted, kind
 ) -> Gradients:
     want_u, want_gamma, want_beta, want_w3, want_b3, want_w4, want_b4 = wanted
     want_dn = want_u or want_gamma or want_beta
@@ -160,8 +166,10 @@ def _channel_gradients(
     dw3 = db3 = dw4 = db4 = dz = None
     if want_dn or want_w3 or want_b3 or want_w4:
         if z is None:
-            z = kernels.channel_hidden(u, mean, rstd, gamma, beta, w3, b3, dtype=dtype)
-        dz, a, db3 = kernels.channel_gelu_backward(g, w4, z, want_a=want_w4, approximate=approximate, noise=noise)
+            z = kernels.channel_hidden(u, mean, rstd, gamma, beta, w3, b3, dtype=dtype, **kind)
+        dz, a, db3 = kernels.channel_gelu_backward(
+            g, w4, z, want_a=want_w4, approximate=approximate, noise=noise, **kind
+        )  # fmt: skip
         if want_w4:
             dw4 = g.flatten(0, 1).t() @ a
             del a
@@ -178,11 +186,17 @@ def _channel_gradients(
     return du, dgamma, dbeta, dw3, db3, dw4, db4
 
 
-def _zeros(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> Gradients:
+def _kind(activation: str) -> dict[str, str]:
+    return {} if activation == "gelu" else {"activation": activation}
+
+
+def zero_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> Gradients:
+    """Of an empty batch."""
     return tuple(torch.zeros_like(t) if want else None for t, want in zip(inputs, wanted, strict=True))
 
 
-def _cast(gradients: Gradients, inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> Gradients:
+def cast_gradients(gradients: Gradients, inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> Gradients:
+    """Those that are wanted, in their input's dtype."""
     return tuple(
         gradient.to(source.dtype) if want else None
         for gradient, source, want in zip(gradients, inputs, wanted, strict=True)

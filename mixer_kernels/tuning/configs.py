@@ -59,6 +59,11 @@ MAX_FUSED_TOKENS = 256
 SEGMENTS = (128, 64, 32, 16)
 
 
+def are_fused(tokens: int, dtype: torch.dtype, gated: bool) -> bool:
+    """Whether token mixing is one kernel. SwiGLU's second accumulator spills in float32."""
+    return tokens <= MAX_FUSED_TOKENS and not (gated and dtype is torch.float32)
+
+
 def token_segments(tokens: int, longest: int = 128) -> tuple[int, int, int, int]:
     """Cut the token axis into at most four powers of two, the least that cover it; absent segments are 0.
 
@@ -94,9 +99,11 @@ def token_config(
     exact: bool,
     vectorised: bool,
     noise: bool,
+    gated: bool = False,
 ) -> TokenConfig:
     """The tile of fused token mixing. ``exact``: float32 products in IEEE arithmetic rather than TF32;
-    ``vectorised``: channels are contiguous and rows start on 16 bytes; ``noise``: dropout or stochastic depth.
+    ``vectorised``: channels are contiguous and rows start on 16 bytes; ``noise``: dropout or stochastic depth;
+    ``gated``: the hidden units are values and gates, in two accumulators.
 
     o (BLOCK_C x padded tokens, float32) and n (the same, in ``dtype``) live in registers: they decide the tile. A
     float32 stream or a transposed view takes registers for addresses and conversions on top, noise its counters.
@@ -119,18 +126,26 @@ def token_config(
         # On sm_100 four segments leave no tensor memory for 64 hidden units.
         block_d = 32 if target.capability == 90 or segments[3] else 64
         fits = lean and (sum(segments) <= 224 or target.capability > 90)
-        return TokenConfig(128, block_d, num_warps=8, num_stages=2) if fits else TokenConfig(64, 64, 8, 2)
+        if fits:
+            return TokenConfig(128, block_d, num_warps=8, num_stages=2)
+        return TokenConfig(64, 32 if gated else 64, num_warps=8, num_stages=2)
     if noise:
         return TokenConfig(32, 16, num_warps=8, num_stages=2)
     if lean and few_tokens:
-        return TokenConfig(128, 16 if target.capability >= 120 else 32, num_warps=8, num_stages=2)
+        return TokenConfig(128, 16 if gated or target.capability >= 120 else 32, num_warps=8, num_stages=2)
     if lean:
         return TokenConfig(64, 16, num_warps=4, num_stages=2)
     return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised else TokenConfig(64, 16, 8, 2)
 
 
-def token_product_config(target: Target, dtype: torch.dtype, exact: bool, noise: bool) -> ProductConfig:
-    """The tile of the two products of token mixing over more than ``MAX_FUSED_TOKENS`` tokens."""
+def token_product_config(
+    target: Target, dtype: torch.dtype, exact: bool, noise: bool, gated: bool = False
+) -> ProductConfig:
+    """The tile of the two products of token mixing over more than ``MAX_FUSED_TOKENS`` tokens. ``gated``: of the first,
+    with values and gates."""
+    if gated:
+        config = _two_accumulators(token_product_config(target, dtype, exact, noise))
+        return replace(config, num_warps=8) if dtype is torch.float32 and exact else config
     if dtype is torch.float32:
         return ProductConfig(64, 64, 32, num_warps=4, num_stages=1 if exact else 2)
     if not target.is_nvidia:
@@ -138,13 +153,33 @@ def token_product_config(target: Target, dtype: torch.dtype, exact: bool, noise:
     return ProductConfig(64, 128, 32, num_warps=8 if noise else 4, num_stages=3)
 
 
+def token_linear_config(target: Target, dtype: torch.dtype, exact: bool, vectorised: bool) -> ProductConfig:
+    """The tile of a linear layer along tokens: its epilogue holds up to two more tiles, and their addresses where
+    tensors are not ``vectorised``."""
+    config = token_product_config(target, dtype, exact, noise=False)
+    config = config if dtype is torch.float32 else replace(config, num_warps=8)
+    return config if vectorised else replace(config, block_n=config.block_n // 2)
+
+
 def channel_product_config(
-    target: Target, dtype: torch.dtype, exact: bool, first: bool, depth: int, descriptors: bool, noise: bool
+    target: Target,
+    dtype: torch.dtype,
+    exact: bool,
+    first: bool,
+    depth: int,
+    descriptors: bool,
+    noise: bool,
+    gated: bool = False,
 ) -> ProductConfig:
     """The tile of a channel product over ``depth``: fc1 (``first``) or fc2, on tensor descriptors or on pointers.
 
-    ``noise``: dropout or stochastic depth, whose random numbers take registers in the epilogue.
+    ``noise``: dropout or stochastic depth, whose random numbers take registers in the epilogue; ``gated``: fc1 of
+    values and gates.
     """
+    if gated and dtype is torch.float32 and exact:
+        return ProductConfig(64, 64, 16, num_warps=8, num_stages=2)
+    if gated:
+        return _two_accumulators(channel_product_config(target, dtype, exact, first, depth, descriptors, noise))
     if dtype is torch.float32 and exact:
         return ProductConfig(128, 64, 16, num_warps=8, num_stages=2)
     if dtype is torch.float32:
@@ -163,6 +198,24 @@ def channel_product_config(
     if target.shared_memory < 120_000:
         return ProductConfig(128, 128, 32, num_warps=8, num_stages=4)
     return ProductConfig(128, 128, 64, num_warps=8, num_stages=4)
+
+
+MAX_GATED_EXTENT = 256
+
+
+def gated_mixing_config(dtype: torch.dtype, rows: int, extent: int, exact: bool) -> TokenConfig:
+    """The tile of a half of a PatchTSMixer layer: ``block_c`` of its ``rows`` by the whole mixed axis, ``extent``."""
+    block_k = max(16, 1 << (extent - 1).bit_length())
+    # FMA instructions, rather than tensor cores, hold both operands of a product in registers.
+    exact = exact and dtype is torch.float32
+    block_c = max(16, min(64, (2048 if exact else 4096) // block_k, 1 << (rows - 1).bit_length()))
+    num_warps = block_c * block_k // (512 if dtype is torch.float32 else 1024)
+    num_warps = max(4 if exact else 1, min(8, num_warps))
+    return TokenConfig(block_c, 16, num_warps, num_stages=1)
+
+
+def _two_accumulators(config: ProductConfig) -> ProductConfig:
+    return replace(config, block_n=config.block_n // 2)
 
 
 def norm_backward_config(channels: int) -> StatisticsConfig:
@@ -200,14 +253,18 @@ def weight_gradient_config(target: Target, dtype: torch.dtype, exact: bool) -> P
     return ProductConfig(64, 64, block_k, num_warps=8, num_stages=2 if target.is_nvidia else 1)
 
 
-def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
-    """The tile of W2' . g with GELU's backward in the epilogue."""
-    config = token_product_config(target, dtype, exact, noise=False)
+def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, gated: bool = False) -> ProductConfig:
+    """The tile of W2' . g with GELU's backward in the epilogue; ``gated``: SwiGLU's."""
+    config = token_product_config(target, dtype, exact, noise=False, gated=gated)
     return config if dtype is torch.float32 else replace(config, num_warps=8)
 
 
-def gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, depth: int) -> ProductConfig:
-    """The tile of g . W4 with GELU's backward in the epilogue, over ``depth`` channels."""
+def gelu_backward_config(
+    target: Target, dtype: torch.dtype, exact: bool, depth: int, gated: bool = False
+) -> ProductConfig:
+    """The tile of g . W4 with GELU's backward in the epilogue, over ``depth`` channels; ``gated``: SwiGLU's."""
+    if gated:
+        return _two_accumulators(gelu_backward_config(target, dtype, exact, depth))
     if dtype is torch.float32 and exact:
         return ProductConfig(64, 64, 16, num_warps=8, num_stages=2)
     if dtype is torch.float32:

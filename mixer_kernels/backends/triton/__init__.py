@@ -10,20 +10,28 @@ import torch
 import triton
 from torch import Tensor
 
-from ...tuning.configs import MAX_FUSED_TOKENS
+from ...tuning.configs import are_fused
 from ..backward import Kernels
 from ..devices import device_of
 from ..noise import Noise
-from .backward import kernels_with
-from .channel_mixing import channel_mixing_products
+from ..relatives import RelativesKernels
+from .backward import kernels_with, relatives_kernels_with
+from .channel_mixing import aligned_rows, channel_fc1, channel_fc2, channel_mixing_products
+from .gated_mixing import gated_mixing
 from .row_statistics import _row_statistics_kernel, row_statistics
+from .token_linear import spatial_gate, token_linear
 from .token_mixing import token_mixing_fused
 from .token_products import token_mixing_products
 
 __all__ = [
     "backward_kernels",
     "channel_mixing_forward",
+    "gated_channel_mixing_forward",
+    "gated_mixing_forward",
     "interpreted",
+    "relatives_kernels",
+    "spatial_gating_forward",
+    "token_linear_forward",
     "token_mixing_forward",
     "why_not",
 ]
@@ -64,17 +72,19 @@ def token_mixing_forward(
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
     seed: Tensor | None = None,
+    activation: str = "gelu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``; products in ``dtype``."""
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_no_statistics(x)
-    mix = token_mixing_fused if x.shape[1] <= MAX_FUSED_TOKENS else token_mixing_products
+    fused = are_fused(x.shape[1], dtype, gated=activation == "swiglu")
+    mix = token_mixing_fused if fused else token_mixing_products
     with device_of(x):
         mean, rstd = row_statistics(x, eps)
         u = mix(
             x, mean, rstd, gamma, beta, w1, b1, w2, b2,
             approximate=approximate, dtype=dtype, precision=_precision(dtype),
-            noise=Noise(dropout_p, drop_path_p, seed),
+            noise=Noise(dropout_p, drop_path_p, seed), activation=activation,
         )  # fmt: skip
     return u, mean, rstd
 
@@ -95,24 +105,142 @@ def channel_mixing_forward(
     drop_path_p: float = 0.0,
     seed: Tensor | None = None,
     keep_z: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``u [B, S, C]``, and z ``[B * S, D_C]`` if kept."""
+    activation: str = "gelu",
+    norm: str = "layer",
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``y [B, S, C]``, contiguous; mean and rstd ``[B * S]`` of ``u [B, S, C]``, None for the affine norm; and z if
+    kept, ``[B * S, D_C]``, with SwiGLU ``[B * S, 2, D_C]``."""
     if u.numel() == 0:
-        z = u.new_empty((0, w3.shape[0]), dtype=dtype) if keep_z else None
+        shape = (0, 2, w4.shape[1]) if activation == "swiglu" else (0, w3.shape[0])
+        z = u.new_empty(shape, dtype=dtype) if keep_z else None
         return torch.empty(u.shape, dtype=u.dtype, device=u.device), *_no_statistics(u), z
     with device_of(u):
-        mean, rstd = row_statistics(u, eps)
+        mean, rstd = (None, None) if norm == "affine" else row_statistics(u, eps)
         y, z = channel_mixing_products(
             u, mean, rstd, gamma, beta, w3, b3, w4, b4,
             approximate=approximate, dtype=dtype, precision=_precision(dtype),
-            noise=Noise(dropout_p, drop_path_p, seed), keep_z=keep_z,
+            noise=Noise(dropout_p, drop_path_p, seed), keep_z=keep_z, activation=activation,
         )  # fmt: skip
     return y, mean, rstd, z
+
+
+def token_linear_forward(
+    x: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    drop_path_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``u [B, S, C]``, contiguous, from ``x [B, S, C]`` and ``w [S, S]``; products in ``dtype``."""
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with device_of(x):
+        noise = Noise(0.0, drop_path_p, seed)
+        return token_linear(x, alpha, beta, w, b, scale, dtype=dtype, precision=_precision(dtype), noise=noise)
+
+
+def spatial_gating_forward(
+    h: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``s [B, S, C]``, contiguous, from ``h [B, S, 2 * C]`` and ``w [S, S]``; products in ``dtype``."""
+    s = torch.empty(*h.shape[:2], h.shape[2] // 2, dtype=h.dtype, device=h.device)
+    if h.numel() > 0:
+        with device_of(h):
+            mean, rstd = row_statistics(h.chunk(2, 2)[1], eps)
+            spatial_gate(h, mean, rstd, gamma, beta, w, b, s, dtype=dtype, precision=_precision(dtype))
+    return s
+
+
+def gated_channel_mixing_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    gate_gamma: Tensor | None,
+    gate_beta: Tensor | None,
+    w_gate: Tensor,
+    b_gate: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    eps: float,
+    gate_eps: float,
+    approximate: str,
+    dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    seed: Tensor | None = None,
+    keep_z: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``x [B, S, C]``, and z ``[B * S, F]`` if kept."""
+    if x.numel() == 0:
+        z = x.new_empty((0, w1.shape[0]), dtype=dtype) if keep_z else None
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_no_statistics(x), z
+    batch_size, tokens, _ = x.shape
+    precision = _precision(dtype)
+    noise = Noise(dropout_p, drop_path_p, seed)
+    shared = {"approximate": approximate, "dtype": dtype, "precision": precision, "noise": noise}
+    with device_of(x):
+        mean, rstd = row_statistics(x, eps)
+        a, z = channel_fc1(x, mean, rstd, gamma, beta, w1, b1, keep_z=keep_z, **shared)
+        h = a.unflatten(0, (batch_size, tokens))
+        statistics = row_statistics(h.chunk(2, 2)[1], gate_eps)
+        s = aligned_rows(batch_size * tokens, w2.shape[1], dtype, x.device)
+        spatial_gate(
+            h, *statistics, gate_gamma, gate_beta, w_gate, b_gate, s.unflatten(0, (batch_size, tokens)),
+            dtype=dtype, precision=precision,
+        )  # fmt: skip
+        return channel_fc2(x, s, w2, b2, **shared), mean, rstd, z
+
+
+def gated_mixing_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    *,
+    axis: int,
+    gate_first: bool,
+    eps: float,
+    approximate: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis``; products in ``dtype``."""
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with device_of(x):
+        return gated_mixing(
+            x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis=axis, gate_first=gate_first, eps=eps,
+            approximate=approximate, dtype=dtype, precision=_precision(dtype),
+        )  # fmt: skip
 
 
 def backward_kernels(dtype: torch.dtype) -> Kernels:
     """The kernels of the backward pass, with products in ``dtype``."""
     return kernels_with(_precision(dtype))
+
+
+def relatives_kernels(dtype: torch.dtype) -> RelativesKernels:
+    """The kernels of the relatives' backward pass, with products in ``dtype``."""
+    return relatives_kernels_with(_precision(dtype))
 
 
 def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

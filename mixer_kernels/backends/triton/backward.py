@@ -6,11 +6,15 @@ from functools import cache, partial
 
 from ...tuning.configs import MAX_FUSED_TOKENS
 from ..backward import Kernels
+from ..relatives import RelativesKernels
 from .branch_gradient import branch_gradient
 from .channel_backward import channel_gelu_backward
 from .channel_mixing import channel_hidden
+from .hidden_units import hidden_gelu, hidden_gelu_backward
 from .norm_backward import norm_backward
+from .row_statistics import row_statistics
 from .token_data_gradient import token_data_gradient
+from .token_linear import spatial_gate_backward, token_linear_data_gradient
 from .token_products import token_hidden
 from .token_products_backward import token_gelu_backward
 from .token_weight_gradients import weight_gradient
@@ -29,4 +33,17 @@ def kernels_with(precision: str) -> Kernels:
         partial(channel_hidden, precision=precision),
         partial(channel_gelu_backward, precision=precision),
         norm_backward,
+    )
+
+
+@cache
+def relatives_kernels_with(precision: str) -> RelativesKernels:
+    """Those of the relatives, likewise."""
+    return RelativesKernels(
+        kernels_with(precision),
+        row_statistics,
+        partial(token_linear_data_gradient, precision=precision),
+        partial(spatial_gate_backward, precision=precision),
+        hidden_gelu,
+        hidden_gelu_backward,
     )

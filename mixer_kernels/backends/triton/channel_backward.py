@@ -6,6 +6,7 @@
     dz = da * GELU'(z)             and a = GELU(z), both written: the plain products dn = dz . W3, dW3 = dz' . n and
                                    dW4' = a' . g are PyTorch's (cuBLAS)
 
+With SwiGLU z and dz have twice the columns, values and gates, equation (23).
 z is what the forward pass kept, or was recomputed. Column sums of dz, one row a tile of rows, give db3.
 """
 
@@ -25,16 +26,17 @@ from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import noise_arguments
 from .prepack import product_weight
+from .swiglu import swiglu_and_slopes
 
 
 @triton.jit
 def _channel_gelu_bwd_kernel(
     g_ptr,  # [M, C] contiguous: the gradient of the branch
     w4_ptr,  # [C, D_PAD], zero-padded along D_C
-    z_ptr,  # [M, D_C], row stride stride_z
-    dz_ptr,  # [M, D_C] contiguous
+    z_ptr,  # [M, D_C], row stride stride_z; GLU: [M, 2, D_C], gates half a row stride behind their values
+    dz_ptr,  # [M, D_C] contiguous; GLU: [M, 2 * D_C]
     a_ptr,  # [M, D_C] contiguous, or None
-    sums_ptr,  # [row tiles, D_C] float32: column sums of dz
+    sums_ptr,  # [row tiles, columns of dz] float32: column sums of dz
     M,
     C,
     D_C,
@@ -52,6 +54,7 @@ def _channel_gelu_bwd_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     TANH: tl.constexpr,
+    GLU: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
@@ -84,30 +87,54 @@ def _channel_gelu_bwd_kernel(
         w4_tile_ptr += BLOCK_K * D_PAD
 
     z = tl.load(z_ptr + row[:, None] * stride_z + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    a, slope = gelu_and_slope(z, TANH, EXACT)
+    if GLU:
+        gate_ptr = z_ptr + stride_z // 2
+        gate = tl.load(gate_ptr + row[:, None] * stride_z + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        a, slope, gate_slope = swiglu_and_slopes(z, gate)
+    else:
+        a, slope = gelu_and_slope(z, TANH, EXACT)
     if DROPOUT:
         a = hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
         da = hidden_dropout(da, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
     dz = tl.where(mask, da * slope, 0.0)
     offs = offs_m.to(tl.int64)[:, None] * D_C + offs_n[None, :]
-    tl.store(dz_ptr + offs, dz.to(DTYPE), mask=mask)
+    if GLU:
+        dgate = tl.where(mask, da * gate_slope, 0.0)
+        offs_dz = offs_m.to(tl.int64)[:, None] * (2 * D_C) + offs_n[None, :]
+        tl.store(dz_ptr + offs_dz, dz.to(DTYPE), mask=mask)
+        tl.store(dz_ptr + D_C + offs_dz, dgate.to(DTYPE), mask=mask)
+    else:
+        tl.store(dz_ptr + offs, dz.to(DTYPE), mask=mask)
     if a_ptr is not None:
         tl.store(a_ptr + offs, a.to(DTYPE), mask=mask)
-    tl.store(sums_ptr + (m0 // BLOCK_M) * D_C + offs_n, tl.sum(dz, 0), mask=offs_n < D_C)
+    if GLU:
+        sums_ptr += (m0 // BLOCK_M) * 2 * D_C + offs_n
+        tl.store(sums_ptr, tl.sum(dz, 0), mask=offs_n < D_C)
+        tl.store(sums_ptr + D_C, tl.sum(dgate, 0), mask=offs_n < D_C)
+    else:
+        tl.store(sums_ptr + (m0 // BLOCK_M) * D_C + offs_n, tl.sum(dz, 0), mask=offs_n < D_C)
 
 
 def channel_gelu_backward(
-    g: Tensor, w4: Tensor, z: Tensor, *, want_a: bool, approximate: str, precision: str, noise: Noise
+    g: Tensor,
+    w4: Tensor,
+    z: Tensor,
+    *,
+    want_a: bool,
+    approximate: str,
+    precision: str,
+    noise: Noise,
+    activation: str = "gelu",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]`` and ``w4 [C, D_C]``."""
+    """``(dz [M, rows of w3], a [M, D_C] or None, db3 in float32)`` from ``g [B, S, C]``, ``w4 [C, D_C]`` and z."""
+    (channels, hidden), rows, gated = w4.shape, z.shape[0], activation == "swiglu"
     w4 = product_weight(w4, g.dtype)
-    rows, hidden = z.shape
-    channels = g.shape[2]
-    config = gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee", depth=channels)
+    config = gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee", depth=channels, gated=gated)
     row_tiles = cdiv(rows, config.block_m)
-    dz = torch.empty(rows, hidden, dtype=g.dtype, device=g.device)
-    a = torch.empty_like(dz) if want_a else None
-    sums = torch.empty(row_tiles, hidden, dtype=torch.float32, device=g.device)
+    columns = hidden * (1 + gated)
+    dz = torch.empty(rows, columns, dtype=g.dtype, device=g.device)
+    a = torch.empty(rows, hidden, dtype=g.dtype, device=g.device) if want_a else None
+    sums = torch.empty(row_tiles, columns, dtype=torch.float32, device=g.device)
     launch(
         _channel_gelu_bwd_kernel,
         row_tiles * cdiv(hidden, config.block_n),
@@ -130,8 +157,10 @@ def channel_gelu_backward(
         GROUP_M=config.group_m,
         EVEN_K=channels % config.block_k == 0,
         TANH=approximate == "tanh",
+        GLU=gated,
         PRECISION=precision,
-        INT64=needs_int64((row_tiles + 1,), (max(hidden, config.block_m),)) or needs_int64((channels,), (w4.shape[1],)),
+        INT64=needs_int64((row_tiles + 1,), (max(columns, config.block_m),))
+        or needs_int64((channels,), (w4.shape[1],)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

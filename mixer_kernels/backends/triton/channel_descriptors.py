@@ -20,6 +20,7 @@ from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden
 from .gelu import gelu
 from .launch import launch
 from .noise import kept_image, noise_arguments
+from .swiglu import swiglu
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _quarters(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def quarters(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Four column blocks of ``acc``: the epilogue's live registers and its staging buffer shrink fourfold."""
     left, right = _halves(acc, BLOCK_M, BLOCK_N)
     q0, q1 = _halves(left, BLOCK_M, BLOCK_N // 2)
@@ -39,13 +40,14 @@ def _quarters(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _channel_product_descriptor_kernel(
     left,  # descriptor of u or a [M, K], boxes BLOCK_M x BLOCK_K
-    right,  # descriptor of W' or W4 [N, K_PAD], boxes BLOCK_N x BLOCK_K
+    right,  # descriptor of W' or W4 [N, K_PAD], boxes BLOCK_N x BLOCK_K; GLU's W': [2 * N, K_PAD], values and gates
     out,  # descriptor of [M, N], boxes BLOCK_M x BLOCK_N / 4; fc1: or None
-    z,  # fc1: descriptor like out, or None
+    z,  # fc1: descriptor like out, or None; GLU: of the values
+    z_gate,  # GLU: like z, of the gates
     u,  # fc2: descriptor of the residual [M, N], boxes as out
     bias_ptr,  # fc2: [N] or None
-    mean_ptr,  # fc1: [M] float32
-    rstd_ptr,  # fc1: [M] float32
+    mean_ptr,  # fc1: [M] float32, or None for an affine map without statistics
+    rstd_ptr,  # fc1: [M] float32, or None
     wg_ptr,  # fc1: [N] float32
     wb_ptr,  # fc1: [N] float32
     scale_ptr,  # fc1: [N] float32 or None
@@ -65,6 +67,7 @@ def _channel_product_descriptor_kernel(
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
     TANH: tl.constexpr,
+    GLU: tl.constexpr,  # of fc1
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
 ):
@@ -76,6 +79,8 @@ def _channel_product_descriptor_kernel(
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         m0, n0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if GLU:
+            gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         steps = tl.cdiv(K, BLOCK_K)
         if DROP_PATH:
             # A tile of dropped images takes no turn; fc1's garbage is multiplied by 0 in fc2, or not read.
@@ -83,23 +88,40 @@ def _channel_product_descriptor_kernel(
             kept = kept_image(seed_ptr, row // S, path_p, path_scale)
             steps = tl.where(tl.max(kept, 0) > 0, steps, 0)
         for k in range(0, steps):
-            acc = tl.dot(left.load([m0, k * BLOCK_K]), right.load([n0, k * BLOCK_K]).T, acc)
+            if GLU:
+                rows = left.load([m0, k * BLOCK_K])
+                acc = tl.dot(rows, right.load([n0, k * BLOCK_K]).T, acc)
+                gate = tl.dot(rows, right.load([N + n0, k * BLOCK_K]).T, gate)
+            else:
+                acc = tl.dot(left.load([m0, k * BLOCK_K]), right.load([n0, k * BLOCK_K]).T, acc)
         done += PROGRAMS
         m0, n0 = tile_origin(done, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        parts = _quarters(acc, BLOCK_M, BLOCK_N)
+        parts = quarters(acc, BLOCK_M, BLOCK_N)
+        if GLU:
+            gates = quarters(gate, BLOCK_M, BLOCK_N)
         for i in tl.static_range(4):
             first = n0 + i * SUB_N
             offs_n = first + tl.arange(0, SUB_N)
             mask_n = offs_n < N
             offs_m = m0 + tl.arange(0, BLOCK_M)
             if FC1:
-                mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)
-                rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
+                mean = None
+                rstd = None
+                if mean_ptr is not None:
+                    mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)
+                    rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
                 v = fc1_epilogue(parts[i], mean, rstd, None, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, True)
                 if z is not None:
                     z.store([m0, first], v.to(z.dtype))
+                if GLU:
+                    g = fc1_epilogue(gates[i], mean, rstd, None, wg_ptr, wb_ptr, scale_ptr, N + offs_n, mask_n, True)
+                    if z is not None:
+                        z_gate.store([m0, first], g.to(z.dtype))
                 if out is not None:
-                    v = gelu(v, TANH, False)
+                    if GLU:
+                        v = swiglu(v, g)
+                    else:
+                        v = gelu(v, TANH, False)
                     if DROPOUT:
                         v = hidden_dropout(v, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
                     out.store([m0, first], v.to(out.dtype))
@@ -138,20 +160,22 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
     """Write ``product.out`` and ``product.z``; its operands meet ``fits``, and fc1 is folded."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # Triton >= 3.4
 
-    rows, columns = product.result.shape
+    rows, columns = product.shape
     programs = min(
         config.programs_per_sm * target.multiprocessors,
         cdiv(rows, config.block_m) * cdiv(columns, config.block_n),
     )
     out_box = [config.block_m, config.block_n // 4]
     left = product.left if product.left.dim() == 2 else product.left.flatten(0, 1)
+    z, z_gate = product.z.unbind(1) if product.is_gated and product.z is not None else (product.z, None)
     launch(
         _channel_product_descriptor_kernel,
         programs,
         TensorDescriptor.from_tensor(left, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(product.right, [config.block_n, config.block_k]),
         None if product.out is None else TensorDescriptor.from_tensor(product.out, out_box),
-        None if product.z is None else TensorDescriptor.from_tensor(product.z, out_box),
+        None if z is None else TensorDescriptor.from_tensor(z, out_box),
+        None if z_gate is None else TensorDescriptor.from_tensor(z_gate, out_box),
         None if product.is_fc1 else TensorDescriptor.from_tensor(product.u.flatten(0, 1), out_box),
         product.bias,
         product.mean,
@@ -171,6 +195,7 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
         GROUP_M=config.group_m,
         PROGRAMS=programs,
         TANH=product.approximate == "tanh",
+        GLU=product.is_gated,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

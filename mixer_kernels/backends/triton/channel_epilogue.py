@@ -15,9 +15,11 @@ from .noise import kept_branch, kept_hidden, kept_image
 
 @dataclass(frozen=True)
 class ChannelProduct:
-    """One product of channel mixing with its epilogue: fc1 if ``mean`` is given, else fc2.
+    """One product of channel mixing with its epilogue: fc1 or fc2.
 
-    fc1: ``out = GELU(LN(left) . right' + bias)``; folded if ``wg`` is given. fc2: ``out = u + left . right' + bias``.
+    fc1: ``out = GELU(LN(left) . right' + bias)``; folded if ``wg`` is given; without ``mean``, LN is the affine map
+    alone. ``is_gated``: SwiGLU for GELU, of ``right``'s rows the first half are values, the second half gates.
+    fc2: ``out = u + left . right' + bias``.
     """
 
     left: Tensor  # fc1: u [B, S, C]; fc2: a [M, D_C]
@@ -29,7 +31,9 @@ class ChannelProduct:
     approximate: str
     precision: str
     noise: Noise
-    z: Tensor | None = None  # fc1: [M, N] strided like out, where to keep z for the backward pass
+    is_fc1: bool = False
+    is_gated: bool = False
+    z: Tensor | None = None  # fc1: [M, N] strided like out, or [M, 2, N], where to keep z for the backward pass
     mean: Tensor | None = None  # [M] float32
     rstd: Tensor | None = None  # [M] float32
     gamma: Tensor | None = None  # [C], applied
@@ -39,13 +43,14 @@ class ChannelProduct:
     scale: Tensor | None = None  # [N] float32, folded, or None for 1
 
     @property
-    def result(self) -> Tensor:
-        """What the product writes, or one of two alike."""
-        return self.z if self.out is None else self.out
+    def shape(self) -> tuple[int, int]:
+        """M and N of what the product writes."""
+        return self.u.shape[0] * self.u.shape[1], self.right.shape[0] // (1 + self.is_gated)
 
     @property
-    def is_fc1(self) -> bool:
-        return self.mean is not None
+    def row_stride(self) -> int:
+        """Of what the product writes: from a row to the next, and from values of z to their gates."""
+        return self.z.stride(-2) if self.out is None else self.out.stride(0)
 
     @property
     def is_folded(self) -> bool:
@@ -72,11 +77,15 @@ def tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 def fc1_epilogue(
     acc, mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """z from the product: by equation (8) if LayerNorm is folded, else acc + b3."""
+    """z from the product: by equation (8) if LayerNorm or an affine map (no mean) is folded, else acc + b3."""
     if FOLD:
-        wg = tl.load(wg_ptr + offs_n, mask=mask_n, other=0.0)
+        if mean is not None:
+            wg = tl.load(wg_ptr + offs_n, mask=mask_n, other=0.0)
         wb = tl.load(wb_ptr + offs_n, mask=mask_n, other=0.0)
-        z = rstd[:, None] * (acc - mean[:, None] * wg[None, :])
+        if mean is not None:
+            z = rstd[:, None] * (acc - mean[:, None] * wg[None, :])
+        else:
+            z = acc
         if scale_ptr is not None:
             z *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         z += wb[None, :]

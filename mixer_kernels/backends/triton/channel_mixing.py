@@ -29,8 +29,8 @@ from .prepack import folded_weights, product_weight
 
 def channel_mixing_products(
     u: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     w3: Tensor,
@@ -43,22 +43,66 @@ def channel_mixing_products(
     precision: str,
     noise: Noise,
     keep_z: bool,
+    activation: str = "gelu",
 ) -> tuple[Tensor, Tensor | None]:
-    """``y [B, S, C]``, contiguous, from ``u`` and its row statistics; and z ``[B * S, D_C]`` if ``keep_z``."""
-    rows, hidden = u.shape[0] * u.shape[1], w3.shape[0]
-    a = _aligned_rows(rows, hidden, dtype, u.device)
-    z = _aligned_rows(rows, hidden, dtype, u.device) if keep_z else None
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    """``y [B, S, C]``, contiguous, from ``u`` and its row statistics; and z if ``keep_z``, as ``channel_hidden``'s."""
+    shared = {"approximate": approximate, "dtype": dtype, "precision": precision, "noise": noise}
+    a, z = channel_fc1(u, mean, rstd, gamma, beta, w3, b3, keep_z=keep_z, activation=activation, **shared)
+    return channel_fc2(u, a, w4, b4, **shared), z
+
+
+def channel_fc1(
+    u: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    precision: str,
+    noise: Noise,
+    keep_z: bool,
+    activation: str = "gelu",
+) -> tuple[Tensor, Tensor | None]:
+    """a ``[B * S, D_C]``, rows aligned, and z if ``keep_z``, as ``channel_hidden``'s."""
+    rows, gated = u.shape[0] * u.shape[1], activation == "swiglu"
+    a = aligned_rows(rows, w3.shape[0] // (1 + gated), dtype, u.device)
+    z = _empty_z(rows, w3, dtype, gated) if keep_z else None
+    fc1 = _fc1(u, mean, rstd, gamma, beta, w3, b3, dtype)
     shared = {"u": u, "approximate": approximate, "precision": precision, "noise": noise}
-    _run(ChannelProduct(out=a, z=z, mean=mean, rstd=rstd, **_fc1(u, gamma, beta, w3, b3, dtype), **shared))
-    _run(ChannelProduct(left=a, right=product_weight(w4, dtype), out=y.view(rows, -1), K=hidden, bias=b4, **shared))
-    return y, z
+    _run(ChannelProduct(out=a, z=z, is_gated=gated, **fc1, **shared))
+    return a, z
+
+
+def channel_fc2(
+    u: Tensor,
+    a: Tensor,
+    w4: Tensor,
+    b4: Tensor | None,
+    *,
+    approximate: str,
+    dtype: torch.dtype,
+    precision: str,
+    noise: Noise,
+) -> Tensor:
+    """``y [B, S, C]``, contiguous, from ``u``, the residual, and ``a [B * S, D_C]``."""
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    _run(
+        ChannelProduct(
+            left=a, right=product_weight(w4, dtype), out=y.flatten(0, 1), u=u, K=w4.shape[1], bias=b4,
+            approximate=approximate, precision=precision, noise=noise,
+        )
+    )  # fmt: skip
+    return y
 
 
 def channel_hidden(
     u: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     w3: Tensor,
@@ -66,31 +110,39 @@ def channel_hidden(
     *,
     dtype: torch.dtype,
     precision: str,
+    activation: str = "gelu",
 ) -> Tensor:
-    """z ``[B * S, D_C]``, recomputed for the backward pass."""
-    z = _aligned_rows(u.shape[0] * u.shape[1], w3.shape[0], dtype, u.device)
-    operands = _fc1(u, gamma, beta, w3, b3, dtype)
+    """z ``[B * S, D_C]``, with SwiGLU ``[B * S, 2, D_C]``, recomputed for the backward pass."""
+    gated = activation == "swiglu"
+    z = _empty_z(u.shape[0] * u.shape[1], w3, dtype, gated)
+    fc1 = _fc1(u, mean, rstd, gamma, beta, w3, b3, dtype)
     _run(
         ChannelProduct(
-            out=None, z=z, u=u, mean=mean, rstd=rstd, approximate="none", precision=precision, noise=Noise(), **operands
+            out=None, z=z, u=u, is_gated=gated, approximate="none", precision=precision, noise=Noise(), **fc1
         )
     )
     return z
 
 
-def _aligned_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def aligned_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[rows, columns]`` whose rows start on 16 bytes, for wide loads and tensor descriptors."""
     return torch.empty(rows, round_up(columns, 16 // dtype.itemsize), dtype=dtype, device=device)[:, :columns]
 
 
-def _fc1(u, gamma, beta, w3, b3, dtype) -> dict[str, Any]:
+def _empty_z(rows: int, w3: Tensor, dtype: torch.dtype, gated: bool) -> Tensor:
+    if not gated:
+        return aligned_rows(rows, w3.shape[0], dtype, w3.device)
+    return aligned_rows(2 * rows, w3.shape[0] // 2, dtype, w3.device).unflatten(0, (rows, 2))
+
+
+def _fc1(u, mean, rstd, gamma, beta, w3, b3, dtype) -> dict[str, Any]:
     """fc1's operands, with LayerNorm folded into them or not."""
     if u.dtype is dtype and dtype.itemsize == 2:
         folded = folded_weights(w3, b3, gamma, beta, dtype)
         norm = {"right": folded.w3, "bias": None, "wg": folded.wg, "wb": folded.wb, "scale": folded.scale}
     else:
         norm = {"right": product_weight(w3, dtype), "bias": b3, "gamma": gamma, "beta": beta}
-    return {"left": u, "K": u.shape[2], **norm}
+    return {"left": u, "K": u.shape[2], "is_fc1": True, "mean": mean, "rstd": rstd, **norm}
 
 
 def _run(product: ChannelProduct) -> None:
@@ -98,7 +150,7 @@ def _run(product: ChannelProduct) -> None:
     descriptors = channel_descriptors.fits(target, product.u, product.right)
     config = channel_product_config(
         target, product.dtype, product.precision == "ieee", product.is_fc1, product.K, descriptors,
-        noise=product.noise.on_branch,
+        noise=product.noise.on_branch, gated=product.is_gated,
     )  # fmt: skip
     if descriptors:
         channel_descriptors.run_product(config, product, target)

@@ -11,18 +11,19 @@ from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden
 from .gelu import gelu
 from .launch import launch, needs_int64
 from .noise import kept_image, noise_arguments
+from .swiglu import swiglu
 
 
 @triton.jit
 def _channel_product_kernel(
     left_ptr,  # fc1: u [B, S, C], any strides; fc2: a [M, K]
-    right_ptr,  # [N, K_PAD], zero-padded: W3, W' or W4
+    right_ptr,  # [N, K_PAD], zero-padded: W3, W' or W4; GLU's fc1: [2 * N, K_PAD], values and gates
     out_ptr,  # [M, N], row stride stride_out; fc1: or None
-    z_ptr,  # fc1: [M, N] like out, or None
+    z_ptr,  # fc1: [M, N] like out, GLU: [M, 2, N], or None
     bias_ptr,  # [N] or None
     u_ptr,  # fc2: the residual [B, S, C], any strides
-    mean_ptr,  # fc1: [M] float32
-    rstd_ptr,  # fc1: [M] float32
+    mean_ptr,  # fc1: [M] float32, or None for an affine map without statistics
+    rstd_ptr,  # fc1: [M] float32, or None
     gamma_ptr,  # fc1 applied: [C] or None
     beta_ptr,  # fc1 applied: [C] or None
     wg_ptr,  # fc1 folded: [N] float32
@@ -51,6 +52,7 @@ def _channel_product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     TANH: tl.constexpr,
+    GLU: tl.constexpr,  # of fc1
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
@@ -76,8 +78,11 @@ def _channel_product_kernel(
     if FC1:
         left_tile_ptr = left_ptr + offs_row[:, None] + offs_k[None, :] * stride_c
         step = tl.full((), BLOCK_K, offs_k.dtype) * stride_c
-        mean = tl.load(mean_ptr + row)
-        rstd = tl.load(rstd_ptr + row)
+        mean = None
+        rstd = None
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + row)
+            rstd = tl.load(rstd_ptr + row)
     else:
         left_tile_ptr = left_ptr + row.to(tl.int64)[:, None] * stride_a + offs_k[None, :]
         step = BLOCK_K
@@ -88,6 +93,9 @@ def _channel_product_kernel(
         kept = kept_image(seed_ptr, row // S, path_p, path_scale)
         depth = tl.where(tl.max(kept, 0) > 0, K, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GLU:
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        gate_tile_ptr = right_tile_ptr + tl.cast(N, tl.int64) * K_PAD
     for k0 in range(0, depth, BLOCK_K):
         mask_k = offs_k < K - k0
         if EVEN_K:
@@ -96,13 +104,18 @@ def _channel_product_kernel(
             left = tl.load(left_tile_ptr, mask=mask_k[None, :], other=0.0)
         right = tl.load(right_tile_ptr)
         if FC1 and not FOLD:
-            n = (left.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            n = left.to(tl.float32)
+            if mean_ptr is not None:
+                n = (n - mean[:, None]) * rstd[:, None]
             if gamma_ptr is not None:
                 n *= tl.load(gamma_ptr + k0 + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
             if beta_ptr is not None:
                 n += tl.load(beta_ptr + k0 + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
             left = tl.where(mask_k[None, :], n, 0.0).to(DTYPE)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        if GLU:
+            gate = tl.dot(left, tl.load(gate_tile_ptr), gate, input_precision=PRECISION)
+            gate_tile_ptr += BLOCK_K
         left_tile_ptr += step
         right_tile_ptr += BLOCK_K
 
@@ -110,10 +123,20 @@ def _channel_product_kernel(
     offs_out = offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :]
     if FC1:
         z = fc1_epilogue(acc, mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, offs_n, mask_n, FOLD)
+        if GLU:
+            gate = fc1_epilogue(gate, mean, rstd, bias_ptr, wg_ptr, wb_ptr, scale_ptr, N + offs_n, mask_n, FOLD)
         if z_ptr is not None:
-            tl.store(z_ptr + offs_out, z.to(DTYPE), mask=mask)
+            if GLU:
+                offs_z = offs_m.to(tl.int64)[:, None] * (2 * stride_out) + offs_n[None, :]
+                tl.store(z_ptr + offs_z, z.to(DTYPE), mask=mask)
+                tl.store(z_ptr + stride_out + offs_z, gate.to(DTYPE), mask=mask)
+            else:
+                tl.store(z_ptr + offs_out, z.to(DTYPE), mask=mask)
         if out_ptr is not None:
-            a = gelu(z, TANH, EXACT)
+            if GLU:
+                a = swiglu(z, gate)
+            else:
+                a = gelu(z, TANH, EXACT)
             if DROPOUT:
                 a = hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
             tl.store(out_ptr + offs_out, a.to(DTYPE), mask=mask)
@@ -128,7 +151,7 @@ def _channel_product_kernel(
 
 def run_product(config: ProductConfig, product: ChannelProduct) -> None:
     """Write ``product.out`` and ``product.z``."""
-    (rows, columns), u = product.result.shape, product.u
+    (rows, columns), u = product.shape, product.u
     launch(
         _channel_product_kernel,
         cdiv(rows, config.block_m) * cdiv(columns, config.block_n),
@@ -152,7 +175,7 @@ def run_product(config: ProductConfig, product: ChannelProduct) -> None:
         u.shape[1],
         *u.stride(),
         product.left.stride(0),
-        product.result.stride(0),
+        product.row_stride,
         **noise_arguments(product.noise),
         FC1=product.is_fc1,
         FOLD=product.is_folded,
@@ -162,6 +185,7 @@ def run_product(config: ProductConfig, product: ChannelProduct) -> None:
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         TANH=product.approximate == "tanh",
+        GLU=product.is_gated,
         PRECISION=product.precision,
         INT64=needs_int64(u.shape[1:], u.stride()[1:]) or rows + config.block_m >= 2**31,
         num_warps=config.num_warps,

@@ -23,12 +23,12 @@ from .launch import launch
 def _norm_bwd_kernel(
     x_ptr,  # [B, S, C], any strides
     dn_ptr,  # [B * S, C] contiguous: the gradient of n
-    dy_ptr,  # [B * S, C] contiguous: the gradient of the residual
-    mean_ptr,  # [B * S] float32
-    rstd_ptr,  # [B * S] float32
+    dy_ptr,  # [B * S, C] contiguous: the gradient of the residual, or None
+    mean_ptr,  # [B * S] float32, or None for an affine map without statistics
+    rstd_ptr,  # [B * S] float32, or None
     gamma_ptr,  # [C] or None
     beta_ptr,  # [C] or None
-    dx_ptr,  # [B * S, C] contiguous
+    dx_ptr,  # [B * S, C], row stride stride_dx
     n_ptr,  # [B * S, C] contiguous, or None
     sums_ptr,  # [programs, 3, C] float32: dgamma, dbeta, column sums of dy
     rows,
@@ -37,6 +37,7 @@ def _norm_bwd_kernel(
     stride_b,
     stride_s,
     stride_c,
+    stride_dx,  # or None for C
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -55,25 +56,40 @@ def _norm_bwd_kernel(
         mask = mask_r[:, None] & mask_c[None, :]
         offs = offs_r[:, None] * C + offs_c[None, :]
         offs_x = (offs_r // S)[:, None] * stride_b + (offs_r % S)[:, None] * stride_s + offs_c[None, :] * stride_c
-        mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)
-        rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)
+            rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)
         x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
-        xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        if mean_ptr is not None:
+            xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        else:
+            xhat = x
         if n_ptr is not None:
             n = xhat * gamma[None, :]
             if beta_ptr is not None:
                 n += tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
             tl.store(n_ptr + offs, n.to(n_ptr.dtype.element_ty), mask=mask)
         dn = tl.load(dn_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if dy_ptr is not None:
+            dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         dgamma += dn * xhat
         dbeta += dn
-        dy_sum += dy
+        if dy_ptr is not None:
+            dy_sum += dy
         dxhat = dn * gamma[None, :]
-        mean_dxhat = tl.sum(dxhat, 1) / C
-        mean_dxhat_xhat = tl.sum(dxhat * xhat, 1) / C
-        dx = dy + rstd[:, None] * (dxhat - mean_dxhat[:, None] - xhat * mean_dxhat_xhat[:, None])
-        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if mean_ptr is not None:
+            mean_dxhat = tl.sum(dxhat, 1) / C
+            mean_dxhat_xhat = tl.sum(dxhat * xhat, 1) / C
+            dx = rstd[:, None] * (dxhat - mean_dxhat[:, None] - xhat * mean_dxhat_xhat[:, None])
+        else:
+            dx = dxhat
+        if dy_ptr is not None:
+            dx += dy
+        if stride_dx is None:
+            offs_dx = offs
+        else:
+            offs_dx = offs_r[:, None] * stride_dx + offs_c[None, :]
+        tl.store(dx_ptr + offs_dx, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     sums_ptr += tl.program_id(0).to(tl.int64) * 3 * C + offs_c
     tl.store(sums_ptr, tl.sum(dgamma, 0), mask=mask_c)
     tl.store(sums_ptr + C, tl.sum(dbeta, 0), mask=mask_c)
@@ -83,20 +99,26 @@ def _norm_bwd_kernel(
 def norm_backward(
     x: Tensor,
     dn: Tensor,
-    dy: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    dy: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     n_dtype: torch.dtype | None,
+    dx: Tensor | None = None,
 ) -> NormGradients:
-    """``dx = dy + LayerNorm'(dn)``, the parameters' gradients, and n in ``n_dtype`` if one is given."""
+    """``dx = dy + LayerNorm'(dn)``, the parameters' gradients, and n in ``n_dtype`` if one is given.
+
+    Without ``mean`` and ``rstd`` the norm is the affine map n = gamma * x + beta. ``dx``, if given, is where it goes:
+    in ``x``'s shape, contiguous but for its rows' stride.
+    """
     batch_size, tokens, channels = x.shape
     rows = batch_size * tokens
     target = target_of(x.device)
     config = norm_backward_config(channels)
     programs = min(2 * target.multiprocessors, cdiv(rows, config.block_rows))
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stride_dx = None if dx is None else dx.stride(1)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     n = None if n_dtype is None else torch.empty(x.shape, dtype=n_dtype, device=x.device)
     sums = torch.empty(programs, 3, channels, dtype=torch.float32, device=x.device)
     launch(
@@ -116,6 +138,7 @@ def norm_backward(
         tokens,
         channels,
         *x.stride(),
+        stride_dx,
         BLOCK_R=config.block_rows,
         BLOCK_C=config.block_c,
         PROGRAMS=programs,

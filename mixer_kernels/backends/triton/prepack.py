@@ -18,8 +18,8 @@ from ..rounding import round_up
 class TokenWeights(NamedTuple):
     """Weights of token mixing for ``S_pad`` tokens and ``D_pad`` hidden units."""
 
-    w1: Tensor  # [D_pad, S_pad]
-    b1: Tensor  # [D_pad] float32
+    w1: Tensor  # [D_pad, S_pad]; with gates [2 * D_pad, S_pad]
+    b1: Tensor  # [D_pad] float32; with gates [2 * D_pad]
     w2: Tensor  # [S_pad, D_pad]
     b2: Tensor  # [S_pad] float32
 
@@ -27,12 +27,17 @@ class TokenWeights(NamedTuple):
 def token_weights(
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, dtype: torch.dtype, tokens: int, hidden: int
 ) -> TokenWeights:
-    """``w1 [D_S, S]``, ``w2 [S, D_S]`` and their biases, padded to ``tokens`` and ``hidden``."""
+    """``w1 [D_S, S]``, ``w2 [S, D_S]`` and their biases, padded to ``tokens`` and ``hidden``.
+
+    ``w1`` of twice as many rows has values, then gates: each of both is padded.
+    """
+
+    gated = w1.shape[0] == 2 * w2.shape[1] > 0
 
     def pack() -> TokenWeights:
         return TokenWeights(
-            padded(w1, hidden, tokens, dtype),
-            _padded_bias(b1, hidden, w1.device),
+            _padded_halves(w1, hidden, tokens, dtype) if gated else padded(w1, hidden, tokens, dtype),
+            _padded_bias(b1, hidden, w1.device, halves=1 + gated),
             padded(w2, tokens, hidden, dtype),
             _padded_bias(b2, tokens, w2.device),
         )
@@ -59,8 +64,21 @@ def transposed_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
     return packed(("triton", "transposed", dtype), (w,), lambda: padded(w.t(), rows, columns, dtype))
 
 
-def _padded_bias(b: Tensor | None, length: int, device: torch.device) -> Tensor:
-    wide = torch.zeros(length, dtype=torch.float32, device=device)
+def square_weight(w: Tensor, b: Tensor | None, dtype: torch.dtype, extent: int) -> tuple[Tensor, Tensor]:
+    """``w [K, K]`` and ``b [K]`` (float32), padded to ``extent``."""
+
+    def pack() -> tuple[Tensor, Tensor]:
+        return padded(w, extent, extent, dtype), _padded_bias(b, extent, w.device)
+
+    return packed(("triton", "square", dtype, extent), (w, b), pack)
+
+
+def _padded_halves(w: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.cat([padded(half, rows, columns, dtype) for half in w.chunk(2)])
+
+
+def _padded_bias(b: Tensor | None, length: int, device: torch.device, halves: int = 1) -> Tensor:
+    wide = torch.zeros(halves, length, dtype=torch.float32, device=device)
     if b is not None:
-        wide[: b.shape[0]] = b
-    return wide
+        wide[:, : b.shape[0] // halves] = b.view(halves, -1)
+    return wide.flatten()

@@ -28,6 +28,7 @@ from .gelu import gelu
 from .launch import launch, needs_int64
 from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
 from .prepack import token_weights
+from .swiglu import swiglu
 
 
 @triton.jit
@@ -104,8 +105,8 @@ def _token_mixing_fwd_kernel(
     rstd_ptr,  # [B * S] float32
     gamma_ptr,  # [C] or None
     beta_ptr,  # [C] or None
-    w1_ptr,  # [D, S_PAD], zero-padded
-    b1_ptr,  # [D] float32, zero-padded
+    w1_ptr,  # [D, S_PAD], zero-padded; GLU: [2 * D, S_PAD], values and gates
+    b1_ptr,  # [D] float32, zero-padded; GLU: [2 * D]
     w2_ptr,  # [S_PAD, D], zero-padded
     b2_ptr,  # [S_PAD] float32, zero-padded
     u_ptr,  # [B, S, C] contiguous
@@ -129,6 +130,7 @@ def _token_mixing_fwd_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
     TANH: tl.constexpr,
+    GLU: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
@@ -176,7 +178,18 @@ def _token_mixing_fwd_kernel(
             z = _hidden(z, n2, w1_ptr, offs_d, S2, N2, S_PAD, PRECISION)
         if N3 > 0:
             z = _hidden(z, n3, w1_ptr, offs_d, S3, N3, S_PAD, PRECISION)
-        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+        if GLU:
+            gate = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+            gate = _hidden(gate, n0, w1_ptr, D + offs_d, 0, N0, S_PAD, PRECISION)
+            if N1 > 0:
+                gate = _hidden(gate, n1, w1_ptr, D + offs_d, S1, N1, S_PAD, PRECISION)
+            if N2 > 0:
+                gate = _hidden(gate, n2, w1_ptr, D + offs_d, S2, N2, S_PAD, PRECISION)
+            if N3 > 0:
+                gate = _hidden(gate, n3, w1_ptr, D + offs_d, S3, N3, S_PAD, PRECISION)
+            a = swiglu(z + tl.load(b1_ptr + offs_d)[None, :], gate + tl.load(b1_ptr + D + offs_d)[None, :])
+        else:
+            a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
         if DROPOUT:
             a *= kept_hidden(seed_ptr, offs_d[None, :], offs_c[:, None], image, dropout_p, dropout_scale)
         a = a.to(DTYPE)
@@ -226,16 +239,18 @@ def token_mixing_fused(
     dtype: torch.dtype,
     precision: str,
     noise: Noise,
+    activation: str = "gelu",
 ) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; S at most ``MAX_FUSED_TOKENS``."""
     batch_size, tokens, channels = x.shape
-    vectorised = is_vectorised(x)
+    vectorised, gated = is_vectorised(x), activation == "swiglu"
     segments = token_segments(tokens, longest=128 if vectorised and x.dtype is dtype else 64)
     config = token_config(
         target_of(x.device), dtype, x.dtype, segments,
-        exact=precision == "ieee", vectorised=vectorised, noise=noise.on_branch,
+        exact=precision == "ieee", vectorised=vectorised, noise=noise.on_branch, gated=gated,
     )  # fmt: skip
-    packed = token_weights(w1, b1, w2, b2, dtype, tokens=sum(segments), hidden=round_up(w1.shape[0], config.block_d))
+    hidden = round_up(w2.shape[1], config.block_d)
+    packed = token_weights(w1, b1, w2, b2, dtype, tokens=sum(segments), hidden=hidden)
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
         _token_mixing_fwd_kernel,
@@ -252,8 +267,8 @@ def token_mixing_fused(
         u,
         tokens,
         channels,
-        packed.w1.shape[0],
-        packed.w1.shape[0] // config.block_d,
+        hidden,
+        hidden // config.block_d,
         *x.stride(),
         **noise_arguments(noise),
         N0=segments[0],
@@ -264,6 +279,7 @@ def token_mixing_fused(
         BLOCK_D=config.block_d,
         STAGES=config.num_stages,
         TANH=approximate == "tanh",
+        GLU=gated,
         PRECISION=precision if config.tf32 else "ieee",
         INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64(x.shape[1:], (channels, 1)),
         num_warps=config.num_warps,

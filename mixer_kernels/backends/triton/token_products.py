@@ -22,18 +22,19 @@ from .gelu import gelu
 from .launch import launch, needs_int64
 from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
 from .prepack import token_weights
+from .swiglu import swiglu
 
 
 @triton.jit
 def _token_product_kernel(
-    w_ptr,  # [M_pad, K_pad], zero-padded: W1 or W2
-    bias_ptr,  # [M_pad] float32
+    w_ptr,  # [M_pad, K_pad], zero-padded: W1 or W2; GLU's W1: [2 * M_pad, K_pad], values and gates
+    bias_ptr,  # [M_pad] float32; GLU's b1: [2 * M_pad]
     x_ptr,  # [B, S, C], any strides: what FIRST normalises, else the residual
     mean_ptr,  # [B * S] float32, FIRST only
     rstd_ptr,  # [B * S] float32, FIRST only
     gamma_ptr,  # [C] or None
     beta_ptr,  # [C] or None
-    a_ptr,  # [B, D_S, C] contiguous: the output of FIRST, the right operand of the second product
+    a_ptr,  # [B, D_S, C] contiguous: the output of FIRST, the right operand of the second product; or z
     u_ptr,  # [B, S, C] contiguous: the output of the second product
     S,
     C,
@@ -54,6 +55,8 @@ def _token_product_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     TANH: tl.constexpr,
+    GLU: tl.constexpr,
+    M_PAD: tl.constexpr,  # GLU's FIRST: rows of W1 from a value to its gate
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
@@ -92,9 +95,14 @@ def _token_product_kernel(
         offs_c = offs_c.to(tl.int64)
         offs_k = offs_k.to(tl.int64)
     x_ptr += image * stride_b
-    a_ptr += image * D_S * C
+    if GLU and KEEP_Z:
+        a_ptr += image * 2 * D_S * C
+    else:
+        a_ptr += image * D_S * C
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    if GLU and FIRST:
+        gate = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         rows = k0 + offs_k
         mask_k = rows < K
@@ -109,14 +117,23 @@ def _token_product_kernel(
         else:
             right = tl.load(a_ptr + rows[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
         acc = tl.dot(w, right, acc, input_precision=PRECISION)
+        if GLU and FIRST:
+            gate = tl.dot(tl.load(w_tile_ptr + M_PAD * K_PAD + k0), right, gate, input_precision=PRECISION)
 
     mask = (offs_m < M)[:, None] & mask_c[None, :]
     acc += tl.load(bias_ptr + offs_m)[:, None]
     offs_out = offs_m[:, None] * C + offs_c[None, :]
     if FIRST:
         a = acc
+        if GLU:
+            gate += tl.load(bias_ptr + M_PAD + offs_m)[:, None]
+            if KEEP_Z:
+                tl.store(a_ptr + D_S * C + offs_out, gate.to(DTYPE), mask=mask)
         if not KEEP_Z:
-            a = gelu(acc, TANH, EXACT)
+            if GLU:
+                a = swiglu(acc, gate)
+            else:
+                a = gelu(acc, TANH, EXACT)
             if DROPOUT:
                 a *= kept_hidden(seed_ptr, offs_m[:, None], offs_c[None, :], image, dropout_p, dropout_scale)
         tl.store(a_ptr + offs_out, a.to(DTYPE), mask=mask)
@@ -143,12 +160,13 @@ def token_mixing_products(
     dtype: torch.dtype,
     precision: str,
     noise: Noise,
+    activation: str = "gelu",
 ) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; any S."""
-    a = torch.empty(x.shape[0], w1.shape[0], x.shape[2], dtype=dtype, device=x.device)
+    a = torch.empty(x.shape[0], w2.shape[1], x.shape[2], dtype=dtype, device=x.device)
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weights = (w1, b1, w2, b2)
-    shared = {"approximate": approximate, "precision": precision, "noise": noise}
+    shared = {"approximate": approximate, "precision": precision, "noise": noise, "activation": activation}
     _run_product(x, mean, rstd, gamma, beta, weights, a, u, first=True, **shared)
     _run_product(x, mean, rstd, gamma, beta, weights, a, u, first=False, **shared)
     return u
@@ -167,25 +185,27 @@ def token_hidden(
     *,
     dtype: torch.dtype,
     precision: str,
+    activation: str = "gelu",
 ) -> Tensor:
-    """z ``[B, D_S, C]``, recomputed for the backward pass."""
+    """z ``[B, rows of w1, C]``, recomputed for the backward pass."""
     z = torch.empty(x.shape[0], w1.shape[0], x.shape[2], dtype=dtype, device=x.device)
     _run_product(
         x, mean, rstd, gamma, beta, (w1, b1, w2, b2), z, None, first=True, keep_z=True,
-        approximate="none", precision=precision, noise=Noise(),
+        approximate="none", precision=precision, noise=Noise(), activation=activation,
     )  # fmt: skip
     return z
 
 
 def _run_product(
-    x, mean, rstd, gamma, beta, weights, a, u, *, first, approximate, precision, noise, keep_z=False
+    x, mean, rstd, gamma, beta, weights, a, u, *, first, approximate, precision, noise, activation, keep_z=False
 ) -> None:
     batch_size, tokens, channels = x.shape
-    hidden = a.shape[1]
-    target, exact = target_of(x.device), precision == "ieee"
-    config = token_product_config(target, a.dtype, exact, noise=noise.on_branch)
+    w_rows, hidden = weights[0].shape[0], weights[2].shape[1]
+    target, exact, gated = target_of(x.device), precision == "ieee", activation == "swiglu"
+    config = token_product_config(target, a.dtype, exact, noise=noise.on_branch, gated=gated and first)
     multiple = max(config.block_m, config.block_k)
-    packed = token_weights(*weights, a.dtype, tokens=round_up(tokens, multiple), hidden=round_up(hidden, multiple))
+    hidden_padded = round_up(hidden, multiple)
+    packed = token_weights(*weights, a.dtype, tokens=round_up(tokens, multiple), hidden=hidden_padded)
     w, bias, rows = (packed.w1, packed.b1, hidden) if first else (packed.w2, packed.b2, tokens)
     launch(
         _token_product_kernel,
@@ -212,8 +232,10 @@ def _run_product(
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
         TANH=approximate == "tanh",
+        GLU=gated,
+        M_PAD=hidden_padded if gated and first else 0,
         PRECISION=precision,
-        INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64((max(tokens, hidden), channels), (channels, 1)),
+        INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64((max(tokens, w_rows), channels), (channels, 1)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -23,15 +23,16 @@ from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import kept_hidden, noise_arguments
 from .prepack import transposed_weight
+from .swiglu import swiglu_and_slopes
 
 
 @triton.jit
 def _token_gelu_bwd_kernel(
     w_ptr,  # [D_PAD, S_PAD], zero-padded: W2'
     g_ptr,  # [B, S, C] contiguous
-    z_ptr,  # [B, D_S, C] contiguous
+    z_ptr,  # [B, D_S, C] contiguous; GLU: [B, 2 * D_S, C], values and gates
     a_ptr,  # [B, D_S, C] contiguous
-    dz_ptr,  # [B, D_S, C] contiguous
+    dz_ptr,  # contiguous, like z
     S,
     C,
     D_S,
@@ -46,6 +47,7 @@ def _token_gelu_bwd_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     TANH: tl.constexpr,
+    GLU: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
@@ -73,24 +75,37 @@ def _token_gelu_bwd_kernel(
 
     mask = (offs_d < D_S)[:, None] & (offs_c < C)[None, :]
     offs = image * D_S * C + offs_d[:, None] * C + offs_c[None, :]
-    a, slope = gelu_and_slope(tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32), TANH, EXACT)
+    if GLU:
+        offs_z = offs + image * D_S * C
+        offs_gate = offs_z + D_S * C
+        a, slope, gate_slope = swiglu_and_slopes(
+            tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(tl.float32),
+            tl.load(z_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32),
+        )
+    else:
+        a, slope = gelu_and_slope(tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32), TANH, EXACT)
     if DROPOUT:
         kept = kept_hidden(seed_ptr, offs_d[:, None], offs_c[None, :], image, dropout_p, dropout_scale)
         a *= kept
         da *= kept
     tl.store(a_ptr + offs, a.to(DTYPE), mask=mask)
-    tl.store(dz_ptr + offs, (da * slope).to(DTYPE), mask=mask)
+    if GLU:
+        tl.store(dz_ptr + offs_z, (da * slope).to(DTYPE), mask=mask)
+        tl.store(dz_ptr + offs_gate, (da * gate_slope).to(DTYPE), mask=mask)
+    else:
+        tl.store(dz_ptr + offs, (da * slope).to(DTYPE), mask=mask)
 
 
 def token_gelu_backward(
-    g: Tensor, w2: Tensor, z: Tensor, *, approximate: str, precision: str, noise: Noise
+    g: Tensor, w2: Tensor, z: Tensor, *, approximate: str, precision: str, noise: Noise, activation: str = "gelu"
 ) -> tuple[Tensor, Tensor]:
-    """``(a, dz)`` ``[B, D_S, C]`` from ``g [B, S, C]``, ``w2 [S, D_S]`` and ``z [B, D_S, C]``, which dz overwrites."""
-    batch_size, hidden, channels = z.shape
-    tokens = g.shape[1]
-    config = token_gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee")
+    """``a [B, D_S, C]`` and dz from ``g [B, S, C]``, ``w2 [S, D_S]`` and z ``[B, rows of w1, C]``, where dz goes."""
+    batch_size, tokens, channels = g.shape
+    hidden = w2.shape[1]
+    gated = activation == "swiglu"
+    config = token_gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee", gated=gated)
     packed = transposed_weight(w2, g.dtype)
-    a = torch.empty_like(z)
+    a = torch.empty(batch_size, hidden, channels, dtype=z.dtype, device=z.device)
     launch(
         _token_gelu_bwd_kernel,
         batch_size * cdiv(hidden, config.block_m) * cdiv(channels, config.block_n),
@@ -109,6 +124,7 @@ def token_gelu_backward(
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
         TANH=approximate == "tanh",
+        GLU=gated,
         PRECISION=precision,
         INT64=needs_int64((max(tokens, hidden), channels), (channels, 1)),
         num_warps=config.num_warps,

@@ -28,8 +28,8 @@ from .noise import kept_image, noise_arguments
 def _token_weight_gradient_kernel(
     left_ptr,  # [B, D_S, C] contiguous: dz for W1, a for W2
     right_ptr,  # W1: x [B, S, C], any strides; W2: g [B, S, C] contiguous
-    mean_ptr,  # W1: [B * S] float32
-    rstd_ptr,  # W1: [B * S] float32
+    mean_ptr,  # W1: [B * S] float32, or None for an affine map without statistics
+    rstd_ptr,  # W1: [B * S] float32, or None
     gamma_ptr,  # W1: [C] or None
     beta_ptr,  # W1: [C] or None
     partial_ptr,  # [SPLITS, D_S, S] float32
@@ -93,9 +93,12 @@ def _token_weight_gradient_kernel(
             other=0.0,
         )  # [BLOCK_S, BLOCK_C]
         if IS_W1:
-            mean = tl.load(mean_ptr + image * S + offs_s, mask=mask_s, other=0.0)
-            rstd = tl.load(rstd_ptr + image * S + offs_s, mask=mask_s, other=0.0)
-            n = (right.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            if mean_ptr is not None:
+                mean = tl.load(mean_ptr + image * S + offs_s, mask=mask_s, other=0.0)
+                rstd = tl.load(rstd_ptr + image * S + offs_s, mask=mask_s, other=0.0)
+                n = (right.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            else:
+                n = right.to(tl.float32)
             if gamma_ptr is not None:
                 n *= tl.load(gamma_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
             if beta_ptr is not None:
@@ -118,7 +121,7 @@ def _token_weight_gradient_kernel(
 def weight_gradient(
     left: Tensor,
     right: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
+    norm: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None,
     *,
     precision: str,
     noise: Noise,

@@ -1,0 +1,248 @@
+"""A half of a PatchTSMixer layer in one kernel, for short axes: equations (30) to (32) of docs/maths.md.
+
+::
+
+    n = LN(x)                             over the features, the last axis of x
+    v = fc2(GELU(fc1(n)))                 along the mixed axis: features, patches or channels
+    y = x + v * softmax(Wg . v + bg)      the gate; or before fc1: n * softmax(Wg . n + bg)
+
+A program owns a tile ``[ROWS, K]``, the whole mixed axis by rows. Mixing features, its rows are any of x's, each with
+its own LayerNorm. Mixing patches or channels they are features of one image, and LayerNorm is along them: a program
+reads all of the image, which lies in the cache, for the sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.configs import gated_mixing_config
+from ..rounding import cdiv, round_up
+from .channel_descriptors import quarters
+from .gelu import gelu
+from .launch import launch, needs_int64
+from .prepack import square_weight, token_weights
+
+
+@triton.jit
+def _statistics_over_rows(
+    x_ptr, rows, mask_k, offs_k, stride_row, stride_k, eps, ROWS: tl.constexpr, K: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """Mean and rstd over all rows of an image, for each place on the mixed axis."""
+    offs_r = tl.arange(0, ROWS)
+    if INT64:
+        offs_r = offs_r.to(tl.int64)
+    total = tl.zeros((K,), tl.float32)
+    for r0 in range(0, rows, ROWS):
+        mask = (r0 + offs_r < rows)[:, None] & mask_k[None, :]
+        x = tl.load(x_ptr + (r0 + offs_r)[:, None] * stride_row + offs_k[None, :] * stride_k, mask=mask, other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+    mean = total / rows
+    squares = tl.zeros((K,), tl.float32)
+    rest = tl.zeros((K,), tl.float32)
+    for r0 in range(0, rows, ROWS):
+        mask = (r0 + offs_r < rows)[:, None] & mask_k[None, :]
+        x = tl.load(x_ptr + (r0 + offs_r)[:, None] * stride_row + offs_k[None, :] * stride_k, mask=mask, other=0.0)
+        d = tl.where(mask, x.to(tl.float32) - mean[None, :], 0.0)
+        squares += tl.sum(d * d, 0)
+        rest += tl.sum(d, 0)
+    # rstd multiplies the rounding error of the mean, by a thousand in a row without variance: the rest corrects it.
+    rest /= rows
+    return mean + rest, 1.0 / tl.sqrt_rn(squares / rows - rest * rest + eps)
+
+
+@triton.jit
+def _statistics_of_rows(x, mask, extent, eps):
+    """Mean and rstd of each row of the tile."""
+    mean = tl.sum(x, 1) / extent
+    d = tl.where(mask, x - mean[:, None], 0.0)
+    rest = tl.sum(d, 1) / extent
+    return mean + rest, 1.0 / tl.sqrt_rn(tl.sum(d * d, 1) / extent - rest * rest + eps)
+
+
+@triton.jit
+def _add_product(acc, v, w_ptr, FIRST: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + v . W[:, FIRST:FIRST+N]'"""
+    w = tl.load(w_ptr + tl.arange(0, K)[:, None] * K + (FIRST + tl.arange(0, N))[None, :])
+    return tl.dot(v, tl.trans(w), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _gated(v, w_ptr, b_ptr, extent, ROWS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """v * softmax(v . Wg' + bg), zero outside ``extent``; v in float32."""
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    logits = tl.zeros((ROWS, K), tl.float32)
+    if K < 64:
+        logits = _add_product(logits, v.to(DTYPE), w_ptr, 0, K, K, PRECISION)
+    else:  # by parts of the sum: the whole of a wide Wg would fit neither registers nor shared memory
+        parts = quarters(v.to(DTYPE), ROWS, K)
+        for i in tl.static_range(4):
+            if K < 256:
+                logits = _add_product(logits, parts[i], w_ptr, i * (K // 4), K, K // 4, PRECISION)
+            else:
+                smaller = quarters(parts[i], ROWS, K // 4)
+                for j in tl.static_range(4):
+                    logits = _add_product(
+                        logits, smaller[j], w_ptr, i * (K // 4) + j * (K // 16), K, K // 16, PRECISION
+                    )  # fmt: skip
+    offs_k = tl.arange(0, K)
+    logits += tl.load(b_ptr + offs_k)[None, :]
+    logits = tl.where((offs_k < extent)[None, :], logits, float("-inf"))
+    e = tl.exp(logits - tl.max(logits, 1, keep_dims=True))
+    return v * (e / tl.sum(e, 1, keep_dims=True))
+
+
+@triton.jit
+def _gated_mixing_kernel(
+    x_ptr,  # any strides, as below
+    gamma_ptr,  # [features] or None
+    beta_ptr,  # [features] or None
+    w1_ptr,  # [HIDDEN, K], zero-padded
+    b1_ptr,  # [HIDDEN] float32, zero-padded
+    w2_ptr,  # [K, HIDDEN], zero-padded
+    b2_ptr,  # [K] float32, zero-padded
+    gate_ptr,  # [K, K], zero-padded, or None
+    gate_bias_ptr,  # [K] float32, zero-padded, or None
+    y_ptr,  # like x, other strides
+    rows,  # to an image
+    extent,  # of the mixed axis
+    inner,  # images along the inner of two axes of images
+    stride_outer,  # of x
+    stride_inner,
+    stride_row,
+    stride_k,
+    y_stride_outer,
+    y_stride_inner,
+    y_stride_row,
+    y_stride_k,
+    eps,
+    NORM_ROWS: tl.constexpr,  # LayerNorm along the rows, else along the mixed axis
+    GATE_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    row_tiles = tl.cdiv(rows, ROWS)
+    image = (tl.program_id(0) // row_tiles).to(tl.int64)
+    offs_r = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
+    offs_k = tl.arange(0, K)
+    mask = (offs_r < rows)[:, None] & (offs_k < extent)[None, :]
+    FEATURES: tl.constexpr = ROWS if NORM_ROWS else K
+    feature = offs_r if NORM_ROWS else offs_k
+    features = rows if NORM_ROWS else extent
+    gamma = tl.full((FEATURES,), 1.0, tl.float32)
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
+    beta = tl.zeros((FEATURES,), tl.float32)
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
+    if INT64:
+        offs_r = offs_r.to(tl.int64)
+    x_ptr += (image // inner) * stride_outer + (image % inner) * stride_inner
+    y_ptr += (image // inner) * y_stride_outer + (image % inner) * y_stride_inner
+    offs_x = offs_r[:, None] * stride_row + offs_k[None, :] * stride_k
+
+    x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
+    if NORM_ROWS:
+        mean, rstd = _statistics_over_rows(
+            x_ptr, rows, offs_k < extent, offs_k, stride_row, stride_k, eps, ROWS, K, INT64
+        )  # fmt: skip
+        n = (x - mean[None, :]) * rstd[None, :] * gamma[:, None] + beta[:, None]
+    else:
+        mean, rstd = _statistics_of_rows(x, mask, extent, eps)
+        n = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+    n = tl.where(mask, n, 0.0)
+    if GATE_FIRST and gate_ptr is not None:
+        n = _gated(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
+    n = n.to(DTYPE)
+    v = tl.zeros((ROWS, K), tl.float32)
+    for d0 in tl.range(0, HIDDEN, BLOCK_D, num_stages=STAGES):
+        offs_d = d0 + tl.arange(0, BLOCK_D)
+        w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
+        z = tl.dot(n, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
+        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT).to(DTYPE)
+        w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
+        v = tl.dot(a, tl.trans(w2), v, input_precision=PRECISION)
+    v += tl.load(b2_ptr + offs_k)[None, :]
+    if not GATE_FIRST and gate_ptr is not None:
+        v = _gated(v, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
+    x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
+    offs_y = offs_r[:, None] * y_stride_row + offs_k[None, :] * y_stride_k
+    tl.store(y_ptr + offs_y, (x + v).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def gated_mixing(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    *,
+    axis: int,
+    gate_first: bool,
+    eps: float,
+    approximate: str,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis`` 1, 2 or 3."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if axis == 3:  # any rows: of one image where that is no copy, else by image
+        images, rows, extent = (1, 1), x.shape[:3].numel(), x.shape[3]
+        x = x.reshape(rows, extent)
+        strides, y_strides = ((0, 0, t.stride(0), t.stride(1)) for t in (x, y.view(rows, extent)))
+    else:
+        other = 3 - axis
+        images, rows, extent = (x.shape[0], x.shape[other]), x.shape[3], x.shape[axis]
+        strides, y_strides = ((t.stride(0), t.stride(other), t.stride(3), t.stride(axis)) for t in (x, y))
+    config = gated_mixing_config(dtype, rows, extent, exact=precision == "ieee")
+    block_k = max(16, 1 << (extent - 1).bit_length())
+    hidden = round_up(w1.shape[0], config.block_d)
+    packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=hidden)
+    gate, gate_bias = (None, None) if w_gate is None else square_weight(w_gate, b_gate, dtype, block_k)
+    launch(
+        _gated_mixing_kernel,
+        images[0] * images[1] * cdiv(rows, config.block_c),
+        x,
+        gamma,
+        beta,
+        packed.w1,
+        packed.b1,
+        packed.w2,
+        packed.b2,
+        gate,
+        gate_bias,
+        y,
+        rows,
+        extent,
+        images[1],
+        *strides,
+        *y_strides,
+        eps,
+        NORM_ROWS=axis != 3,
+        GATE_FIRST=gate_first,
+        ROWS=config.block_c,
+        K=block_k,
+        HIDDEN=hidden,
+        BLOCK_D=config.block_d,
+        STAGES=config.num_stages,
+        TANH=approximate == "tanh",
+        PRECISION=precision,
+        INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, y_strides)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y

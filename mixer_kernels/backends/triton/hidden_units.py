@@ -1,0 +1,103 @@
+"""GELU on hidden units in memory, and its backward: where another operator than a product stands beside it.
+
+gMLP keeps z ``[M, F]`` of its first product; its spatial gate takes a = GELU(z) and gives back da, equation (29).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..noise import Noise
+from ..rounding import cdiv
+from .channel_epilogue import hidden_dropout
+from .gelu import gelu, gelu_and_slope
+from .launch import launch
+from .noise import noise_arguments
+
+
+@triton.jit
+def _hidden_gelu_kernel(
+    z_ptr,  # [M, F], row stride stride_z
+    da_ptr,  # [M, F] contiguous, or None
+    out_ptr,  # [M, F] contiguous: a, or dz if there is da
+    sums_ptr,  # [row tiles, F] float32: column sums of dz, or None
+    M,
+    F,
+    S,  # rows to an image
+    stride_z,
+    seed_ptr,  # [1] int64 or None
+    dropout_p,
+    dropout_scale,
+    path_p,
+    path_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TANH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DROP_PATH: tl.constexpr,
+):
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    n_tiles = tl.cdiv(F, BLOCK_N)
+    m_tile = (tl.program_id(0) // n_tiles).to(tl.int64)
+    offs_m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < F
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * F + offs_n[None, :]
+    z = tl.load(z_ptr + offs_m[:, None] * stride_z + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    if da_ptr is None:
+        out = gelu(z, TANH, EXACT)
+    else:
+        _, slope = gelu_and_slope(z, TANH, EXACT)
+        out = slope * tl.load(da_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if DROPOUT:
+        out = hidden_dropout(out, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + m_tile * F + offs_n, tl.sum(out, 0), mask=mask_n)
+    tl.store(out_ptr + offs, out.to(DTYPE), mask=mask)
+
+
+def hidden_gelu(z: Tensor, tokens: int, *, approximate: str, noise: Noise) -> Tensor:
+    """``a [M, F]`` with dropout, contiguous, from z, of whose rows ``tokens`` are an image's."""
+    a = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    _run(z, None, a, None, tokens, approximate, noise)
+    return a
+
+
+def hidden_gelu_backward(
+    da: Tensor, z: Tensor, tokens: int, *, approximate: str, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """``dz [M, F]``, contiguous, and its column sums ``[F]`` in float32."""
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    sums = torch.empty(cdiv(z.shape[0], _BLOCK_M), z.shape[1], dtype=torch.float32, device=z.device)
+    _run(z, da, dz, sums, tokens, approximate, noise)
+    return dz, sums.sum(0)
+
+
+_BLOCK_M = 64
+_BLOCK_N = 64
+
+
+def _run(z, da, out, sums, tokens, approximate, noise) -> None:
+    rows, hidden = z.shape
+    launch(
+        _hidden_gelu_kernel,
+        cdiv(rows, _BLOCK_M) * cdiv(hidden, _BLOCK_N),
+        z,
+        da,
+        out,
+        sums,
+        rows,
+        hidden,
+        tokens,
+        z.stride(0),
+        **noise_arguments(noise),
+        BLOCK_M=_BLOCK_M,
+        BLOCK_N=_BLOCK_N,
+        TANH=approximate == "tanh",
+        num_warps=16,
+    )

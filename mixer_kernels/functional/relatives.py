@@ -1,0 +1,270 @@
+"""MLP-Mixer's relatives: ResMLP's ``token_linear``, gMLP's ``gated_channel_mixing``, PatchTSMixer's ``gated_mixing``.
+
+gMixer is ``mixer_block(..., activation="swiglu")``; ResMLP's other half is ``channel_mixing(..., norm="affine")``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import torch as torch_backend
+from ..tuning.configs import MAX_GATED_EXTENT
+from .checks import check, check_norm, check_shape, choose, needs_grad, seed_for
+
+
+def token_linear(
+    x: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    *,
+    drop_path_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """The token half of a ResMLP block: ``x + scale * (W . (alpha * x + beta) + b)`` along tokens.
+
+    Equations (24) and (25) of docs/maths.md (ResMLP, arXiv:2105.03404). Equivalent to::
+
+        n = torch.addcmul(beta, alpha, x)
+        u = x + scale * F.linear(n.transpose(1, 2), w, b).transpose(1, 2)
+
+    Args:
+        x: ``[B, S, C]``, any strides.
+        alpha, beta: of the affine map, ``[C]`` or None for 1 and 0.
+        w, b: ``[S, S]`` and ``[S]`` or None.
+        scale: LayerScale, ``[C]`` or None for 1.
+        drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
+        backend: "auto", "triton" or "torch"; the cuda backend does not have it.
+
+    Returns:
+        ``u [B, S, C]`` in ``x``'s dtype.
+    """
+    parameters = {"alpha": alpha, "beta": beta, "w": w, "b": b, "scale": scale}
+    x, dtype = check(x, parameters, drop_path_p=drop_path_p)
+    _check_square("w", w, x.shape[1])
+    check_shape("b", b, (x.shape[1],))
+    for vector in ("alpha", "beta", "scale"):
+        check_shape(vector, parameters[vector], (x.shape[2],))
+    name = choose(backend, x, dtype, "token_linear")
+    if name == "torch":
+        return torch_backend.token_linear_forward(x, alpha, beta, w, b, scale, dtype=dtype, drop_path_p=drop_path_p)
+    seed = seed_for(x, (0, drop_path_p))
+    return ops.token_linear(x, alpha, beta, w, b, scale, dtype, drop_path_p, seed, name)
+
+
+def spatial_gating(
+    h: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """gMLP's spatial gating unit: ``h1 * (W . LN(h2) + b)`` along tokens, with ``h1, h2 = h.chunk(2, -1)``.
+
+    Equation (27) of docs/maths.md (gMLP, arXiv:2105.08050). Equivalent to::
+
+        h1, h2 = h.chunk(2, -1)
+        n = F.layer_norm(h2, (C,), gamma, beta, eps)
+        s = h1 * F.linear(n.transpose(1, 2), w, b).transpose(1, 2)
+
+    Args:
+        h: ``[B, S, 2 * C]``, any strides.
+        gamma, beta: LayerNorm's weight and bias, ``[C]`` or None.
+        w, b: ``[S, S]`` and ``[S]`` or None.
+        eps: added to the variance; > 0.
+        backend: "auto", "triton" or "torch"; the cuda backend does not have it.
+
+    Returns:
+        ``s [B, S, C]`` in ``h``'s dtype.
+    """
+    h, dtype = check(h, {"gamma": gamma, "beta": beta, "w": w, "b": b}, (eps,), name="h")
+    if h.shape[2] % 2 != 0:
+        raise ValueError(f"h must have an even number of channels, factors and gates, got {h.shape[2]}")
+    _check_gate(h, gamma, beta, w, b, ("gamma", "beta", "w", "b"), h.shape[2] // 2)
+    name = choose(backend, h, dtype, "spatial_gating")
+    if name == "torch":
+        return torch_backend.spatial_gating_forward(h, gamma, beta, w, b, eps=eps, dtype=dtype)
+    return ops.spatial_gating(h, gamma, beta, w, b, eps, dtype, name)
+
+
+def gated_channel_mixing(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    gate_gamma: Tensor | None,
+    gate_beta: Tensor | None,
+    w_gate: Tensor,
+    b_gate: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    gate_eps: float = 1e-5,
+    approximate: str = "none",
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    memory: str = "fast",
+    backend: str | None = None,
+) -> Tensor:
+    """A whole gMLP block: a channel MLP with ``spatial_gating`` between its products.
+
+    Equivalent to::
+
+        n = F.layer_norm(x, (C,), gamma, beta, eps)
+        h = F.gelu(F.linear(n, w1, b1), approximate=approximate)
+        s = spatial_gating(h, gate_gamma, gate_beta, w_gate, b_gate, eps=gate_eps)
+        y = x + F.linear(s, w2, b2)
+
+    Args:
+        x: ``[B, S, C]``, any strides.
+        gamma, beta: LayerNorm's weight and bias, ``[C]`` or None.
+        w1, b1: ``[F, C]`` and ``[F]`` or None; F is even.
+        gate_gamma, gate_beta: those of the gate's LayerNorm, ``[F / 2]`` or None.
+        w_gate, b_gate: ``[S, S]`` and ``[S]`` or None.
+        w2, b2: ``[C, F / 2]`` and ``[C]`` or None.
+        eps, gate_eps: added to the variances; > 0.
+        approximate: "none" for the erf form of GELU (timm), "tanh" for the tanh form (Flax).
+        dropout_p: probability of dropping an element after GELU and after the second product, in [0, 1].
+        drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
+        memory: "fast" or "min", what training keeps: x, its row statistics and, "fast", the hidden units z.
+        backend: "auto", "triton" or "torch"; the cuda backend does not have it.
+
+    Returns:
+        ``y [B, S, C]`` in ``x``'s dtype.
+    """
+    parameters = {
+        "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "gate_gamma": gate_gamma, "gate_beta": gate_beta,
+        "w_gate": w_gate, "b_gate": b_gate, "w2": w2, "b2": b2,
+    }  # fmt: skip
+    x, dtype = check(x, parameters, (eps, gate_eps), approximate, dropout_p, drop_path_p, memory)
+    channels = x.shape[2]
+    if w1.dim() != 2 or w1.shape[0] % 2 != 0:
+        raise ValueError(f"w1 must be (F, channels) with an even F, got shape {tuple(w1.shape)}")
+    hidden = w1.shape[0]
+    if w1.shape[1] != channels:
+        raise ValueError(f"built for {w1.shape[1]} channels, got {channels}")
+    check_norm(x, parameters)
+    check_shape("b1", b1, (hidden,))
+    names = ("gate_gamma", "gate_beta", "w_gate", "b_gate")
+    _check_gate(x, gate_gamma, gate_beta, w_gate, b_gate, names, hidden // 2)
+    check_shape("w2", w2, (channels, hidden // 2))
+    check_shape("b2", b2, (channels,))
+    name = choose(backend, x, dtype, "gated_channel_mixing")
+    tensors = (gamma, beta, w1, b1, gate_gamma, gate_beta, w_gate, b_gate, w2, b2)
+    if name == "torch":
+        return torch_backend.gated_channel_mixing_forward(
+            x, *tensors, eps=eps, gate_eps=gate_eps, approximate=approximate, dtype=dtype,
+            dropout_p=dropout_p, drop_path_p=drop_path_p,
+        )  # fmt: skip
+    noise = (dropout_p, drop_path_p)
+    keep_z = memory == "fast" and needs_grad(x, *tensors)
+    return ops.gated_channel_mixing(
+        x, *tensors, eps, gate_eps, approximate, dtype, *noise, seed_for(x, noise), name, keep_z
+    )[0]
+
+
+def gated_mixing(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    *,
+    axis: int,
+    gate_first: bool = False,
+    eps: float = 1e-5,
+    approximate: str = "none",
+    backend: str | None = None,
+) -> Tensor:
+    """One mixer of a PatchTSMixer layer: an MLP with a softmax gate, along any axis of ``x``; for short axes.
+
+    Equations (30) to (32) of docs/maths.md (PatchTSMixer, arXiv:2306.09364). Equivalent to::
+
+        v = F.layer_norm(x, (features,), gamma, beta, eps).movedim(axis, -1)
+        v = F.linear(F.gelu(F.linear(v, w1, b1), approximate=approximate), w2, b2)
+        v = v * F.softmax(F.linear(v, w_gate, b_gate), -1)
+        y = x + v.movedim(-1, axis)
+
+    With ``gate_first`` the third line is the second. Hugging Face's layer mixes ``axis=-3`` (channels of the series,
+    the gate first), ``axis=-2`` (patches) and ``axis=-1`` (features), in that order.
+
+    Args:
+        x: ``[..., features]`` with the mixed axis among its last three; any strides. K is that axis's size.
+        gamma, beta: LayerNorm's weight and bias, ``[features]`` or None.
+        w1, b1: ``[H, K]`` and ``[H]`` or None.
+        w2, b2: ``[K, H]`` and ``[K]`` or None.
+        w_gate, b_gate: ``[K, K]`` and ``[K]``, or None: ``w_gate`` None for no gate.
+        axis: -1, -2 or -3.
+        gate_first: the gate before the MLP rather than behind it.
+        eps: added to the variance; > 0.
+        approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
+        backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernel takes a K up to 256.
+
+    Returns:
+        ``y`` in ``x``'s shape and dtype.
+    """
+    if axis not in (-1, -2, -3):
+        raise ValueError(f"axis must be -1, -2 or -3, got {axis}")
+    if x.layout is torch.strided and x.dim() < max(2, -axis):
+        raise ValueError(f"x must have {max(2, -axis)} axes or more to mix axis {axis}, got shape {tuple(x.shape)}")
+    shape = x.shape
+    if x.layout is torch.strided and not x.is_nested:
+        x = x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
+    parameters = {
+        "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate": w_gate, "b_gate": b_gate
+    }  # fmt: skip
+    x, dtype = check(x, parameters, (eps,), approximate, dim=4)
+    extent = x.shape[axis]
+    if w1.dim() != 2:
+        raise ValueError(f"w1 must be (H, K), got shape {tuple(w1.shape)}")
+    hidden = w1.shape[0]
+    if w1.shape[1] != extent:
+        raise ValueError(f"built for {w1.shape[1]} along axis {axis}, got {extent}")
+    check_norm(x, parameters)
+    check_shape("b1", b1, (hidden,))
+    check_shape("w2", w2, (extent, hidden))
+    check_shape("b2", b2, (extent,))
+    check_shape("w_gate", w_gate, (extent, extent))
+    check_shape("b_gate", b_gate, (extent,))
+    if w_gate is None and b_gate is not None:
+        raise ValueError("b_gate is given without w_gate")
+    unfit = None
+    if extent > MAX_GATED_EXTENT:
+        unfit = f"its kernel mixes axes of up to {MAX_GATED_EXTENT}, got {extent}"
+    name = choose(backend, x, dtype, "gated_mixing", unfit)
+    tensors = (gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
+    if name == "torch":
+        y = torch_backend.gated_mixing_forward(
+            x, *tensors, axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype
+        )
+    else:
+        y = ops.gated_mixing(x, *tensors, axis + 4, gate_first, eps, approximate, dtype, name)
+    return y.view(shape)
+
+
+def _check_gate(x, gamma, beta, w, b, names: tuple[str, ...], channels: int) -> None:
+    tokens = x.shape[1]
+    check_shape(names[0], gamma, (channels,))
+    check_shape(names[1], beta, (channels,))
+    _check_square(names[2], w, tokens)
+    check_shape(names[3], b, (tokens,))
+
+
+def _check_square(name: str, w: Tensor, tokens: int) -> None:
+    if w.dim() != 2 or w.shape[0] != w.shape[1]:
+        raise ValueError(f"{name} must be (tokens, tokens), got shape {tuple(w.shape)}")
+    if w.shape[0] != tokens:
+        raise ValueError(f"built for {w.shape[0]} tokens, got {tokens}")

@@ -1,0 +1,34 @@
+"""The torch.library operators ``mixer_kernels::*`` of the Mixer and its relatives, and their backward.
+
+One operator per call of the functional API, so that ``torch.compile`` and ``torch.export`` see one node whatever the
+backend does inside. Operators take tensors that ``functional`` has checked, the dtype of the products and the name of
+a backend with kernels; they return new contiguous tensors.
+"""
+
+from .mixer import channel_mixing, channel_mixing_backward, mixer_block, token_mixing, token_mixing_backward
+from .relatives import (
+    gated_channel_mixing,
+    gated_channel_mixing_backward,
+    gated_mixing,
+    gated_mixing_backward,
+    spatial_gating,
+    spatial_gating_backward,
+    token_linear,
+    token_linear_backward,
+)
+
+__all__ = [
+    "channel_mixing",
+    "channel_mixing_backward",
+    "gated_channel_mixing",
+    "gated_channel_mixing_backward",
+    "gated_mixing",
+    "gated_mixing_backward",
+    "mixer_block",
+    "spatial_gating",
+    "spatial_gating_backward",
+    "token_linear",
+    "token_linear_backward",
+    "token_mixing",
+    "token_mixing_backward",
+]

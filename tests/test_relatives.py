@@ -1,0 +1,432 @@
+"""The kernels of MLP-Mixer's relatives against float64, by the accuracy rule, forward and backward.
+
+gMixer's SwiGLU and ResMLP's affine map are kinds of the Mixer's functions; ResMLP's token_linear and gMLP's gate have
+their own. Each function is taken as what it is equivalent to says, and its torch backend against timm's modules.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
+from blocks import LAYOUTS, make_x
+from test_kernels import on_target
+
+import mixer_kernels.functional as F
+from mixer_kernels import ops
+from mixer_kernels.shapes import MixerShape
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def linear(rows, columns):
+    return torch.randn(rows, columns) * columns**-0.5
+
+
+def vector(size, offset=0.0):
+    return offset + 0.3 * torch.randn(size)
+
+
+def gmixer(S, C):
+    """A block of gMixer: hidden widths that are no multiples of a tile."""
+    d_s, d_c = S // 2 + 3, C + 5
+    return {
+        "gamma1": vector(C, 1.0), "beta1": vector(C), "w1": linear(2 * d_s, S), "b1": vector(2 * d_s),
+        "w2": linear(S, d_s), "b2": vector(S), "gamma2": vector(C, 1.0), "beta2": vector(C),
+        "w3": linear(2 * d_c, C), "b3": vector(2 * d_c), "w4": linear(C, d_c), "b4": vector(C),
+    }  # fmt: skip
+
+
+def affine_channels(S, C):
+    d_c = 2 * C + 3
+    return {
+        "gamma": vector(C, 1.0), "beta": vector(C), "w3": linear(d_c, C), "b3": vector(d_c),
+        "w4": linear(C, d_c), "b4": vector(C),
+    }  # fmt: skip
+
+
+def resmlp_tokens(S, C):
+    return {
+        "alpha": vector(C, 1.0), "beta": vector(C), "w": linear(S, S), "b": vector(S), "scale": vector(C, 0.5),
+    }  # fmt: skip
+
+
+def gate(S, C):
+    half = C // 2
+    return {"gamma": vector(half, 1.0), "beta": vector(half), "w": linear(S, S), "b": vector(S, 1.0)}
+
+
+def gmlp(S, C):
+    half = C + 9
+    return {
+        "gamma": vector(C, 1.0), "beta": vector(C), "w1": linear(2 * half, C), "b1": vector(2 * half),
+        "gate_gamma": vector(half, 1.0), "gate_beta": vector(half), "w_gate": linear(S, S), "b_gate": vector(S, 1.0),
+        "w2": linear(C, half), "b2": vector(C),
+    }  # fmt: skip
+
+
+# name: (function, its parameters, options that make it the relative's)
+RELATIVES = {
+    "gmixer": (F.mixer_block, gmixer, {"activation": "swiglu"}),
+    "resmlp channels": (F.channel_mixing, affine_channels, {"norm": "affine"}),
+    "resmlp tokens": (F.token_linear, resmlp_tokens, {}),
+    "spatial gating": (F.spatial_gating, gate, {}),
+    "gmlp": (F.gated_channel_mixing, gmlp, {}),
+}
+each_relative = pytest.mark.parametrize("name", RELATIVES)
+
+CASES = {  # tokens, channels, dtype
+    "below a tile": (7, 14, torch.float32),
+    "tile + 1, float32": (65, 34, torch.float32),
+    "tile + 1, float16": (65, 34, torch.float16),
+    "tile + 1, bfloat16": (65, 34, torch.bfloat16),
+    "224 px": (196, 24, torch.bfloat16),
+    "beyond the fused kernel": (257, 18, torch.bfloat16),
+}
+
+
+def evaluate(name, x, parameters, backend, dy=None, **options):
+    """The output, and with ``dy`` the gradients of x and of every parameter, by name."""
+    function, _, own = RELATIVES[name]
+    leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in {"x": x, **parameters}.items()}
+    arguments = dict(leaves)
+    with torch.set_grad_enabled(dy is not None):
+        y = function(arguments.pop("x"), **arguments, **own, **options, backend=backend)
+    results = {"output": y.detach()}
+    if dy is not None:
+        present = {k: leaf for k, leaf in leaves.items() if leaf is not None}
+        gradients = torch.autograd.grad(y, list(present.values()), dy)
+        results |= {f"gradient of {k}": gradient for k, gradient in zip(present, gradients, strict=True)}
+    return results
+
+
+def assert_matches_eager(name, x, parameters, device, target="sm_80", backward=True, memory=None, **options):
+    kept = {"memory": memory} if memory is not None and name != "resmlp tokens" and name != "spatial gating" else {}
+    dy = None
+    if backward:
+        outputs = evaluate(name, x, parameters, "torch", **options)["output"]
+        dy = torch.randn(outputs.shape, device=device).to(outputs.dtype)
+    with on_target(target, device):
+        actual = evaluate(name, x, parameters, "triton", dy, **kept, **options)
+    eager = evaluate(name, x, parameters, "torch", dy, **options)
+    wide = {k: None if t is None else t.double() for k, t in parameters.items()}
+    exact = evaluate(name, x.double(), wide, "torch", None if dy is None else dy.double(), **options)
+    assert actual.keys() == exact.keys()
+    for what in actual:
+        factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
+        assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+
+
+def inputs(name, shape, dtype, device, batch_size=2, layout="contiguous"):
+    tokens, channels = shape
+    parameters = {k: t.to(device, dtype) for k, t in RELATIVES[name][1](tokens, channels).items()}
+    return make_x(batch_size, MixerShape(tokens, channels, 1, 1), dtype, device, layout), parameters
+
+
+@pytest.mark.parametrize(("tokens", "channels", "dtype"), CASES.values(), ids=CASES.keys())
+@each_relative
+def test_matches_eager(name, tokens, channels, dtype, device):
+    assert_matches_eager(name, *inputs(name, (tokens, channels), dtype, device), device)
+
+
+@pytest.mark.parametrize("memory", F.MEMORY_MODES)
+@each_relative
+def test_tensor_descriptors_match_eager(name, memory, device):
+    """The kernels that sm_90 runs; the hidden units' rows are padded to whole 16-byte vectors."""
+    x, parameters = inputs(name, (49, 48), torch.bfloat16, device)
+    assert_matches_eager(name, x, parameters, device, "sm_90", memory=memory)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
+@each_relative
+def test_layouts_are_read_as_they_are(name, layout, device):
+    x, parameters = inputs(name, (20, 24), torch.float32, device, layout=layout)
+    before = x.clone()
+    assert_matches_eager(name, x, parameters, device)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@each_relative
+def test_without_what_may_be_none(name, dtype, device):
+    x, parameters = inputs(name, (20, 24), dtype, device)
+    bare = {k: t if t.dim() == 2 else None for k, t in parameters.items()}
+    assert_matches_eager(name, x, bare, device)
+    for only in ("scale", "alpha", "beta", "gamma"):  # a part of an affine map alone
+        if only in parameters:
+            assert_matches_eager(name, x, {**bare, only: parameters[only]}, device)
+
+
+@pytest.mark.parametrize("stream", (torch.float32, torch.bfloat16), ids=str)
+@each_relative
+def test_autocast(name, stream, device):
+    """float32 parameters, bfloat16 products, a stream of either."""
+    x, parameters = inputs(name, (49, 40), torch.float32, device)
+    x = x.to(stream)
+    dtype = torch.promote_types(stream, torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
+        shape = evaluate(name, x, parameters, "torch")["output"].shape
+    dy = torch.randn(shape, device=device).to(dtype)
+    results = {}
+    with torch.autocast(device, torch.bfloat16):
+        for target in ("sm_80", "sm_90"):
+            with on_target(target, device):
+                results[target] = evaluate(name, x, parameters, "triton", dy)
+        eager = evaluate(name, x, parameters, "torch", dy)
+    wide = {k: t.double() for k, t in parameters.items()}
+    exact = evaluate(name, x.double(), wide, "torch", dy.double())
+    for actual in results.values():
+        assert actual["output"].dtype is dtype
+        for what in actual:
+            factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
+            assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_relative
+def test_mean_far_from_zero(name, dtype, device):
+    """|mean|/std of 30; the affine maps get a beta that takes the mean away again."""
+    tokens, channels = 20, 64
+    parameters = {k: t.to(device, dtype) for k, t in RELATIVES[name][1](tokens, channels).items()}
+    x = make_x(2, MixerShape(tokens, channels, 1, 1), dtype, device, mean=30.0)
+    if "resmlp" in name:
+        parameters["beta"] = (-30 * parameters["alpha" if "alpha" in parameters else "gamma"].float()).to(dtype)
+    assert_matches_eager(name, x, parameters, device, "sm_90", backward=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_scale_as_it_starts(dtype, device):
+    """1e-6, which float16 holds with three bits: the weight's gradient is not lost below float16's numbers."""
+    x, parameters = inputs("resmlp tokens", (20, 24), dtype, device)
+    parameters["scale"] = torch.full_like(parameters["scale"], 1e-6)
+    for name in ("alpha", "beta"):
+        parameters[name] = 1e-2 * parameters[name]
+    assert_matches_eager("resmlp tokens", 1e2 * x, parameters, device)
+
+
+def test_layer_scale_of_zero(device):
+    x, parameters = inputs("resmlp tokens", (20, 24), torch.float32, device)
+    parameters["scale"] = torch.zeros_like(parameters["scale"])
+    assert_matches_eager("resmlp tokens", x, parameters, device)
+
+
+@pytest.mark.parametrize("options", ({"drop_path_p": 0.5}, {"dropout_p": 0.3, "drop_path_p": 0.4}), ids=str)
+@each_relative
+def test_noise_is_the_same_in_forward_and_backward(name, options, device):
+    """The gradient along a random direction is the slope of the output, with the seed held."""
+    if name == "spatial gating" or (name == "resmlp tokens" and "dropout_p" in options):
+        pytest.skip("has no such noise")
+    x, parameters = inputs(name, (20, 24), torch.float32, device, batch_size=6)
+    function, _, own = RELATIVES[name]
+    tensors = [t.requires_grad_() for t in (x, *parameters.values())]
+
+    def run(tensors):
+        torch.manual_seed(7)
+        return function(tensors[0], *tensors[1:], **own, **options, backend="triton")
+
+    y = run(tensors)
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, tensors, dy)
+    directions = [torch.randn_like(t) for t in tensors]
+    step = 1e-3
+    with torch.no_grad():
+        high, low = (run([t + sign * step * d for t, d in zip(tensors, directions, strict=True)]) for sign in (1, -1))
+        plain = function(x, *parameters.values(), **own, backend="triton")
+    slope = ((high - low).double() / (2 * step) * dy.double()).sum()
+    predicted = sum((g * d).double().sum() for g, d in zip(gradients, directions, strict=True))
+    torch.testing.assert_close(predicted, slope, rtol=2e-3, atol=0.05)
+    assert not torch.allclose(y, plain), "nothing was dropped"
+
+
+@each_relative
+def test_each_gradient_alone(name, device):
+    x, parameters = inputs(name, (20, 24), torch.float32, device)
+    function, _, own = RELATIVES[name]
+    dy = torch.randn_like(evaluate(name, x, parameters, "torch")["output"])
+    whole = evaluate(name, x, parameters, "triton", dy)
+    for wanted in ("x", *parameters):
+        tensors = {k: t.detach().requires_grad_(k == wanted) for k, t in {"x": x, **parameters}.items()}
+        leaf = tensors[wanted]
+        y = function(tensors.pop("x"), **tensors, **own, backend="triton")
+        (gradient,) = torch.autograd.grad(y, leaf, dy)
+        torch.testing.assert_close(gradient, whole[f"gradient of {wanted}"], rtol=1e-5, atol=1e-6)
+
+
+@each_relative
+def test_empty_batch(name, device):
+    x, parameters = inputs(name, (20, 24), torch.float32, device, batch_size=0)
+    eager = evaluate(name, x, parameters, "torch")["output"]
+    for what, tensor in evaluate(name, x, parameters, "triton", torch.empty_like(eager)).items():
+        assert tensor.shape == eager.shape if what == "output" else torch.equal(tensor, torch.zeros_like(tensor))
+
+
+@each_relative
+def test_a_second_derivative_raises(name, device):
+    x, parameters = inputs(name, (20, 24), torch.float32, device)
+    function, _, own = RELATIVES[name]
+    y = function(x.requires_grad_(), **parameters, **own, backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
+        dx.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------------------- operators
+
+
+def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
+    """(operator, its arguments) for the forward, with some inputs frozen, and the backward of a relative."""
+    x, parameters = inputs(name, (20, 24), dtype, device)
+    fixed = [x, *parameters.values()]
+    tensors = [t.detach().requires_grad_(i % 2 == 0) for i, t in enumerate(fixed)]
+    if name == "resmlp tokens":
+        options = (dtype, noise[1], seed, "triton")
+        return [
+            (ops.token_linear, (*tensors, *options)),
+            (ops.token_linear_backward, (torch.randn_like(x), *fixed, *options, [True] * 6)),
+        ]
+    if name == "spatial gating":
+        ds = torch.randn(2, 20, 12, device=device).to(dtype)
+        return [
+            (ops.spatial_gating, (*tensors, 1e-5, dtype, "triton")),
+            (ops.spatial_gating_backward, (ds, *fixed, 1e-5, dtype, "triton", [True] * 5)),
+        ]
+    mean, rstd = (torch.rand(40, device=device) for _ in range(2))
+    if name == "gmlp":
+        z = torch.randn(40, parameters["w1"].shape[0], device=device).to(dtype)
+        options = (1e-6, 1e-5, "none", dtype, *noise, seed, "triton")
+        return [
+            (ops.gated_channel_mixing, (*tensors, *options, True)),
+            (ops.gated_channel_mixing, (*tensors, *options, False)),
+            (ops.gated_channel_mixing_backward, (torch.randn_like(x), mean, rstd, z, *fixed, *options, [True] * 11)),
+        ]
+    if name == "resmlp channels":
+        z = torch.randn(40, parameters["w3"].shape[0], device=device).to(dtype)
+        shared = ("none", dtype, *noise, seed, "triton")
+        return [
+            (ops.channel_mixing, (*tensors, 1e-6, *shared, True, "gelu", "affine")),
+            (ops.channel_mixing_backward, (torch.randn_like(x), x, None, None, z, *fixed[1:], *shared, [True] * 7)),
+        ]
+    tokens, channels, fixed_tokens, fixed_channels = tensors[1:7], tensors[7:], fixed[1:7], fixed[7:]
+    z = torch.randn(40, 2, parameters["w4"].shape[1], device=device).to(dtype)
+    shared = ("none", dtype, *noise, seed, "triton")
+    du, kind = torch.randn_like(x), "swiglu"
+    backward = (ops.token_mixing_backward, ops.channel_mixing_backward)
+    return [
+        (ops.token_mixing, (tensors[0], *tokens, 1e-6, *shared, kind)),
+        (ops.channel_mixing, (tensors[0], *channels, 1e-6, *shared, True, kind)),
+        (backward[0], (du, x, mean, rstd, *fixed_tokens, *shared, [True] * 7, kind)),
+        (backward[1], (du, x, mean, rstd, z, *fixed_channels, *shared, [True] * 7, kind)),
+    ]
+
+
+@each_relative
+def test_opcheck(name, device):
+    """Schema, fakes, autograd, the same under AOT with fixed and dynamic shapes."""
+    for operator, arguments in operator_calls(name, torch.float32, device):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("name", ("resmlp tokens", "gmlp"))
+def test_compiled_training_equals_eager(name, device):
+    x, parameters = inputs(name, (20, 24), torch.float32, device)
+    function, _, own = RELATIVES[name]
+
+    def f(x, *values):
+        return function(x * 2, *values, **own, backend="triton").square().mean()
+
+    def gradients(f):
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters.values())]
+        return torch.autograd.grad(f(*leaves), leaves)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for expected, actual in zip(gradients(f), gradients(compiled), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@each_relative
+def test_the_cuda_backend_says_what_it_lacks(name, device, request):
+    request.getfixturevalue("cuda_kernels")
+    x, parameters = inputs(name, (20, 24), torch.bfloat16, device)
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: it has no kernels for .*backend='triton'"):
+        evaluate(name, x, parameters, "cuda")
+
+
+BAD = {
+    "activation": ("gmixer", {"activation": "relu"}, {}, "activation must be one of 'gelu', 'swiglu', got 'relu'"),
+    "tanh of swiglu": ("gmixer", {"approximate": "tanh"}, {}, "approximate='tanh' is a form of GELU, but activation"),
+    "odd rows": ("gmixer", {}, {"w1": torch.zeros(7, 20)}, "w1 must have an even number of rows.*got 7"),
+    "norm": ("resmlp channels", {"norm": "batch"}, {}, "norm must be one of 'layer', 'affine', got 'batch'"),
+    "not square": (
+        "resmlp tokens",
+        {},
+        {"w": torch.zeros(20, 19)},
+        r"w must be \(tokens, tokens\), got shape \(20, 19",
+    ),
+    "other tokens": ("resmlp tokens", {}, {"w": torch.zeros(19, 19)}, "built for 19 tokens, got 20"),
+    "other channels": ("resmlp tokens", {}, {"scale": torch.zeros(23)}, r"scale must have shape \(24,\), got \(23,\)"),
+    "gate's norm": ("gmlp", {}, {"gate_gamma": torch.zeros(3)}, r"gate_gamma must have shape \(33,\), got \(3,\)"),
+    "gate's eps": ("gmlp", {"gate_eps": 0.0}, {}, "eps must be > 0 and finite, got 0.0"),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "changed", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_arguments(name, options, changed, message):
+    x, parameters = inputs(name, (20, 24), torch.float32, "cpu")
+    function, _, own = RELATIVES[name]
+    with pytest.raises(ValueError, match=message):
+        function(x, **{**parameters, **changed}, **{**own, **options}, backend="torch")
+
+
+def test_a_gate_needs_an_even_number_of_channels():
+    x, parameters = inputs("spatial gating", (20, 24), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="h must have an even number of channels, factors and gates, got 23"):
+        F.spatial_gating(x[..., 1:], **parameters, backend="torch")
+
+
+# --------------------------------------------------------------------------------------------------------------- timm
+
+
+def test_torch_backend_is_timms_blocks(device):
+    """Float64, so that equal means the same computation and not the same rounding."""
+    import timm.layers
+    from timm.models.mlp_mixer import MixerBlock, ResBlock, SpatialGatingBlock
+
+    x = torch.randn(2, 20, 24, dtype=torch.float64)
+
+    def randomized(block):
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        return block.double()
+
+    def of(linear):
+        return linear.weight, linear.bias
+
+    with torch.no_grad():
+        block = randomized(MixerBlock(24, 20, mlp_layer=timm.layers.GluMlp, act_layer=torch.nn.SiLU))
+        t, c = block.mlp_tokens, block.mlp_channels
+        norms = ((block.norm1.weight, block.norm1.bias), (block.norm2.weight, block.norm2.bias))
+        actual = F.mixer_block(
+            x, *norms[0], *of(t.fc1), *of(t.fc2), *norms[1], *of(c.fc1), *of(c.fc2), activation="swiglu"
+        )
+        torch.testing.assert_close(actual, block(x), rtol=1e-12, atol=1e-12)
+
+        block = randomized(ResBlock(24, 20))
+        c, flat = block.mlp_channels, [p.flatten() for n in (block.norm1, block.norm2) for p in (n.alpha, n.beta)]
+        actual = F.token_linear(x, *flat[:2], *of(block.linear_tokens), block.ls1)
+        actual = F.channel_mixing(
+            actual, *flat[2:], *of(c.fc1), block.ls2[:, None] * c.fc2.weight, block.ls2 * c.fc2.bias, norm="affine"
+        )
+        torch.testing.assert_close(actual, block(x), rtol=1e-12, atol=1e-12)
+
+        block = randomized(SpatialGatingBlock(24, 20, mlp_ratio=3))
+        c, norm = block.mlp_channels, block.mlp_channels.gate.norm
+        actual = F.gated_channel_mixing(
+            x, block.norm.weight, block.norm.bias, *of(c.fc1), norm.weight, norm.bias, *of(c.gate.proj), *of(c.fc2),
+            eps=block.norm.eps, gate_eps=norm.eps,
+        )  # fmt: skip
+        torch.testing.assert_close(actual, block(x), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,236 @@
+"""``gated_mixing``, one kernel for a half of a PatchTSMixer layer, by the accuracy rule, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
+from test_kernels import on_target
+
+import mixer_kernels.functional as F
+from mixer_kernels import ops
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# Hugging Face's three mixers: (axis, gate_first).
+MIXERS = {"channels": (-3, True), "patches": (-2, False), "features": (-1, False)}
+each_mixer = pytest.mark.parametrize("mixer", MIXERS)
+
+CASES = {  # batch, channels, patches, features
+    "small, float32": ((2, 3, 4, 8), torch.float32),
+    "small, float16": ((2, 3, 4, 8), torch.float16),
+    "small, bfloat16": ((2, 3, 4, 8), torch.bfloat16),
+    "odd, float32": ((3, 7, 13, 20), torch.float32),
+    "odd, float16": ((3, 7, 13, 20), torch.float16),
+    "tile + 1": ((1, 17, 33, 65), torch.float32),
+    "large": ((1, 2, 64, 192), torch.bfloat16),
+}
+
+
+def make(mixer, shape, dtype, device, factor=2):
+    """x and the parameters of a mixer, the hidden width ``factor`` times the mixed axis."""
+    axis, _ = MIXERS[mixer]
+    extent, features, hidden = shape[axis], shape[-1], factor * shape[axis]
+
+    def linear(rows, columns):
+        return torch.randn(rows, columns) * columns**-0.5
+
+    def vector(size, offset=0.0):
+        return offset + 0.3 * torch.randn(size)
+
+    parameters = {
+        "gamma": vector(features, 1.0), "beta": vector(features), "w1": linear(hidden, extent), "b1": vector(hidden),
+        "w2": linear(extent, hidden), "b2": vector(extent), "w_gate": linear(extent, extent), "b_gate": vector(extent),
+    }  # fmt: skip
+    return torch.randn(shape).to(device, dtype), {k: t.to(device, dtype) for k, t in parameters.items()}
+
+
+def evaluate(mixer, x, parameters, backend, dy=None, **options):
+    axis, gate_first = MIXERS[mixer]
+    leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in {"x": x, **parameters}.items()}
+    arguments = dict(leaves)
+    with torch.set_grad_enabled(dy is not None):
+        y = F.gated_mixing(
+            arguments.pop("x"), **arguments, axis=axis, gate_first=gate_first, backend=backend, **options
+        )
+    results = {"output": y.detach()}
+    if dy is not None:
+        present = {k: leaf for k, leaf in leaves.items() if leaf is not None}
+        gradients = torch.autograd.grad(y, list(present.values()), dy)
+        results |= {f"gradient of {k}": gradient for k, gradient in zip(present, gradients, strict=True)}
+    return results
+
+
+def assert_matches_eager(mixer, x, parameters, device, target="sm_80", **options):
+    dy = torch.randn(x.shape, device=device).to(x.dtype)
+    with on_target(target, device):
+        actual = evaluate(mixer, x, parameters, "triton", dy, **options)
+    eager = evaluate(mixer, x, parameters, "torch", dy, **options)
+    wide = {k: None if t is None else t.double() for k, t in parameters.items()}
+    exact = evaluate(mixer, x.double(), wide, "torch", dy.double(), **options)
+    for what in actual:
+        factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
+        assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES.values(), ids=CASES.keys())
+@each_mixer
+def test_matches_eager(mixer, shape, dtype, device):
+    assert_matches_eager(mixer, *make(mixer, shape, dtype, device), device)
+
+
+@each_mixer
+def test_tiles_of_sm_90(mixer, device):
+    assert_matches_eager(mixer, *make(mixer, (2, 5, 12, 40), torch.bfloat16, device), device, "sm_90")
+
+
+LAYOUTS = {
+    "as eager leaves it": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "channels inside": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "slice": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@each_mixer
+def test_layouts_are_read_as_they_are(mixer, layout, device):
+    x, parameters = make(mixer, (2, 5, 6, 20), torch.float32, device)
+    x = layout(x)
+    before = x.clone()
+    assert_matches_eager(mixer, x, parameters, device)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "absent", (("w_gate", "b_gate"), ("b_gate",), ("b1", "b2"), ("gamma", "beta"), ("gamma",)), ids=str
+)
+@each_mixer
+def test_without_what_may_be_none(mixer, absent, device):
+    x, parameters = make(mixer, (2, 5, 6, 20), torch.float32, device)
+    assert_matches_eager(mixer, x, {**parameters, **dict.fromkeys(absent)}, device, approximate="tanh")
+
+
+@pytest.mark.parametrize("stream", (torch.float32, torch.bfloat16), ids=str)
+@each_mixer
+def test_autocast(mixer, stream, device):
+    x, parameters = make(mixer, (2, 5, 12, 40), torch.float32, device)
+    x = x.to(stream)
+    dy = torch.randn_like(x)
+    with torch.autocast(device, torch.bfloat16):
+        actual, eager = (evaluate(mixer, x, parameters, backend, dy) for backend in ("triton", "torch"))
+    exact = evaluate(mixer, x.double(), {k: t.double() for k, t in parameters.items()}, "torch", dy.double())
+    for what in actual:
+        factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
+        assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+
+
+@pytest.mark.parametrize("mean", (0.0, 30.0))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@each_mixer
+def test_rows_without_variance_and_far_from_zero(mixer, dtype, mean, device):
+    x, parameters = make(mixer, (2, 5, 6, 40), dtype, device)
+    x = (x + mean).to(dtype)
+    x[0, 0] = 0.1
+    assert_matches_eager(mixer, x, parameters, device)
+
+
+def test_logits_far_apart(device):
+    """A softmax that is one element, where exponentials would overflow."""
+    x, parameters = make("features", (2, 3, 4, 20), torch.float32, device)
+    parameters["b_gate"] = 300.0 * torch.randn_like(parameters["b_gate"])
+    assert_matches_eager("features", x, parameters, device)
+
+
+def test_any_number_of_leading_axes(device):
+    x, parameters = make("features", (2, 3, 4, 20), torch.float32, device)
+    y = evaluate("features", x, parameters, "triton")["output"]
+    assert torch.equal(evaluate("features", x[0, 0], parameters, "triton")["output"], y[0, 0])
+    assert torch.equal(evaluate("features", x[None], parameters, "triton")["output"], y[None])
+
+
+@each_mixer
+def test_torch_backend_is_what_it_says_it_is(mixer):
+    axis, gate_first = MIXERS[mixer]
+    x, p = make(mixer, (2, 5, 6, 20), torch.float64, "cpu")
+    v = nnf.layer_norm(x, (20,), p["gamma"], p["beta"], 1e-5).movedim(axis, -1)
+
+    def gate(v):
+        return v * nnf.softmax(nnf.linear(v, p["w_gate"], p["b_gate"]), -1)
+
+    v = gate(v) if gate_first else v
+    v = nnf.linear(nnf.gelu(nnf.linear(v, p["w1"], p["b1"])), p["w2"], p["b2"])
+    v = v if gate_first else gate(v)
+    actual = evaluate(mixer, x, p, "torch")["output"]
+    torch.testing.assert_close(actual, x + v.movedim(-1, axis), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mixer", ("channels", "features"))
+def test_opcheck(mixer, device):
+    x, parameters = make(mixer, (2, 5, 6, 20), torch.float32, device)
+    fixed = [x, *parameters.values()]
+    options = (MIXERS[mixer][0] + 4, MIXERS[mixer][1], 1e-5, "none", torch.float32)
+    tensors = [t.detach().requires_grad_(i % 2 == 0) for i, t in enumerate(fixed)]
+    torch.library.opcheck(ops.gated_mixing, (*tensors, *options, "triton"))
+    torch.library.opcheck(ops.gated_mixing_backward, (torch.randn_like(x), *fixed, *options, [True] * 9))
+
+
+def test_compiled_training_equals_eager(device):
+    x, parameters = make("patches", (2, 5, 6, 20), torch.float32, device)
+
+    def f(x, *values):
+        return F.gated_mixing(x * 2, *values, axis=-2, backend="triton").square().mean()
+
+    def gradients(f):
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters.values())]
+        return torch.autograd.grad(f(*leaves), leaves)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for expected, actual in zip(gradients(f), gradients(compiled), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_empty_batch_and_second_derivative(device):
+    x, parameters = make("patches", (2, 5, 6, 20), torch.float32, device)
+    empty = evaluate("patches", x[:0], parameters, "triton", x[:0])
+    assert empty["output"].shape == (0, 5, 6, 20) and not empty["gradient of w1"].any()
+    y = F.gated_mixing(x.requires_grad_(), **parameters, axis=-2, backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
+        dx.sum().backward()
+
+
+def test_one_launch(device):
+    if device == "cuda":
+        pytest.skip("waits for a machine without a GPU: counts in the strict interpreter")
+    import strict_interpreter
+
+    for mixer in MIXERS:
+        x, parameters = make(mixer, (2, 5, 6, 20), torch.float32, device)
+        with strict_interpreter.record() as launches:
+            evaluate(mixer, x, parameters, "triton")
+        assert [one.kernel for one in launches] == ["_gated_mixing_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "message"),
+    (
+        ({"axis": 0}, {}, "axis must be -1, -2 or -3, got 0"),
+        ({"axis": -1}, {}, "built for 6 along axis -1, got 20"),
+        ({"axis": -2}, {"w_gate": torch.zeros(6, 5)}, r"w_gate must have shape \(6, 6\), got \(6, 5\)"),
+        ({"axis": -2}, {"w_gate": None}, "b_gate is given without w_gate"),
+        ({"axis": -2}, {"x": torch.zeros(20)}, r"x must have 2 axes or more to mix axis -2, got shape \(20,\)"),
+    ),
+    ids=("axis", "other extent", "gate's shape", "bias of no gate", "too few axes"),
+)
+def test_bad_arguments(options, changed, message):
+    x, parameters = make("patches", (2, 5, 6, 20), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=message):
+        F.gated_mixing(**{"x": x, **parameters, **changed}, **options, backend="torch")
+
+
+def test_axes_too_long_for_the_kernel(device):
+    x, parameters = make("features", (1, 1, 2, 257), torch.float32, device)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: its kernel mixes axes of up to 256, got 257"):
+        evaluate("features", x, parameters, "triton")
+    evaluate("features", x, parameters, "auto")
