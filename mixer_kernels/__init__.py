@@ -1,13 +1,25 @@
 """Fused MLP-Mixer kernels: Mixer blocks at the speed of their matrix products.
 
-``FusedMixerBlock`` drops into timm's models, ``FusedMixer`` is the whole model, ``functional`` has the kernels as
-functions. Importing this package needs no GPU, no Triton and no timm, and does not initialise CUDA.
+``fuse_`` lets the kernels compute the blocks of a model that exists, ``FusedMixerBlock`` drops into timm's models,
+``FusedMixer`` is the whole model, ``functional`` has the kernels as functions. Importing this package needs no GPU, no
+Triton and no timm, and does not initialise CUDA.
 """
 
 from . import functional
 from .backends import forget_packs, use_backend
 from .models import FusedMixer
 from .modules import FusedMixerBlock
+from .patch import Report, fuse_, unfuse_
 
 __version__ = "0.1.0"
-__all__ = ["FusedMixer", "FusedMixerBlock", "forget_packs", "functional", "use_backend", "__version__"]
+__all__ = [
+    "FusedMixer",
+    "FusedMixerBlock",
+    "Report",
+    "forget_packs",
+    "functional",
+    "fuse_",
+    "unfuse_",
+    "use_backend",
+    "__version__",
+]

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -98,18 +99,21 @@ class FusedMixerBlock(nn.Module):
         x = x + drop_path(mlp_channels(norm2(x)))
 
     and computed just so, with one warning for each reason on the logger "mixer_kernels", where the kernels do not
-    cover the submodules (``why_not_fused`` says why): norms other than LayerNorm over C, MLPs other than ``Mlp``,
-    activations other than GELU (erf or tanh), active dropouts that differ, stochastic depth that does not rescale,
-    hooks on a submodule. On the ``torch`` backend a seed gives timm's dropout masks; on the kernels it gives others.
+    cover the submodules (``why_not_fused`` says why): norms other than LayerNorm over C, MLPs other than ``Mlp`` with
+    GELU (erf or tanh) and timm's ``GluMlp`` with SiLU, active dropouts that differ, stochastic depth that does not
+    rescale, hooks on a submodule. On the ``torch`` backend a seed gives timm's dropout masks; on the kernels it gives
+    others.
 
     Args:
         dim: channels C.
         seq_len: tokens S.
         mlp_ratio: D_S / C and D_C / C, or one value for both. Both are relative to C, as in timm and in the paper's
             models. A product is rounded down; 0 stands for the width of the MLP's input.
-        mlp_layer: called as ``mlp_layer(in_features, hidden_features, act_layer=, drop=)``.
+        mlp_layer: called as ``mlp_layer(in_features, hidden_features, act_layer=, drop=)``; ``Mlp``, or timm's ``Mlp``
+            or ``GluMlp`` to be fused.
         norm_layer: called as ``norm_layer(dim)``; by default LayerNorm with eps 1e-6.
-        act_layer: ``nn.GELU``, ``partial(nn.GELU, approximate="tanh")``, timm's ``GELU`` or ``GELUTanh`` to be fused.
+        act_layer: ``nn.GELU``, ``partial(nn.GELU, approximate="tanh")``, timm's ``GELU`` or ``GELUTanh`` to be fused;
+            ``nn.SiLU`` with ``GluMlp``.
         drop: dropout probability after the activation and after the second product of both MLPs.
         drop_path: stochastic depth probability of both branches.
         device, dtype: of the parameters; passed on to the layers if given.
@@ -149,21 +153,27 @@ class FusedMixerBlock(nn.Module):
         # Needs nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
         reason = why_not_fused(self)
         if reason is not None:
-            _warn_once(reason)
+            warn_once("FusedMixerBlock", reason)
             x = x + self.drop_path(self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
             return x + self.drop_path(self.mlp_channels(self.norm2(x)))
-        norm1, tokens, norm2, channels = self.norm1, self.mlp_tokens, self.norm2, self.mlp_channels
-        w1, w2, w3, w4 = tokens.fc1, tokens.fc2, channels.fc1, channels.fc2
-        return functional.mixer_block(
-            x,
-            *(norm1.weight, norm1.bias, w1.weight, w1.bias, w2.weight, w2.bias),
-            *(norm2.weight, norm2.bias, w3.weight, w3.bias, w4.weight, w4.bias),
-            eps=(norm1.eps, norm2.eps),
-            approximate=_approximate(tokens.act),
-            dropout_p=_dropout_p(tokens.drop1),
-            drop_path_p=_drop_path_p(self.drop_path),
-            memory=getattr(self, "memory", "fast"),
-        )
+        return fused(self, x, memory=getattr(self, "memory", "fast"))
+
+
+def fused(block: nn.Module, x: Tensor, *, memory: str, backend: str | None = None) -> Tensor:
+    """A ``MixerBlock`` through ``functional.mixer_block``; right if ``why_not_fused(block)`` is None."""
+    norm1, tokens, norm2, channels = block.norm1, block.mlp_tokens, block.norm2, block.mlp_channels
+    w1, w2, w3, w4 = tokens.fc1, tokens.fc2, channels.fc1, channels.fc2
+    return functional.mixer_block(
+        x,
+        *(norm1.weight, norm1.bias, w1.weight, w1.bias, w2.weight, w2.bias),
+        *(norm2.weight, norm2.bias, w3.weight, w3.bias, w4.weight, w4.bias),
+        eps=(norm1.eps, norm2.eps),
+        **activation_of(tokens),
+        dropout_p=dropout_p_of(tokens.drop1),
+        drop_path_p=drop_path_p_of(block.drop_path),
+        memory=memory,
+        backend=backend,
+    )
 
 
 def why_not_fused(block: nn.Module) -> str | None:
@@ -171,114 +181,160 @@ def why_not_fused(block: nn.Module) -> str | None:
 
     Runs on every forward, because modes, hooks and submodules may change between two calls.
     """
+    return why_not_traced() or why_not_covered(block) or why_not_this_noise(block)
+
+
+def why_not_covered(block: nn.Module) -> str | None:
+    """The reasons that lie in the submodules and their hooks, whatever the mode."""
     parts = block._modules  # plain dictionary look-ups: a third of the time of attribute access
-    drop_path, tokens, channels = parts["drop_path"], parts["mlp_tokens"], parts["mlp_channels"]
-    if _has_global_hooks():
-        return "global module hooks are registered"
+    tokens, channels = parts["mlp_tokens"], parts["mlp_channels"]
     return (
-        _why_not_mlp("mlp_tokens", tokens)
-        or _why_not_mlp("mlp_channels", channels)
-        or _why_not_norm("norm1", parts["norm1"], channels._modules["fc1"].in_features)
-        or _why_not_norm("norm2", parts["norm2"], channels._modules["fc1"].in_features)
-        or _why_not_same_dropout(tokens, channels)
-        or _why_not_drop_path(drop_path)
-        or _why_not_same_gelu(tokens._modules["act"], channels._modules["act"])
+        why_not_global_hooks()
+        or why_not_mlp("mlp_tokens", tokens)
+        or why_not_mlp("mlp_channels", channels)
+        or why_not_norm("norm1", parts["norm1"], channels._modules["fc1"].in_features)
+        or why_not_norm("norm2", parts["norm2"], channels._modules["fc1"].in_features)
+        or why_not_drop_path(parts["drop_path"])
+        or why_not_same_activation(tokens, channels)
     )
 
 
-def _why_not_mlp(name: str, mlp: nn.Module) -> str | None:
+def why_not_this_noise(block: nn.Module) -> str | None:
+    """The reasons that lie in dropout and stochastic depth as they are active right now."""
+    parts = block._modules
+    tokens, channels = parts["mlp_tokens"]._modules, parts["mlp_channels"]._modules
+    return why_not_same_dropout(
+        tokens["drop1"], tokens["drop2"], channels["drop1"], channels["drop2"]
+    ) or why_not_rescaled(parts["drop_path"])
+
+
+def why_not_mlp(name: str, mlp: nn.Module) -> str | None:
     cls = type(mlp)
-    if cls is not Mlp and not _is_timm(cls, "mlp", "Mlp"):
-        return f"{name} is {cls.__name__}, not Mlp"
+    if cls is not Mlp and not is_timm(cls, "mlp", "Mlp") and not is_timm(cls, "mlp", "GluMlp"):
+        return f"{name} is {cls.__name__}, not Mlp or GluMlp"
+    return why_not_layers(name, mlp)
+
+
+def why_not_layers(name: str, mlp: nn.Module) -> str | None:
+    """Of ``Mlp``, ``GluMlp`` and ``GatedMlp``, which have the same parts; the last one's gate is not looked at."""
     parts = mlp._modules
     fc1, act, drop1, norm, fc2, drop2 = (
         parts["fc1"], parts["act"], parts["drop1"], parts["norm"], parts["fc2"], parts["drop2"],
     )  # fmt: skip
-    if type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
-        return f"{name} has {type(fc1).__name__} and {type(fc2).__name__}, not Linear"
-    if _is_special(fc1.weight) or _is_special(fc2.weight):
-        return f"{name} has weights of a tensor subclass"
     if type(norm) is not nn.Identity:
         return f"{name} has {type(norm).__name__} between its products"
-    if _approximate(act) is None:
+    if activation_of(mlp) is None:
+        if is_timm(type(mlp), "mlp", "GluMlp"):
+            return f"{name} is GluMlp with {type(act).__name__} and gate_last={mlp.gate_last}, not SiLU and True"
         return f"{name} has {type(act).__name__}, not GELU"
-    for drop in (drop1, drop2):
-        if type(drop) is not nn.Dropout and type(drop) is not nn.Identity:
-            return f"{name} has {type(drop).__name__}, not Dropout"
-    for part in (mlp, fc1, act, drop1, norm, fc2, drop2):
-        if _is_hooked(part):
+    for part in (mlp, act, norm):
+        if is_hooked(part):
             return f"{name} or a part of it has hooks or a replaced forward"
+    return why_not_linear(name, fc1, fc2) or why_not_dropout(name, drop1, drop2)
+
+
+def why_not_linear(name: str, *layers: nn.Module) -> str | None:
+    for layer in layers:
+        if type(layer) is not nn.Linear:
+            return f"{name} has {type(layer).__module__}.{type(layer).__name__}, not torch.nn.Linear"
+        if is_special(layer.weight):
+            return f"{name} has weights of a tensor subclass"
+        if is_hooked(layer):
+            return f"{name} has hooks or a replaced forward on a Linear"
     return None
 
 
-def _why_not_norm(name: str, norm: nn.Module, channels: int) -> str | None:
+def why_not_dropout(name: str, *layers: nn.Module) -> str | None:
+    for layer in layers:
+        if type(layer) is not nn.Dropout and type(layer) is not nn.Identity:
+            return f"{name} has {type(layer).__name__}, not Dropout"
+        if is_hooked(layer):
+            return f"{name} has hooks or a replaced forward on a Dropout"
+    return None
+
+
+def why_not_norm(name: str, norm: nn.Module, channels: int) -> str | None:
     cls = type(norm)
     # timm's LayerNorm is the plain one unless timm's global "fast norm" was on when it was made.
-    if cls is not nn.LayerNorm and not (_is_timm(cls, "norm", "LayerNorm") and not norm._fast_norm):
+    if cls is not nn.LayerNorm and not (is_timm(cls, "norm", "LayerNorm") and not norm._fast_norm):
         return f"{name} is {cls.__name__}, not a plain LayerNorm"
     if norm.normalized_shape != (channels,):
         return f"{name} normalises {norm.normalized_shape}, not ({channels},)"
-    if _is_hooked(norm):
+    if not norm.eps > 0:
+        return f"{name} has eps {norm.eps}"
+    if is_hooked(norm):
         return f"{name} has hooks or a replaced forward"
     return None
 
 
-def _why_not_same_dropout(tokens: nn.Module, channels: nn.Module) -> str | None:
-    tokens, channels = tokens._modules, channels._modules
-    p = _dropout_p(tokens["drop1"])
-    for drop in (tokens["drop2"], channels["drop1"], channels["drop2"]):
-        if _dropout_p(drop) != p:
+def why_not_same_dropout(first: nn.Module, *others: nn.Module) -> str | None:
+    p = dropout_p_of(first)
+    for drop in others:
+        if dropout_p_of(drop) != p:
             return "the dropouts have different probabilities or modes"
     return None
 
 
-def _why_not_drop_path(drop_path: nn.Module) -> str | None:
+def why_not_drop_path(drop_path: nn.Module) -> str | None:
     cls = type(drop_path)
-    if cls is DropPath or _is_timm(cls, "drop", "DropPath"):
-        if _drop_path_p(drop_path) and not drop_path.scale_by_keep:
-            return "stochastic depth does not rescale (scale_by_keep=False)"
-    elif cls is not nn.Identity:
+    if cls is not nn.Identity and cls is not DropPath and not is_timm(cls, "drop", "DropPath"):
         return f"drop_path is {cls.__name__}, not DropPath"
-    return "drop_path has hooks or a replaced forward" if _is_hooked(drop_path) else None
+    return "drop_path has hooks or a replaced forward" if is_hooked(drop_path) else None
 
 
-def _why_not_same_gelu(act1: nn.Module, act2: nn.Module) -> str | None:
-    return None if _approximate(act1) == _approximate(act2) else "the two MLPs have different forms of GELU"
+def why_not_rescaled(drop_path: nn.Module) -> str | None:
+    if drop_path_p_of(drop_path) and not drop_path.scale_by_keep:
+        return "stochastic depth does not rescale (scale_by_keep=False)"
+    return None
 
 
-def _approximate(act: nn.Module) -> str | None:
+def why_not_same_activation(mlp1: nn.Module, mlp2: nn.Module) -> str | None:
+    same = activation_of(mlp1) == activation_of(mlp2)
+    return None if same else "the two MLPs have different activations, or different forms of GELU"
+
+
+def activation_of(mlp: nn.Module) -> dict[str, str] | None:
+    """``activation`` and ``approximate`` for ``functional``, of an ``Mlp`` or a ``GluMlp``; None if it has neither."""
+    act = mlp._modules["act"]
+    if is_timm(type(mlp), "mlp", "GluMlp"):
+        return {"activation": "swiglu"} if type(act) is nn.SiLU and mlp.gate_last else None
+    approximate = approximate_of(act)
+    return None if approximate is None else {"activation": "gelu", "approximate": approximate}
+
+
+def approximate_of(act: nn.Module) -> str | None:
     """``F.gelu``'s ``approximate`` for an activation module, or None if it is no GELU."""
     cls = type(act)
     if cls is nn.GELU:
         return act.approximate
-    if _is_timm(cls, "activations", "GELU"):
+    if is_timm(cls, "activations", "GELU"):
         return "none"
-    if _is_timm(cls, "activations", "GELUTanh"):
+    if is_timm(cls, "activations", "GELUTanh"):
         return "tanh"
     return None
 
 
-def _dropout_p(drop: nn.Module) -> float:
+def dropout_p_of(drop: nn.Module) -> float:
     """With what probability this nn.Dropout or nn.Identity drops right now."""
     return drop.p if drop.training and type(drop) is nn.Dropout else 0.0
 
 
-def _drop_path_p(drop_path: nn.Module) -> float:
+def drop_path_p_of(drop_path: nn.Module) -> float:
     """With what probability this DropPath or nn.Identity drops right now."""
     return drop_path.drop_prob if drop_path.training and type(drop_path) is not nn.Identity else 0.0
 
 
-def _is_timm(cls: type, module: str, name: str) -> bool:
+def is_timm(cls: type, module: str, name: str) -> bool:
     # By name: timm need not be installed, and importing it takes seconds.
     return cls.__name__ == name and cls.__module__ == f"timm.layers.{module}"
 
 
-def _is_special(weight: Tensor) -> bool:
+def is_special(weight: Tensor) -> bool:
     # Quantised and distributed tensors have their own F.linear; the kernels would read their storage.
     return type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     # Tools that stream weights in (accelerate) replace `forward` on the instance.
     return bool(
         module._forward_hooks
@@ -289,24 +345,31 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _has_global_hooks() -> bool:
+def why_not_traced() -> str | None:
+    # It would record the checks of functional, and warn of each.
+    return "TorchScript is tracing" if torch.jit.is_tracing() else None
+
+
+def why_not_global_hooks() -> str | None:
     registry = nn.modules.module
-    return bool(
+    hooked = (
         registry._global_forward_hooks
         or registry._global_forward_pre_hooks
         or registry._global_backward_hooks
         or registry._global_backward_pre_hooks
     )
+    return "global module hooks are registered" if hooked else None
 
 
 @constant_while_tracing
-def _warn_once(reason: str) -> None:
-    _warn_once_per_process(reason)
+def warn_once(block: str, reason: str) -> None:
+    """Say, once in this process, that a class of blocks computes without the kernels, and why."""
+    _warn_once_per_process(block, reason)
 
 
 @functools.cache
-def _warn_once_per_process(reason: str) -> None:
-    logger.warning("FusedMixerBlock: computing eagerly, because %s", reason)
+def _warn_once_per_process(block: str, reason: str) -> None:
+    logger.warning("%s: computing eagerly, because %s", block, reason)
 
 
 def factory_kwargs(device, dtype) -> dict:

@@ -18,6 +18,7 @@ KERNEL_BACKENDS = ("triton", "cuda")
 PRODUCTS = {
     "triton": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),
+    "cuda:sm90": (torch.float16, torch.bfloat16),
 }  # the dtypes of the products that a backend has
 LAYOUTS = ("contiguous", "transposed", "channel slice", "offset")
 
@@ -105,7 +106,10 @@ class Watched:
     Without ``run`` they are noted only.
     """
 
-    SIZES = ("padded_tokens", "weight_gradient_splits", "gelu_backward_tiles", "norm_backward_parts", "driver_version")
+    SIZES = (
+        "padded_tokens", "weight_gradient_splits", "gelu_backward_tiles", "norm_backward_parts", "driver_version",
+        "sm90_takes", "sm90_padded_tokens", "sm90_gelu_backward_tiles", "sm90_channel_schedule",
+    )  # fmt: skip
 
     def __init__(self, module: ModuleType, run: bool = True) -> None:
         self.module, self.run = module, run

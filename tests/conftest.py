@@ -57,6 +57,17 @@ def cuda_kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     library.install(None)
 
 
+@pytest.fixture
+def hopper_kernels(cuda_kernels: ModuleType, device: str) -> ModuleType:
+    """The same, where the kernels of csrc/sm90 run."""
+    from mixer_kernels.backends.cuda import library
+
+    reason = library.why_not_sm90(torch.empty(0, device=device).device, torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    return cuda_kernels
+
+
 @pytest.fixture(scope="session")
 def _cuda_kernels_on_host() -> ModuleType:
     from cuda_on_host import build

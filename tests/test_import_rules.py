@@ -21,14 +21,25 @@ GROUPS = (
     {"backends"},
     {"ops"},
     {"functional"},
-    {"modules", "models", "patch"},
+    {"modules", "models", "adapters", "patch", "timm"},
     {"bench", "compile_check", "info", "__main__", "__init__"},
 )
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 # Modules off that line, with everything of the package that they may import.
 ONLY = {"convert": {"convert", "shapes"}}
 # Imported when a module is; what is optional is imported where it is used.
-AT_IMPORT = {"torch": None, "numpy": None, "triton": {"backends.triton", "compile_check"}}
+AT_IMPORT = {
+    "torch": None,
+    "numpy": None,
+    "triton": {"backends.triton", "compile_check"},
+    "timm": {
+        "timm",
+        "adapters.timm",
+    },  # adapters are imported by fuse_, each where its library has been imported already
+    "mlp_mixer_pytorch": {"adapters.lucidrains"},
+    "transformers": {"adapters.patchtsmixer"},
+    "tsfm_public": {"adapters.tinytimemixer", "adapters.tspulse"},
+}
 
 
 def sources() -> list[Path]:

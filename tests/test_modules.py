@@ -47,6 +47,7 @@ COVERED = {
     "tanh": {"act_layer": partial(nn.GELU, approximate="tanh")},
     "timm gelu": {"act_layer": timm.layers.GELU},
     "timm gelu tanh": {"act_layer": timm.layers.GELUTanh},
+    "swiglu": {"mlp_layer": timm.layers.GluMlp, "act_layer": nn.SiLU, "mlp_ratio": (1.0, 4.0)},
     "no drop": {"drop": 0.0, "drop_path": 0.0},
 }
 # With a part of the reason that the warning must name.
@@ -57,7 +58,8 @@ UNCOVERED = {
     "norm subclass": ({"norm_layer": PlainSubclass}, "norm1 is PlainSubclass"),
     "relu": ({"act_layer": nn.ReLU}, "mlp_tokens has ReLU"),
     "quick gelu": ({"act_layer": timm.layers.QuickGELU}, "mlp_tokens has QuickGELU"),
-    "glu": ({"mlp_layer": timm.layers.GluMlp, "act_layer": nn.SiLU}, "mlp_tokens is GluMlp"),
+    "glu": ({"mlp_layer": timm.layers.GluMlp, "act_layer": nn.Sigmoid}, "mlp_tokens is GluMlp with Sigmoid"),
+    "glu, gate first": ({"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}, "gate_last=False"),
     "inner norm": ({"mlp_layer": partial(timm.layers.Mlp, norm_layer=nn.LayerNorm)}, "mlp_tokens has LayerNorm"),
 }
 

@@ -197,10 +197,11 @@ def test_all_kernels_draw_the_same_masks(name, shape, options, device):
 
 
 @pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("backend", ("cuda",))
 @pytest.mark.parametrize("memory", F.MEMORY_MODES)
 @pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
 @pytest.mark.parametrize("name", HALVES)
-def test_gradients_under_the_masks_of_the_triton_backend(name, shape, memory, device):
+def test_gradients_under_the_masks_of_the_triton_backend(name, shape, memory, backend, device):
     """16-bit gradients with dropout and stochastic depth against triton's in float32: the same masks in all."""
     block, x = make_block(shape, torch.float16, device), make_x(4, shape, torch.float16, device)
     dy = torch.randn_like(x)
@@ -215,5 +216,5 @@ def test_gradients_under_the_masks_of_the_triton_backend(name, shape, memory, de
         return torch.autograd.grad(y, leaves, dy.to(dtype))
 
     exact = gradients("triton", torch.float32)
-    for i, (ours, theirs) in enumerate(zip(gradients("cuda", x.dtype), gradients("triton", x.dtype), strict=True)):
+    for i, (ours, theirs) in enumerate(zip(gradients(backend, x.dtype), gradients("triton", x.dtype), strict=True)):
         assert_accurate(ours, theirs, exact[i].double(), GRADIENT_FACTOR, what=f"gradient of input {i}")

@@ -1,0 +1,121 @@
+"""What the classes that ``fuse_`` gives to blocks have in common."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.prepack import packed
+from ..modules import warn_once, why_not_traced
+
+
+class Options(NamedTuple):
+    """What ``fuse_`` was asked for, kept by each block."""
+
+    backend: str | None = None
+    memory: str = "fast"
+
+
+class Fused:
+    """Mixin that puts ``functional`` in front of a block's own forward, which it keeps for all that is not covered.
+
+    A subclass also derives from the original class, adds no state, and can be imported: a block changes to it and back
+    by its ``__class__`` alone. Whether the kernels compute what the block computes is asked on every forward, because
+    modes, hooks and submodules may change between two calls.
+    """
+
+    dimensions: ClassVar[int] = 3
+    """Of the input that the kernels take."""
+    submodules: ClassVar[frozenset[str]]
+    optional_submodules: ClassVar[frozenset[str]] = frozenset()
+    parameters_of_its_own: ClassVar[frozenset[str]] = frozenset()
+    """What a block has in the versions that the subclass was written for."""
+
+    _fused_options: Options = Options()
+
+    @classmethod
+    def original(cls) -> type[nn.Module]:
+        """The class that a block had, and gets back."""
+        return cls.__mro__[cls.__mro__.index(Fused) + 1]  # also for a class that FSDP has derived since
+
+    @staticmethod
+    def function(block: nn.Module) -> str:
+        """The function of ``mixer_kernels.functional`` that computes this block."""
+        raise NotImplementedError
+
+    @staticmethod
+    def why_not_covered(block: nn.Module) -> str | None:
+        """Why that function does not compute what this block computes, whatever the mode; None if it does."""
+        raise NotImplementedError
+
+    @staticmethod
+    def why_not_this_noise(block: nn.Module) -> str | None:
+        """Why it does not in the mode of right now: the reasons of dropout and stochastic depth."""
+        return None
+
+    @staticmethod
+    def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
+        """One parameter of each norm: eager PyTorch takes norms of another dtype than ``x``'s, the kernels do not."""
+        raise NotImplementedError
+
+    def compute(self, x: Tensor, options: Options) -> Tensor:
+        """The block by that function."""
+        raise NotImplementedError
+
+    @classmethod
+    def why_not_known(cls, block: nn.Module) -> str | None:
+        """Why this block is not one that the subclass was written for: asked once, by ``fuse_``."""
+        original = cls.original()
+        name = original.__name__
+        if "forward" in block.__dict__:
+            return "its forward was replaced"
+        if original.forward.__module__ != original.__module__:
+            return f"{name}.forward was replaced"
+        if len(inspect.signature(original.forward).parameters) != 2:
+            return f"this version's {name} takes more than x"
+        more = block._modules.keys() - cls.submodules
+        if (
+            cls.submodules - block._modules.keys()
+            or more - cls.optional_submodules
+            or block._parameters.keys() != cls.parameters_of_its_own
+        ):
+            return f"its submodules or parameters are not those of a {name}"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = (
+            why_not_traced() or self.why_not_covered(self) or self.why_not_this_noise(self) or self._why_not_input(x)
+        )
+        if reason is None:
+            return self.compute(x, self._fused_options)
+        warn_once(self.original().__name__, reason)
+        return super().forward(x)
+
+    def _why_not_input(self, x: Tensor) -> str | None:
+        if x.dim() != self.dimensions:
+            return f"the input has {x.dim()} dimensions, not {self.dimensions}"
+        if not torch.is_autocast_enabled(x.device.type):
+            for parameter in self.norms(self):
+                if parameter is not None and parameter.dtype != x.dtype:
+                    return f"the input is {x.dtype}, a norm {parameter.dtype}"
+        return None
+
+
+def derived(key: str, sources: tuple[Tensor | None, ...], make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, a tensor made of parameters: kept as long as they do not change, where no gradient is wanted.
+
+    Weights are prepacked once for each tensor; one that is new on every call would be packed on every call. What a
+    trace or a transform of functions puts in the place of parameters is never kept.
+    """
+    present = [source for source in sources if source is not None]
+    if (
+        torch.compiler.is_compiling()
+        or any(type(source) is not nn.Parameter for source in present)
+        or (torch.is_grad_enabled() and any(source.requires_grad for source in present))
+    ):
+        return make()
+    return packed((key,), sources, lambda: make().detach())

@@ -1,0 +1,113 @@
+"""The blocks of lucidrains' ``mlp-mixer-pytorch``, for images and for videos.
+
+A block is a pair of ``PreNormResidual``, each of which is half a Mixer block: its ``FeedForward`` has two pointwise
+``Conv1d`` along the tokens, or two ``Linear`` along the channels.
+"""
+
+from __future__ import annotations
+
+from mlp_mixer_pytorch import mlp_mixer_3d_pytorch, mlp_mixer_pytorch
+from torch import Tensor, nn
+
+from .. import functional
+from ..modules import (
+    approximate_of,
+    dropout_p_of,
+    is_hooked,
+    is_special,
+    why_not_dropout,
+    why_not_global_hooks,
+    why_not_linear,
+    why_not_norm,
+    why_not_same_dropout,
+)
+from .base import Fused, Options, derived
+
+
+class _FusedPreNormResidual(Fused):
+    submodules = frozenset({"norm", "fn"})
+
+    @staticmethod
+    def function(block: nn.Module) -> str:
+        return "token_mixing" if type(block.fn[0]) is nn.Conv1d else "channel_mixing"
+
+    @staticmethod
+    def why_not_covered(block: nn.Module) -> str | None:
+        norm, feed_forward = block._modules["norm"], block._modules["fn"]
+        if type(feed_forward) is not nn.Sequential or len(feed_forward) != 5:
+            return f"fn is {type(feed_forward).__name__}, not a FeedForward"
+        dense1, act, drop1, dense2, drop2 = feed_forward._modules.values()
+        if approximate_of(act) is None:
+            return f"fn has {type(act).__name__}, not GELU"
+        for part in (feed_forward, act):
+            if is_hooked(part):
+                return "fn or a part of it has hooks or a replaced forward"
+        if type(dense1) is nn.Conv1d:
+            reason, channels = _why_not_pointwise(dense1, dense2), norm.normalized_shape[-1]
+        else:
+            reason, channels = why_not_linear("fn", dense1, dense2), dense1.in_features
+        return (
+            why_not_global_hooks()
+            or reason
+            or why_not_dropout("fn", drop1, drop2)
+            or why_not_norm("norm", norm, channels)
+        )
+
+    @staticmethod
+    def why_not_this_noise(block: nn.Module) -> str | None:
+        return why_not_same_dropout(block.fn[2], block.fn[4])
+
+    @staticmethod
+    def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
+        return (block.norm.weight,)
+
+    def compute(self, x: Tensor, options: Options) -> Tensor:
+        norm = self.norm
+        dense1, act, drop, dense2, _ = self.fn
+        noise = {"approximate": approximate_of(act), "dropout_p": dropout_p_of(drop)}
+        if type(dense1) is nn.Linear:
+            return functional.channel_mixing(
+                x,
+                *(norm.weight, norm.bias, dense1.weight, dense1.bias, dense2.weight, dense2.bias),
+                eps=norm.eps,
+                memory=options.memory,
+                backend=options.backend,
+                **noise,
+            )
+        w1, w2 = _matrix(dense1.weight), _matrix(dense2.weight)
+        return functional.token_mixing(
+            x,
+            *(norm.weight, norm.bias, w1, dense1.bias, w2, dense2.bias),
+            eps=norm.eps,
+            backend=options.backend,
+            **noise,
+        )
+
+
+class FusedPreNormResidual(_FusedPreNormResidual, mlp_mixer_pytorch.PreNormResidual):
+    """Half a block of ``MLPMixer``."""
+
+
+class FusedPreNormResidual3D(_FusedPreNormResidual, mlp_mixer_3d_pytorch.PreNormResidual):
+    """Half a block of ``MLPMixer3D``."""
+
+
+FUSED = (FusedPreNormResidual, FusedPreNormResidual3D)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """A pointwise Conv1d's ``[out, in, 1]`` as ``[out, in]``."""
+    return derived("matrix", (weight,), lambda: weight.squeeze(2))
+
+
+def _why_not_pointwise(*layers: nn.Module) -> str | None:
+    for layer in layers:
+        if type(layer) is not nn.Conv1d:
+            return f"fn has {type(layer).__name__} beside Conv1d"
+        if (layer.kernel_size, layer.stride, layer.padding, layer.groups) != ((1,), (1,), (0,), 1):
+            return "fn has a Conv1d that is not pointwise"
+        if is_special(layer.weight):
+            return "fn has weights of a tensor subclass"
+        if is_hooked(layer):
+            return "fn has hooks or a replaced forward on a Conv1d"
+    return None

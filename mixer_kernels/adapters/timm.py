@@ -1,0 +1,160 @@
+"""The blocks of timm's ``mlp_mixer.py``: those of MLP-Mixer and gMixer, of ResMLP, of gMLP."""
+
+from __future__ import annotations
+
+from timm.layers import GatedMlp
+from timm.models.mlp_mixer import Affine, MixerBlock, ResBlock, SpatialGatingBlock, SpatialGatingUnit
+from torch import Tensor, nn
+
+from .. import functional, modules
+from ..modules import (
+    activation_of,
+    drop_path_p_of,
+    dropout_p_of,
+    is_hooked,
+    why_not_drop_path,
+    why_not_global_hooks,
+    why_not_layers,
+    why_not_linear,
+    why_not_mlp,
+    why_not_norm,
+    why_not_rescaled,
+    why_not_same_dropout,
+)
+from .base import Fused, Options, derived
+
+
+class FusedMixerBlock(Fused, MixerBlock):
+    """MLP-Mixer's block, with ``Mlp``, or gMixer's, with ``GluMlp``."""
+
+    submodules = frozenset({"norm1", "mlp_tokens", "drop_path", "norm2", "mlp_channels"})
+    why_not_covered = staticmethod(modules.why_not_covered)
+    why_not_this_noise = staticmethod(modules.why_not_this_noise)
+
+    @staticmethod
+    def function(block: nn.Module) -> str:
+        return "mixer_block"
+
+    @staticmethod
+    def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
+        return block.norm1.weight, block.norm2.weight
+
+    def compute(self, x: Tensor, options: Options) -> Tensor:
+        return modules.fused(self, x, memory=options.memory, backend=options.backend)
+
+
+class FusedResBlock(Fused, ResBlock):
+    """ResMLP's block: affine maps for norms, one linear layer along the tokens, LayerScale."""
+
+    submodules = frozenset({"norm1", "linear_tokens", "drop_path", "norm2", "mlp_channels"})
+    parameters_of_its_own = frozenset({"ls1", "ls2"})
+
+    @staticmethod
+    def function(block: nn.Module) -> str:
+        return "token_linear, channel_mixing"
+
+    @staticmethod
+    def why_not_covered(block: nn.Module) -> str | None:
+        parts = block._modules
+        for name in ("norm1", "norm2"):
+            if type(parts[name]) is not Affine:
+                return f"{name} is {type(parts[name]).__name__}, not Affine"
+            if is_hooked(parts[name]):
+                return f"{name} has hooks or a replaced forward"
+        return (
+            why_not_global_hooks()
+            or why_not_linear("linear_tokens", parts["linear_tokens"])
+            or why_not_mlp("mlp_channels", parts["mlp_channels"])
+            or why_not_drop_path(parts["drop_path"])
+        )
+
+    @staticmethod
+    def why_not_this_noise(block: nn.Module) -> str | None:
+        mlp = block.mlp_channels
+        return why_not_same_dropout(mlp.drop1, mlp.drop2) or why_not_rescaled(block.drop_path)
+
+    @staticmethod
+    def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
+        return block.norm1.alpha, block.norm2.alpha
+
+    def compute(self, x: Tensor, options: Options) -> Tensor:
+        norm1, linear, norm2, mlp = self.norm1, self.linear_tokens, self.norm2, self.mlp_channels
+        drop_path_p = drop_path_p_of(self.drop_path)
+        u = functional.token_linear(
+            x,
+            *(norm1.alpha.flatten(), norm1.beta.flatten(), linear.weight, linear.bias, self.ls1),
+            drop_path_p=drop_path_p,
+            backend=options.backend,
+        )
+        w4, b4, scale = mlp.fc2.weight, mlp.fc2.bias, self.ls2
+        scaled_w4 = derived("layer scale", (w4, scale), lambda: scale[:, None] * w4)
+        scaled_b4 = None if b4 is None else scale * b4
+        return functional.channel_mixing(
+            u,
+            *(norm2.alpha.flatten(), norm2.beta.flatten(), mlp.fc1.weight, mlp.fc1.bias, scaled_w4, scaled_b4),
+            norm="affine",
+            dropout_p=dropout_p_of(mlp.drop1),
+            drop_path_p=drop_path_p,
+            memory=options.memory,
+            backend=options.backend,
+            **activation_of(mlp),
+        )
+
+
+class FusedSpatialGatingBlock(Fused, SpatialGatingBlock):
+    """gMLP's block: a channel MLP with a spatial gating unit between its products."""
+
+    submodules = frozenset({"norm", "mlp_channels", "drop_path"})
+
+    @staticmethod
+    def function(block: nn.Module) -> str:
+        return "gated_channel_mixing"
+
+    @staticmethod
+    def why_not_covered(block: nn.Module) -> str | None:
+        parts = block._modules
+        mlp = parts["mlp_channels"]
+        if type(mlp) is not GatedMlp:
+            return f"mlp_channels is {type(mlp).__name__}, not GatedMlp"
+        gate = mlp._modules["gate"]
+        if type(gate) is not SpatialGatingUnit:
+            return f"mlp_channels has {type(gate).__name__}, not SpatialGatingUnit"
+        if is_hooked(gate):
+            return "mlp_channels.gate has hooks or a replaced forward"
+        return (
+            why_not_global_hooks()
+            or why_not_layers("mlp_channels", mlp)
+            or why_not_norm("norm", parts["norm"], mlp.fc1.in_features)
+            or why_not_norm("mlp_channels.gate.norm", gate.norm, mlp.fc1.out_features // 2)
+            or why_not_linear("mlp_channels.gate", gate.proj)
+            or why_not_drop_path(parts["drop_path"])
+        )
+
+    @staticmethod
+    def why_not_this_noise(block: nn.Module) -> str | None:
+        mlp = block.mlp_channels
+        return why_not_same_dropout(mlp.drop1, mlp.drop2) or why_not_rescaled(block.drop_path)
+
+    @staticmethod
+    def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
+        return block.norm.weight, block.mlp_channels.gate.norm.weight
+
+    def compute(self, x: Tensor, options: Options) -> Tensor:
+        norm, mlp = self.norm, self.mlp_channels
+        gate = mlp.gate
+        return functional.gated_channel_mixing(
+            x,
+            *(norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias),
+            *(gate.norm.weight, gate.norm.bias, gate.proj.weight, gate.proj.bias),
+            *(mlp.fc2.weight, mlp.fc2.bias),
+            eps=norm.eps,
+            gate_eps=gate.norm.eps,
+            approximate=activation_of(mlp)["approximate"],
+            dropout_p=dropout_p_of(mlp.drop1),
+            drop_path_p=drop_path_p_of(self.drop_path),
+            memory=options.memory,
+            backend=options.backend,
+        )
+
+
+FUSED = (FusedMixerBlock, FusedResBlock, FusedSpatialGatingBlock)

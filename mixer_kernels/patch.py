@@ -1,0 +1,253 @@
+"""``fuse_`` and ``unfuse_``: let the kernels compute the blocks of a model that exists, and undo it.
+
+Blocks are changed in place and one by one, by their ``__class__``: to a subclass of their own class that has another
+``forward`` (``adapters``), and back. Parameters, buffers, submodules, hooks, names and ``state_dict`` keys stay what
+they are, and so do ``isinstance``, ``copy.deepcopy`` and ``pickle``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import Fused, Options, fused_classes
+from .backends import CHOICES
+from .functional import MEMORY_MODES
+from .modules import FusedMixerBlock, one_of
+
+FUSED, RESTORED, LEFT = "fused", "restored", "left"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One block of a model, and what became of it."""
+
+    name: str
+    """Its name in the model, as in ``model.get_submodule(name)``; "" for the model itself."""
+    block: str
+    """The class that it had before it was fused."""
+    outcome: str
+    """"fused", "restored" or "left"."""
+    detail: str
+    """Of a fused block the function of ``mixer_kernels.functional`` that computes it; of one that was left, why."""
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What ``fuse_`` or ``unfuse_`` did to the blocks of a model. Printing it gives a table.
+
+    ``len`` counts the blocks that were fused or restored; a report of none is false. Iterating gives each ``Entry``.
+    """
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def fused(self) -> tuple[Entry, ...]:
+        """The blocks that the kernels now compute, those of an earlier ``fuse_`` among them."""
+        return self._with(FUSED)
+
+    @property
+    def restored(self) -> tuple[Entry, ...]:
+        """The blocks that ``unfuse_`` gave their own class back."""
+        return self._with(RESTORED)
+
+    @property
+    def left(self) -> tuple[Entry, ...]:
+        """The blocks that stay as they were."""
+        return self._with(LEFT)
+
+    def _with(self, outcome: str) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.outcome == outcome)
+
+    def as_dicts(self) -> list[dict[str, str]]:
+        """The entries as dictionaries of strings, for JSON."""
+        return [asdict(entry) for entry in self.entries]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries) - len(self.left)
+
+    def __repr__(self) -> str:
+        counts = [f"{len(self._with(outcome))} {outcome}" for outcome in (FUSED, RESTORED, LEFT)]
+        summary = ", ".join(count for count in counts if not count.startswith("0 "))
+        if not summary:
+            return "no block that fuse_ knows: see its documentation for those that it does"
+        return "\n".join((*_table(self.entries), summary))
+
+
+def fuse_(model: nn.Module, *, backend: str | None = None, memory: str = "fast") -> Report:
+    """Let the kernels compute the blocks of ``model`` that they cover, in place; ``unfuse_`` undoes it exactly.
+
+    Known blocks: timm's ``MixerBlock`` (also gMixer's), ``ResBlock`` (ResMLP) and ``SpatialGatingBlock`` (gMLP);
+    ``PreNormResidual`` of lucidrains' ``MLPMixer`` and ``MLPMixer3D``; the feature, patch and channel mixing blocks of
+    Hugging Face's PatchTSMixer and of granite-tsfm's TinyTimeMixer and TSPulse. They compute what they computed, by the
+    accuracy rule of this package, in training and inference, under autocast and gradient checkpointing, and keep their
+    parameters and ``state_dict`` keys. Where the kernels do not cover what a block is at some later time (another mode,
+    a hook on a part of it, another activation), its own ``forward`` runs, with one warning on the logger
+    "mixer_kernels".
+
+    Left alone, with the reason in the report: blocks with norms, activations or MLPs that the kernels do not have,
+    with quantised, distributed or parametrised weights, with hooks on their parts (hooks on a block itself keep
+    working), with a replaced ``forward``; subclasses of known blocks; what ``torch.compile`` or TorchScript has
+    compiled already. Fuse first, then compile, shard or wrap.
+
+    Args:
+        model: a model, or any part of one. Other modules in it are not touched.
+        backend: "auto", "cuda", "triton" or "torch" for these blocks; None for what ``use_backend`` or
+            ``MIXER_KERNELS_BACKEND`` says at each call.
+        memory: what training keeps, "fast" or "min" as in ``functional``.
+
+    Returns:
+        What was fused and what was left, and why. A second call changes the options and returns the same.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: unknown ``backend`` or ``memory``.
+    """
+    options = Options(
+        None if backend is None else one_of("backend", backend, CHOICES), one_of("memory", memory, MEMORY_MODES)
+    )
+    classes = fused_classes()
+    entries, chosen = [], []
+    for name, module, outer_reason in _walk(_checked(model)):
+        block = _name_of_block(module, classes)
+        if block is None:
+            continue
+        already = isinstance(module, Fused)
+        reason = (None if already else outer_reason) or _why_left(module, classes)
+        if reason is None:
+            chosen.append(module)
+            fused = _fused_class(module, classes)
+            detail = f"functional.{fused.function(module)}"
+            noise = fused.why_not_this_noise(module)
+            entries.append(Entry(name, block, FUSED, f"{detail}, but not in this mode: {noise}" if noise else detail))
+        else:
+            entries.append(Entry(name, block, LEFT, reason))
+    for module in chosen:
+        if not isinstance(module, Fused):
+            module.__class__ = classes[type(module)]
+        module._fused_options = options
+    return Report(tuple(entries))
+
+
+def unfuse_(model: nn.Module) -> Report:
+    """Undo ``fuse_``, in place: every block gets its class back, and computes what it computed, to the last bit.
+
+    Args:
+        model: a model, or any part of one.
+
+    Returns:
+        What was restored; and what was left and why: blocks whose class or ``forward`` something else has changed
+        since (FSDP, parametrizations on the block itself, accelerate's hooks).
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    entries = []
+    for name, module, _ in _walk(_checked(model)):
+        if not isinstance(module, Fused):
+            continue
+        reason, original = None, type(module).original()
+        if type(module) not in fused_classes().values():
+            reason = f"it has become a {type(module).__name__} since it was fused: undo that first"
+        elif "forward" in module.__dict__:
+            reason = "its forward was replaced since it was fused: undo that first"
+        else:
+            module.__class__ = original
+            module.__dict__.pop("_fused_options", None)
+        entries.append(Entry(name, original.__name__, LEFT if reason else RESTORED, reason or ""))
+    return Report(tuple(entries))
+
+
+def _walk(
+    module: nn.Module, name: str = "", outer_reason: str | None = None, seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Each module once: its name, itself, and why it must be left for something around it."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    outer_reason = outer_reason or _why_not_inside(module)
+    yield name, module, outer_reason
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name, outer_reason, seen)
+
+
+def _why_not_inside(module: nn.Module) -> str | None:
+    cls = type(module)
+    is_optimized = cls.__name__ == "OptimizedModule" and cls.__module__.startswith("torch._dynamo")
+    if is_optimized or module._compiled_call_impl is not None:
+        return "torch.compile has compiled it: fuse_ first, then compile"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript: fuse_ the model that it was made from"
+    return None
+
+
+def _name_of_block(module: nn.Module, classes: dict[type, type[Fused]]) -> str | None:
+    """The name of the known class of blocks that ``module`` is of, or None."""
+    if isinstance(module, Fused):
+        return type(module).original().__name__
+    if isinstance(module, FusedMixerBlock):
+        return type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        name = getattr(module, "original_name", None)
+        return name if name in {cls.__name__ for cls in classes} else None
+    return type(module).__name__ if issubclass(type(module), tuple(classes)) else None
+
+
+def _why_left(module: nn.Module, classes: dict[type, type[Fused]]) -> str | None:
+    if isinstance(module, FusedMixerBlock):
+        return "it was built to run through the kernels"
+    cls = type(module)
+    if cls not in classes and not isinstance(module, Fused):
+        parent = next(base.__name__ for base in cls.__mro__ if base in classes)
+        return f"it is a {cls.__name__}, a subclass of {parent}"
+    fused = _fused_class(module, classes)
+    return fused.why_not_known(module) or fused.why_not_covered(module)
+
+
+def _fused_class(module: nn.Module, classes: dict[type, type[Fused]]) -> type[Fused]:
+    return type(module) if isinstance(module, Fused) else classes[type(module)]
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _table(entries: tuple[Entry, ...]) -> Iterator[str]:
+    """A line for each group of entries that differ only in the numbers in their names."""
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for entry in entries:
+        parts = entry.name.split(".")
+        pattern = ".".join("*" if part.isdecimal() else part for part in parts)
+        groups.setdefault((pattern, entry.block, entry.outcome, entry.detail), []).append(parts)
+    rows = [
+        (
+            ".".join(_range(values) for values in zip(*names, strict=True)) or "(the model)",
+            f"{len(names)} x {block}",
+            outcome,
+            detail,
+        )
+        for (_, block, outcome, detail), names in groups.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _range(values: tuple[str, ...]) -> str:
+    """One part of several names: "3", "[0-7]" or "[0,2,5]"."""
+    if len(set(values)) == 1:
+        return values[0]
+    numbers = sorted(set(map(int, values)))
+    if len(numbers) == numbers[-1] - numbers[0] + 1:
+        return f"[{numbers[0]}-{numbers[-1]}]"
+    return f"[{','.join(map(str, numbers))}]"
