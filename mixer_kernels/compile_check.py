@@ -45,7 +45,7 @@ class Case:
     offset: int = 0  # elements by which x is off its alignment
     noise: bool = False  # dropout and stochastic depth
     backward: bool = True  # the backward pass as well
-    relative: str = ""  # "gmixer" (with D_S), "resmlp", "gmlp" (whose F is D_C), "patchtsmixer" (S patches)
+    relative: str = ""  # one of RELATIVES; gmlp's F is D_C, patchtsmixer has S patches
 
 
 @dataclasses.dataclass
@@ -64,6 +64,7 @@ class Row:
     problems: list[str]
 
 
+RELATIVES = ("gmixer", "resmlp", "gmlp", "patchtsmixer")
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 # The matrix instruction of 16-bit and of TF32 products in SASS. Blackwell's consumer chips have Ampere's.
@@ -136,6 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arch", nargs="+", default=["all"], metavar="ARCH", help=f"'all' or some of {', '.join(KNOWN_TARGETS)}"
     )
+    parser.add_argument(
+        "--dtype", nargs="+", default=list(TORCH_DTYPES), choices=TORCH_DTYPES, help="of the products (default: all)"
+    )
+    parser.add_argument(
+        "--model", nargs="+", default=["mixer", *RELATIVES], choices=("mixer", *RELATIVES), help="default: all"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     arguments = parser.parse_args(argv)
@@ -148,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
 
-    work = [(name, case) for name in names for case in cases()]
+    chosen = [c for c in cases() if c.dtype in arguments.dtype and (c.relative or "mixer") in arguments.model]
+    work = [(name, case) for name in names for case in chosen]
     rows: dict[str, Row] = {}
     print(f"Triton {triton.__version__}, {len(names)} targets, {len(work)} cases")
     print(_HEADER, flush=True)

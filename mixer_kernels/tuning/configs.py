@@ -157,7 +157,8 @@ def token_linear_config(target: Target, dtype: torch.dtype, exact: bool, vectori
     """The tile of a linear layer along tokens: its epilogue holds up to two more tiles, and their addresses where
     tensors are not ``vectorised``."""
     config = token_product_config(target, dtype, exact, noise=False)
-    config = config if dtype is torch.float32 else replace(config, num_warps=8)
+    if exact or dtype is not torch.float32:
+        config = replace(config, num_warps=8)
     return config if vectorised else replace(config, block_n=config.block_n // 2)
 
 
@@ -208,7 +209,8 @@ def gated_mixing_config(dtype: torch.dtype, rows: int, extent: int, exact: bool)
     block_k = max(16, 1 << (extent - 1).bit_length())
     # FMA instructions, rather than tensor cores, hold both operands of a product in registers.
     exact = exact and dtype is torch.float32
-    block_c = max(16, min(64, (2048 if exact else 4096) // block_k, 1 << (rows - 1).bit_length()))
+    most = (32, 2048) if exact else (64, 4096)  # rows, elements
+    block_c = max(16, min(most[0], most[1] // block_k, 1 << (rows - 1).bit_length()))
     num_warps = block_c * block_k // (512 if dtype is torch.float32 else 1024)
     num_warps = max(4 if exact else 1, min(8, num_warps))
     return TokenConfig(block_c, 16, num_warps, num_stages=1)
@@ -218,11 +220,15 @@ def _two_accumulators(config: ProductConfig) -> ProductConfig:
     return replace(config, block_n=config.block_n // 2)
 
 
-def norm_backward_config(channels: int) -> StatisticsConfig:
-    """LayerNorm backward: whole rows, few at a time, since x, dn and dy and two sums lie in registers."""
+def norm_backward_config(channels: int, affine: bool = False) -> StatisticsConfig:
+    """LayerNorm backward: whole rows, few at a time, since x, dn and dy and two sums lie in registers.
+
+    ``affine``: without statistics, of which less lies in registers.
+    """
     block_c = max(16, 1 << (channels - 1).bit_length())
     block_rows = min(4, 2048 // block_c) if block_c <= 1024 else 2 if block_c <= 2048 else 1
-    return StatisticsConfig(block_rows=block_rows, block_c=block_c, num_warps=8 if block_c <= 2048 else 16)
+    num_warps = 4 if affine and block_c <= 256 else 8 if block_c <= 2048 else 16
+    return StatisticsConfig(block_rows=block_rows, block_c=block_c, num_warps=num_warps)
 
 
 def token_backward_config(

@@ -106,7 +106,7 @@ def tile_samples(settings: Settings, backend: str, launches: Callable[[Sample, s
 
     ``launches`` says what a sample launches on Triton, so that nothing of another target runs twice.
     """
-    cases = _rehearsed() if settings.rehearse else compile_check.cases()
+    cases = _rehearsed() if settings.rehearse else _cases()
     samples = dict.fromkeys(samples_on(backend, map(_sample_of, cases)))
     if backend != "triton":
         yield from _limits(settings, backend, samples)
@@ -190,7 +190,7 @@ def _inputs(settings: Settings) -> Iterator[Sample]:
     dtypes = ("fp32", "bf16") if settings.rehearse else ("fp32", "tf32", "fp16", "bf16")
     for shape in SHAPES[:3] if settings.rehearse else SHAPES:
         yield from (Sample(shape, dtype) for dtype in dtypes)
-    for tokens, channels in ((49, 40), (257, 40)) if settings.rehearse else ((49, 40), (196, 768), (257, 40)):
+    for tokens, channels in ((49, 40),) if settings.rehearse else ((49, 40), (196, 768), (257, 40)):
         shape = MixerShape(tokens, channels, 24, 48)
         for dtype in dtypes[-1:] if settings.rehearse else ("fp32", "bf16"):
             yield from (Sample(shape, dtype, layout=layout) for layout in LAYOUTS if layout != "contiguous")
@@ -204,8 +204,13 @@ def _inputs(settings: Settings) -> Iterator[Sample]:
         yield from (Sample(small, dtype, special=special) for special in ("NaN", "Inf", "constant rows"))
 
 
+def _cases() -> Iterator[compile_check.Case]:
+    """Those of the mixer's block."""
+    return (case for case in compile_check.cases() if not case.relative)
+
+
 def _rehearsed() -> Iterator[compile_check.Case]:
     """A few of the cases, each cut down to what an interpreter can bear."""
-    for case in compile_check.cases():
+    for case in _cases():
         if case.shape.S == 49 or (case.shape.S == 197 and case.dtype == "bf16"):
             yield dataclasses.replace(case, shape=MixerShape(case.shape.S, 40 + case.shape.C % 8, 24, 48))

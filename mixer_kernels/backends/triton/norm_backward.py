@@ -115,7 +115,7 @@ def norm_backward(
     batch_size, tokens, channels = x.shape
     rows = batch_size * tokens
     target = target_of(x.device)
-    config = norm_backward_config(channels)
+    config = norm_backward_config(channels, affine=mean is None)
     programs = min(2 * target.multiprocessors, cdiv(rows, config.block_rows))
     stride_dx = None if dx is None else dx.stride(1)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
