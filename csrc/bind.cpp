@@ -128,53 +128,45 @@ void block_forward(mk_input x, mk_size size, float eps1, float eps2, const Token
                          {vectors + 2 * rows, vectors + 3 * rows}, at(a_channels), nullptr, row, at(y), at(stream));
 }
 
-void token_data_gradient(mk_input x, mk_size size, mk_norm norm, mk_type type, int S_pad, int D, int D_S, Address g,
-                         Address w1, Address b1, Address w2t, mk_noise noise, bool tanh, mk_device device, Address dn,
-                         Address a, Address dz, Address stream) {
-    mk_token_data_gradient_arguments arguments{};
-    arguments.x = x;
-    arguments.size = size;
-    arguments.norm = norm;
-    arguments.type = type;
-    arguments.S_pad = S_pad;
-    arguments.D = D;
-    arguments.D_S = D_S;
-    arguments.g = at(g);
-    arguments.w1 = at(w1);
-    arguments.b1 = at<float>(b1);
-    arguments.w2t = at(w2t);
-    arguments.noise = noise;
-    arguments.tanh = tanh;
-    arguments.device = device;
-    arguments.dn = at(dn);
-    arguments.a = at(a);
-    arguments.dz = at(dz);
-    check(mk_token_data_gradient(&arguments, at(stream)), "mk_token_data_gradient");
-}
+// A kernel of token mixing's data gradient; each takes W1 and W2 in a layout of its own.
+template <class Arguments>
+struct DataGradient {
+    const void* Arguments::* w1;
+    const void* Arguments::* w2;
+    int (*launch)(const Arguments*, mk_stream);
+    const char* name;
 
-void sm90_token_data_gradient(mk_input x, mk_size size, mk_norm norm, mk_type type, int S_pad, int D, int D_S,
-                              Address g, Address w1t, Address b1, Address w2, mk_noise noise, bool tanh,
-                              mk_device device, Address dn, Address a, Address dz, Address stream) {
-    mk_sm90_token_data_gradient_arguments arguments{};
-    arguments.x = x;
-    arguments.size = size;
-    arguments.norm = norm;
-    arguments.type = type;
-    arguments.S_pad = S_pad;
-    arguments.D = D;
-    arguments.D_S = D_S;
-    arguments.g = at(g);
-    arguments.w1t = at(w1t);
-    arguments.b1 = at<float>(b1);
-    arguments.w2 = at(w2);
-    arguments.noise = noise;
-    arguments.tanh = tanh;
-    arguments.device = device;
-    arguments.dn = at(dn);
-    arguments.a = at(a);
-    arguments.dz = at(dz);
-    check(mk_sm90_token_data_gradient(&arguments, at(stream)), "mk_sm90_token_data_gradient");
-}
+    void operator()(mk_input x, mk_size size, mk_norm norm, mk_type type, int S_pad, int D, int D_S, Address g,
+                    Address first, Address b1, Address second, mk_noise noise, bool tanh, mk_device device, Address dn,
+                    Address a, Address dz, Address stream) const {
+        Arguments arguments{};
+        arguments.x = x;
+        arguments.size = size;
+        arguments.norm = norm;
+        arguments.type = type;
+        arguments.S_pad = S_pad;
+        arguments.D = D;
+        arguments.D_S = D_S;
+        arguments.g = at(g);
+        arguments.*w1 = at(first);
+        arguments.b1 = at<float>(b1);
+        arguments.*w2 = at(second);
+        arguments.noise = noise;
+        arguments.tanh = tanh;
+        arguments.device = device;
+        arguments.dn = at(dn);
+        arguments.a = at(a);
+        arguments.dz = at(dz);
+        check(launch(&arguments, at(stream)), name);
+    }
+};
+
+const DataGradient<mk_token_data_gradient_arguments> token_data_gradient{
+    &mk_token_data_gradient_arguments::w1, &mk_token_data_gradient_arguments::w2t, mk_token_data_gradient,
+    "mk_token_data_gradient"};
+const DataGradient<mk_sm90_token_data_gradient_arguments> sm90_token_data_gradient{
+    &mk_sm90_token_data_gradient_arguments::w1t, &mk_sm90_token_data_gradient_arguments::w2,
+    mk_sm90_token_data_gradient, "mk_sm90_token_data_gradient"};
 
 void token_hidden(mk_input x, mk_size size, mk_norm norm, mk_type type, int D_S, Address w1, Address b1, Address z,
                   Address stream) {
@@ -364,9 +356,9 @@ PYBIND11_MODULE(_C, module) {
     define("mixer_block_forward", &block_forward);
     define("pack_weight", &pack_weight);
 
-    define("token_data_gradient", &token_data_gradient, "x"_a, "size"_a, "norm"_a, "type"_a, "S_pad"_a, "D"_a, "D_S"_a,
+    define("token_data_gradient", token_data_gradient, "x"_a, "size"_a, "norm"_a, "type"_a, "S_pad"_a, "D"_a, "D_S"_a,
            "g"_a, "w1"_a, "b1"_a, "w2t"_a, "noise"_a, "tanh"_a, "device"_a, "dn"_a, "a"_a, "dz"_a, "stream"_a);
-    define("sm90_token_data_gradient", &sm90_token_data_gradient, "x"_a, "size"_a, "norm"_a, "type"_a, "S_pad"_a, "D"_a,
+    define("sm90_token_data_gradient", sm90_token_data_gradient, "x"_a, "size"_a, "norm"_a, "type"_a, "S_pad"_a, "D"_a,
            "D_S"_a, "g"_a, "w1t"_a, "b1"_a, "w2"_a, "noise"_a, "tanh"_a, "device"_a, "dn"_a, "a"_a, "dz"_a, "stream"_a);
     define("token_hidden", &token_hidden, "x"_a, "size"_a, "norm"_a, "type"_a, "D_S"_a, "w1"_a, "b1"_a, "z"_a,
            "stream"_a);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -91,3 +92,27 @@ def poisoned_memory() -> Iterator[None]:
 
     with strict_interpreter.poisoned_memory():
         yield
+
+
+class _Eagerly(logging.Handler):
+    """What modules said about computing eagerly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "eagerly" in record.getMessage():
+            self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The modules' warnings during this test, as if it were the first of the process."""
+    from mixer_kernels import modules
+
+    modules._warn_once_per_process.cache_clear()
+    handler = _Eagerly()
+    modules.logger.addHandler(handler)
+    yield handler.messages
+    modules.logger.removeHandler(handler)

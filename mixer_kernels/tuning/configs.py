@@ -156,9 +156,11 @@ def token_product_config(
 def token_linear_config(target: Target, dtype: torch.dtype, exact: bool, vectorised: bool) -> ProductConfig:
     """The tile of a linear layer along tokens: its epilogue holds up to two more tiles, and their addresses where
     tensors are not ``vectorised``."""
-    config = token_product_config(target, dtype, exact, noise=False)
-    if exact or dtype is not torch.float32:
-        config = replace(config, num_warps=8)
+    if dtype is torch.float32 and exact:
+        config = ProductConfig(64, 64, 16, num_warps=8, num_stages=1)
+    else:
+        config = token_product_config(target, dtype, exact, noise=False)
+        config = config if dtype is torch.float32 else replace(config, num_warps=8)
     return config if vectorised else replace(config, block_n=config.block_n // 2)
 
 
@@ -211,8 +213,7 @@ def gated_mixing_config(dtype: torch.dtype, rows: int, extent: int, exact: bool)
     exact = exact and dtype is torch.float32
     most = (32, 2048) if exact else (64, 4096)  # rows, elements
     block_c = max(16, min(most[0], most[1] // block_k, 1 << (rows - 1).bit_length()))
-    num_warps = block_c * block_k // (512 if dtype is torch.float32 else 1024)
-    num_warps = max(4 if exact else 1, min(8, num_warps))
+    num_warps = max(4 if exact else 1, min(8, block_c * block_k // 512))
     return TokenConfig(block_c, 16, num_warps, num_stages=1)
 
 

@@ -4,11 +4,10 @@
 //
 //   driver [runs]
 
-#include <cstdio>
-#include <cstdlib>
 #include <list>
 
 #include "arrays.h"
+#include "problems.h"
 
 namespace {
 
@@ -206,44 +205,6 @@ constexpr Problem PROBLEMS[] = {
     {"one of each", 1, 1, 1, 1, 1, MK_FLOAT16, MK_FLOAT32, false, true, false, true, 0.0f, 0.0f},
 };
 
-// What the launchers left of a problem, array by array.
-std::vector<std::vector<char>> results(const Problem& problem, std::vector<std::string>& names) {
-    Block block(problem);
-    std::vector<std::vector<char>> contents;
-    names.clear();
-    for (Array& array : block.arrays()) {
-        array.check();
-        names.push_back(array.name());
-        contents.push_back(array.contents());
-    }
-    return contents;
-}
-
-void run(const Problem& problem, int runs) {
-    std::vector<std::vector<char>> first;
-    for (int i = 0; i < runs; ++i) {
-        cuda_on_host_configure(i, i % 3, cuda_on_host::Settings{}.shared_limit);  // the three of Landing
-        std::vector<std::string> names;
-        const auto now = results(problem, names);
-        if (first.empty()) first = now;
-        for (size_t k = 0; k < names.size(); ++k) {
-            if (now[k] != first[k]) throw std::runtime_error(names[k] + " changes with the order of execution");
-        }
-    }
-}
-
 }  // namespace
 
-int main(int argc, char** argv) {
-    const int runs = argc > 1 ? std::atoi(argv[1]) : 3;
-    for (const Problem& problem : PROBLEMS) {
-        try {
-            run(problem, runs);
-        } catch (const std::exception& error) {
-            std::printf("%s: %s\n", problem.name, error.what());
-            return 1;
-        }
-        std::printf("%s: ok\n", problem.name);
-    }
-    return 0;
-}
+int main(int argc, char** argv) { return run_problems<Block>(PROBLEMS, argc, argv); }
