@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from .backends.backward import channel_mixing_backward, token_mixing_backward
-from .backends.relatives import gated_channel_mixing_backward, token_linear_backward
+from .backends.relatives import gated_channel_mixing_backward, gated_mixing_backward, token_linear_backward
 from .shapes import SPECS, MixerShape
 from .tuning.target import KNOWN_TARGETS, Target, assume_target
 
@@ -128,7 +128,8 @@ def _cases_of_relatives() -> Iterator[Case]:
         for dtype, stream in (("bf16", "bf16"), ("fp32", "fp32"), ("tf32", "fp32"), ("bf16", "fp32")):
             # IEEE products over 192 features spill 8 bytes on sm_90: a row of an FMA operand is as long as the axis.
             if dtype != "fp32" or channels < 192:
-                yield Case(MixerShape(S=tokens, C=channels, D_S=0, D_C=0), dtype, stream, relative="patchtsmixer")
+                shape = MixerShape(S=tokens, C=channels, D_S=0, D_C=0)
+                yield Case(shape, dtype, stream, noise=tokens == channels, relative="patchtsmixer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,10 +281,11 @@ def _run(backend, case: Case) -> None:
         x = x.view(1, 2, shape.S, shape.C)
         for axis, extent in ((1, 2), (2, shape.S), (3, shape.C)):
             mlp = (parameter(2 * extent, extent), vector(2 * extent), parameter(extent, 2 * extent), vector(extent))
-            backend.gated_mixing_forward(
-                x, vector(shape.C), vector(shape.C), *mlp, parameter(extent, extent), vector(extent),
-                axis=axis, gate_first=axis == 1, eps=1e-5, approximate=case.approximate, dtype=dtype,
-            )  # fmt: skip
+            block = (vector(shape.C), vector(shape.C), *mlp, parameter(extent, extent), vector(extent))
+            mixing = {"axis": axis, "gate_first": axis == 1, "eps": 1e-5} | common
+            del mixing["drop_path_p"]
+            backend.gated_mixing_forward(x, *block, **mixing)
+            differentiate(gated_mixing_backward, backend.relatives_kernels(dtype), x, (), block, **mixing)
         return
     if case.relative == "gmlp":
         tokens, half = shape.S, shape.D_C // 2

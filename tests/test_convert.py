@@ -15,6 +15,7 @@ from accuracy import assert_accurate
 from mlp_mixer_pytorch import MLPMixer
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixer_kernels import FusedMixer, convert
 from mixer_kernels.__main__ import main as run_command
@@ -302,6 +303,14 @@ def test_resize_14_to_28() -> None:
     assert_accurate(tokens, expected, exact, what="tokens of the parts")
     kept = {name for name, tensor in small.state_dict().items() if "mlp_tokens" not in name}
     assert kept and all(torch.equal(resized[name].double(), small.state_dict()[name]) for name in kept)
+
+
+def test_resize_where_the_weights_are() -> None:
+    """On a GPU as well: PyTorch's fake tensors refuse, as GPUs do, to mix devices in one operation."""
+    with FakeTensorMode():
+        on_gpu = {name: torch.empty(t.shape, device="cuda") for name, t in mixer().state_dict().items()}
+        resized = convert.resize_tokens(on_gpu, (3, 2), (6, 4))
+    assert {t.device.type for t in resized.values()} == {"cuda"}
 
 
 def test_resize_refuses_grids_that_do_not_fit() -> None:

@@ -1,4 +1,4 @@
-"""The examples that fuse a model of another library, as people run them, on less data and fewer epochs."""
+"""The examples that run in one process, as people run them, on less data and fewer epochs."""
 
 from __future__ import annotations
 
@@ -47,3 +47,17 @@ def test_forecast_patchtsmixer(monkeypatch, capsys) -> None:
     ours, baseline = (float(line.split()[-1]) for line in lines if line.startswith("  "))
     assert ours < 2 * baseline  # after two epochs; with all fifteen it is below the baseline
     assert float(lines[-1].split()[-4]) < 1e-3
+
+
+def test_finetune_higher_resolution(monkeypatch, capsys) -> None:
+    """With six seeds: 81 to 86 % at the low resolution, fine-tuned 6 to 12 points above it, 11 above from scratch."""
+    arguments = ["--epochs", "5", "--finetune-epochs", "2"]
+    run("finetune_higher_resolution.py", *arguments, monkeypatch=monkeypatch)
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["tokens", "steps", "test", "accuracy"]
+    assert [row.split()[-4:-2] for row in rows] == [["16", "115"], ["64", "0"], ["64", "0"], ["64", "46"], ["64", "46"]]
+    small, of_copies, _, finetuned, scratch = (float(row.split()[-2]) for row in rows)
+    assert small > 70
+    assert abs(of_copies - small) < 0.5  # rounding may decide one of 360 images otherwise
+    assert finetuned > small + 3
+    assert finetuned > scratch + 5

@@ -118,17 +118,26 @@ def test_what_is_left() -> None:
         }
 
 
-def test_active_dropout_is_computed_as_before(monkeypatch) -> None:
+def test_active_dropout_goes_through_the_kernels(monkeypatch) -> None:
+    model = patchtsmixer(dropout=0.3, mode="mix_channel")
+    fuse_(model.train())
+    drawn = []
+    original = functional.gated_mixing
+    monkeypatch.setattr(functional, "gated_mixing", lambda *a, **k: drawn.append(k["dropout_p"]) or original(*a, **k))
+    model(series())
+    model.eval()(series())
+    assert drawn == [0.3] * 6 + [0.0] * 6
+
+
+def test_dropouts_that_differ_are_computed_as_before() -> None:
     model = patchtsmixer(dropout=0.3)
+    for layer in model.model.encoder.mlp_mixer_encoder.mixers:
+        layer.patch_mixer.mlp.dropout2.p = layer.feature_mixer.mlp.dropout1.p = 0.1
     x = series()
     torch.manual_seed(3)
     expected = run(model.train(), x, forecasts)
     report = fuse_(model)
-    assert all("but not in this mode: dropout is active" in entry.detail for entry in report.fused)
+    reason = "but not in this mode: the dropouts have different probabilities"
+    assert all(reason in entry.detail for entry in report.fused)
     torch.manual_seed(3)
     assert all(torch.equal(a, b) for a, b in zip(expected, run(model, x, forecasts), strict=True))
-    calls = []
-    original = functional.gated_mixing
-    monkeypatch.setattr(functional, "gated_mixing", lambda *a, **k: calls.append(k) or original(*a, **k))
-    model.eval()(x)
-    assert [call["axis"] for call in calls] == [-2, -1, -2, -1]

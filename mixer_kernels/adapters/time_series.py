@@ -11,7 +11,15 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from .. import functional
-from ..modules import dropout_p_of, is_hooked, why_not_dropout, why_not_global_hooks, why_not_linear, why_not_norm
+from ..modules import (
+    dropout_p_of,
+    is_hooked,
+    why_not_dropout,
+    why_not_global_hooks,
+    why_not_linear,
+    why_not_norm,
+    why_not_same_dropout,
+)
 from .base import Fused, Options
 
 
@@ -54,8 +62,7 @@ class Mixing(Fused):
 
     @staticmethod
     def why_not_this_noise(block: nn.Module) -> str | None:
-        active = dropout_p_of(block.mlp.dropout1) or dropout_p_of(block.mlp.dropout2)
-        return "dropout is active, which these kernels do not have" if active else None
+        return why_not_same_dropout(block.mlp.dropout1, block.mlp.dropout2)
 
     @staticmethod
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
@@ -71,6 +78,7 @@ class Mixing(Fused):
             axis=self.axis,
             gate_first=self.gate_first,
             eps=norm.eps,
+            dropout_p=dropout_p_of(self.mlp.dropout1),
             backend=options.backend,
         )
 

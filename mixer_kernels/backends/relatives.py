@@ -5,23 +5,42 @@
     ResMLP's token_linear    dx and the sums of its vectors in one kernel, dW
     gMLP                     g (branch gradient), z if it was not kept, a, [ds, dW2], gate, dW_gate, LayerNorm of the
                              gate, dz, [dn], LayerNorm and n, [dW1]
+    PatchTSMixer             statistics, all between dy and dn, [dW1, dW2, dW_gate], LayerNorm
 
-What is in brackets are plain products: PyTorch's. Equations (26), (28), (29) of docs/maths.md. The backward of
-PatchTSMixer's gated_mixing, whose tensors are small, is PyTorch's altogether.
+What is in brackets are plain products: PyTorch's. Equations (26), (28), (29), (33) to (35) of docs/maths.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .backward import Gradients, Kernels, cast_gradients, zero_gradients
 from .devices import device_of, without_autocast
 from .noise import Noise
+
+
+class GatedMixingGradients(NamedTuple):
+    """Of ``gated_mixing``: the gradient of n, operands of the weights' gradients by rows, those of the biases.
+
+    The operands and ``b1, b2`` are None if no parameter of the MLP or the gate has a gradient; those of the gate if
+    there is none.
+    """
+
+    n: Tensor  # in the shape of x
+    v: Tensor | None  # [rows, K] fc1's input
+    a: Tensor | None  # [rows, H] fc2's input
+    z: Tensor | None  # [rows, H] the gradient of fc1's output
+    out: Tensor | None  # [rows, K] the gradient of fc2's output
+    gated: Tensor | None  # [rows, K] the gate's input
+    logits: Tensor | None  # [rows, K] the gradient of the gate's logits
+    b1: Tensor | None  # [H] float32
+    b2: Tensor | None  # [K] float32
+    b_gate: Tensor | None  # [K] float32
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,7 @@ class RelativesKernels:
     spatial_gate_backward: Callable[..., tuple[Tensor, Tensor]]  # (ds, h, mean, rstd, gamma, beta, w, b, dh1) -> dv, s
     hidden_gelu: Callable[..., Tensor]  # (z, tokens) -> a
     hidden_gelu_backward: Callable[..., tuple[Tensor, Tensor]]  # (da, z, tokens) -> dz, db1
+    gated_mixing_gradients: Callable[..., GatedMixingGradients]  # (dy, x, mean, rstd, parameters...)
 
 
 def token_linear_backward(
@@ -174,6 +194,7 @@ def gated_channel_mixing_backward(
 
 
 def gated_mixing_backward(
+    kernels: RelativesKernels,
     dy: Tensor,
     x: Tensor,
     gamma: Tensor | None,
@@ -190,66 +211,31 @@ def gated_mixing_backward(
     eps: float,
     approximate: str,
     dtype: torch.dtype,
+    dropout_p: float,
+    seed: Tensor | None,
     wanted: Sequence[bool],
 ) -> Gradients:
     """Gradients of x and the eight parameters in order from ``dy``; everything is computed again from x."""
     inputs = (x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
     if x.numel() == 0:
         return zero_gradients(inputs, wanted)
-    aten = torch.ops.aten
-    features = [x.shape[3]]
     with device_of(x), without_autocast(x):
-        affine = gamma if gamma is not None else beta
-        wide = x.to(x.dtype if affine is None else torch.promote_types(x.dtype, affine.dtype))
-        norm = [None if t is None else t.to(wide.dtype) for t in (gamma, beta)]
-        n, mean, rstd = aten.native_layer_norm(wide, features, *norm, eps)
-        w1, b1, w2, b2, w_gate, b_gate = (
-            None if t is None else t.to(dtype) for t in (w1, b1, w2, b2, w_gate, b_gate)
+        dy, rows = dy.contiguous(), x.flatten(0, 1)
+        mean, rstd = kernels.row_statistics(rows, eps)
+        of = kernels.gated_mixing_gradients(
+            dy, rows.view(x.shape), mean, rstd, *inputs[1:], axis=axis, gate_first=gate_first,
+            approximate=approximate, dtype=dtype, noise=Noise(dropout_p, seed=seed), of_weights=any(wanted[3:]),
         )  # fmt: skip
-        n = v = n.to(dtype).movedim(axis, -1)
-        if gate_first:
-            v, gate = _gate(n, w_gate, b_gate)
-        z = F.linear(v, w1, b1)
-        a = F.gelu(z, approximate=approximate)
-        out = F.linear(a, w2, b2)
-
-        g = dy.to(dtype).movedim(axis, -1)
-        dw_gate = db_gate = None
-        if not gate_first:
-            g, dw_gate, db_gate = _gate_backward(g, out, _gate(out, w_gate, b_gate)[1], w_gate)
-        dz = aten.gelu_backward(g @ w2, z, approximate=approximate)
-        dn = dz @ w1
-        if gate_first:
-            dn, dw_gate, db_gate = _gate_backward(dn, n, gate, w_gate)
-        dw1, db1 = _linear_gradients(dz, v)
-        dw2, db2 = _linear_gradients(g, a)
-        dn = dn.movedim(-1, axis).to(wide.dtype)
-        mask = [True, gamma is not None, beta is not None]
-        dx, dgamma, dbeta = aten.native_layer_norm_backward(dn, wide, features, mean, rstd, *norm, mask)
-        gradients = (dx + dy, dgamma, dbeta, dw1, db1, dw2, db2, dw_gate, db_gate)
+        dw1, dw2, dw_gate = (
+            g.t() @ operand if want else None
+            for want, g, operand in zip(wanted[3::2], (of.z, of.out, of.logits), (of.v, of.a, of.gated), strict=True)
+        )
+        dx = dgamma = dbeta = None
+        if any(wanted[:3]):
+            dx, _, dgamma, dbeta, _ = kernels.mixer.norm_backward(rows, of.n, dy, mean, rstd, gamma, beta, None)
+            dx = dx.view(x.shape)
+        gradients = (dx, dgamma, dbeta, dw1, of.b1, dw2, of.b2, dw_gate, of.b_gate)
         return cast_gradients(gradients, inputs, wanted)
-
-
-def _gate(v: Tensor, w: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gated v, and the gate."""
-    if w is None:
-        return v, None
-    gate = F.softmax(F.linear(v, w, b), -1)
-    return v * gate, gate
-
-
-def _gate_backward(g, v, gate, w) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of v, w and b from ``g``, that of the gated v."""
-    if gate is None:
-        return g, None, None
-    dlogits = torch.ops.aten._softmax_backward_data(g * v, gate, -1, gate.dtype)
-    return g * gate + dlogits @ w, *_linear_gradients(dlogits, v)
-
-
-def _linear_gradients(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a linear layer's weight and bias."""
-    rows = g.flatten(0, -2)
-    return rows.t() @ x.flatten(0, -2), rows.sum(0, dtype=torch.float32)
 
 
 def _gate_gradients(

@@ -145,6 +145,7 @@ def gated_mixing_forward(
     eps: float,
     approximate: str,
     dtype: torch.dtype,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """``y`` of ``x [B, channels, patches, features]``, mixed along ``axis``; products in ``dtype``."""
 
@@ -156,7 +157,8 @@ def gated_mixing_forward(
     v = _layer_norm(x, gamma, beta, eps).movedim(axis, -1)  # (1) (2)
     v = gated(v.to(dtype)) if gate_first else v
     z = F.linear(v.to(dtype), w1.to(dtype), _to(b1, dtype))
-    v = F.linear(F.gelu(z, approximate=approximate), w2.to(dtype), _to(b2, dtype))  # (30)
+    a = _dropout(F.gelu(z, approximate=approximate), dropout_p)  # (11)
+    v = _dropout(F.linear(a, w2.to(dtype), _to(b2, dtype)), dropout_p)  # (30) (11)
     y = x + (v if gate_first else gated(v)).movedim(-1, axis)  # (32)
     return y.to(x.dtype)  # autocast's softmax is float32
 

@@ -41,6 +41,7 @@ def resize_tokens(state_dict: Mapping[str, Tensor], old_grid: Sequence[int], new
     for i in range(sizes.num_blocks):
         fc1, fc2 = f"blocks.{i}.mlp_tokens.fc1", f"blocks.{i}.mlp_tokens.fc2"
         w1 = torch.block_diag(*[state_dict[f"{fc1}.weight"]] * copies)
+        order = order.to(w1.device)
         w2 = torch.block_diag(*[state_dict[f"{fc2}.weight"]] * copies)
         # From the order of the parts to that of the image, row by row.
         resized[f"{fc1}.weight"] = torch.empty_like(w1).index_copy_(1, order, w1)

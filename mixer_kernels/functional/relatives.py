@@ -187,6 +187,7 @@ def gated_mixing(
     gate_first: bool = False,
     eps: float = 1e-5,
     approximate: str = "none",
+    dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """One mixer of a PatchTSMixer layer: an MLP with a softmax gate, along any axis of ``x``; for short axes.
@@ -211,6 +212,7 @@ def gated_mixing(
         gate_first: the gate before the MLP rather than behind it.
         eps: added to the variance; > 0.
         approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
+        dropout_p: probability of dropping an element after GELU and after the second product, in [0, 1].
         backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernel takes a K up to 256.
 
     Returns:
@@ -226,7 +228,7 @@ def gated_mixing(
     parameters = {
         "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate": w_gate, "b_gate": b_gate
     }  # fmt: skip
-    x, dtype = check(x, parameters, (eps,), approximate, dim=4)
+    x, dtype = check(x, parameters, (eps,), approximate, dropout_p, dim=4)
     extent = x.shape[axis]
     if w1.dim() != 2:
         raise ValueError(f"w1 must be (H, K), got shape {tuple(w1.shape)}")
@@ -248,10 +250,12 @@ def gated_mixing(
     tensors = (gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
     if name == "torch":
         y = torch_backend.gated_mixing_forward(
-            x, *tensors, axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype
-        )
+            x, *tensors, axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
+            dropout_p=dropout_p,
+        )  # fmt: skip
     else:
-        y = ops.gated_mixing(x, *tensors, axis + 4, gate_first, eps, approximate, dtype, name)
+        seed = seed_for(x, (dropout_p, 0.0))
+        y = ops.gated_mixing(x, *tensors, axis + 4, gate_first, eps, approximate, dtype, dropout_p, seed, name)
     return y.view(shape)
 
 

@@ -203,25 +203,30 @@ def _gated_channel_mixing_differentiate(ctx, dy, *_):
 
 _MIXING = (
     "Tensor? gamma, Tensor? beta, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, Tensor? w_gate,"
-    " Tensor? b_gate, int axis, bool gate_first, float eps, str approximate, ScalarType dtype"
+    " Tensor? b_gate, int axis, bool gate_first, float eps, str approximate, ScalarType dtype,"
+    " float dropout_p, Tensor? seed"
 )
 
 
 def _gated_mixing(
-    x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis, gate_first, eps, approximate, dtype, backend
+    x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis, gate_first, eps, approximate, dtype,
+    dropout_p, seed, backend
 ):  # fmt: skip
     return backends.load(backend).gated_mixing_forward(
         x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate,
         axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
+        dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
 
 
 def _gated_mixing_backward(
-    dy, x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis, gate_first, eps, approximate, dtype, wanted
+    dy, x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis, gate_first, eps, approximate, dtype,
+    dropout_p, seed, backend, wanted,
 ):  # fmt: skip
     gradients = relatives.gated_mixing_backward(
-        dy, x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate,
-        axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype, wanted=wanted,
+        backends.load(backend).relatives_kernels(dtype), dy, x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate,
+        axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
+        dropout_p=dropout_p, seed=seed, wanted=wanted,
     )  # fmt: skip
     return or_absent(gradients, x)
 
@@ -235,22 +240,24 @@ gated_mixing = define(
 )
 gated_mixing_backward = define(
     "gated_mixing_backward",
-    f"(Tensor dy, Tensor x, {_MIXING}, bool[] wanted) -> Tensor[]",
+    f"(Tensor dy, Tensor x, {_MIXING}, str backend, bool[] wanted) -> Tensor[]",
     _gated_mixing_backward,
     _gated_mixing_backward_fake,
 )
 
 
 def _gated_mixing_save(ctx, inputs, output) -> None:
-    *tensors, axis, gate_first, eps, approximate, dtype, _ = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = (axis, gate_first, eps, approximate, dtype)
+    *tensors, axis, gate_first, eps, approximate, dtype, dropout_p, seed, backend = inputs
+    ctx.save_for_backward(*tensors, seed)
+    ctx.options = (axis, gate_first, eps, approximate, dtype, dropout_p)
+    ctx.backend = backend
 
 
 def _gated_mixing_differentiate(ctx, dy):
     wanted = ctx.needs_input_grad[:9]
-    gradients = gated_mixing_backward(dy, *ctx.saved_tensors, *ctx.options, list(wanted))
-    return *or_none(gradients, wanted), *(None,) * 6
+    *tensors, seed = ctx.saved_tensors
+    gradients = gated_mixing_backward(dy, *tensors, *ctx.options, seed, ctx.backend, list(wanted))
+    return *or_none(gradients, wanted), *(None,) * 8
 
 
 differentiate("token_linear", _token_linear_differentiate, _token_linear_save)

@@ -88,7 +88,8 @@ def statistics_config(channels: int, channels_contiguous: bool) -> StatisticsCon
     if not channels_contiguous:
         return StatisticsConfig(block_rows=64, block_c=32, num_warps=4)
     block_c = min(max(16, 1 << (channels - 1).bit_length()), 2048)
-    return StatisticsConfig(block_rows=max(1, min(16, 4096 // block_c)), block_c=block_c, num_warps=4)
+    rows = min(16 if block_c <= 128 else 8, 4096 // block_c)
+    return StatisticsConfig(block_rows=max(1, rows), block_c=block_c, num_warps=4)
 
 
 def token_config(
@@ -123,19 +124,19 @@ def token_config(
         return TokenConfig(32, 16, num_warps=8 if vectorised else 4, num_stages=2, tf32=False)
     if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
-        # On sm_100 four segments leave no tensor memory for 64 hidden units.
-        block_d = 32 if target.capability == 90 or segments[3] else 64
+        # On sm_100 four segments, or gates, leave no tensor memory for 64 hidden units.
+        block_d = 32 if target.capability == 90 or segments[3] or gated else 64
         fits = lean and (sum(segments) <= 224 or target.capability > 90)
         if fits:
             return TokenConfig(128, block_d, num_warps=8, num_stages=2)
         return TokenConfig(64, 32 if gated else 64, num_warps=8, num_stages=2)
     if noise:
-        return TokenConfig(32, 16, num_warps=8, num_stages=2)
+        return TokenConfig(16 if gated else 32, 16, num_warps=8, num_stages=2)
     if lean and few_tokens:
         return TokenConfig(128, 16 if gated or target.capability >= 120 else 32, num_warps=8, num_stages=2)
     if lean:
         return TokenConfig(64, 16, num_warps=4, num_stages=2)
-    return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised else TokenConfig(64, 16, 8, 2)
+    return TokenConfig(64, 16, 4, 2) if few_tokens and (vectorised or gated) else TokenConfig(64, 16, 8, 2)
 
 
 def token_product_config(
@@ -145,7 +146,8 @@ def token_product_config(
     with values and gates."""
     if gated:
         config = _two_accumulators(token_product_config(target, dtype, exact, noise))
-        return replace(config, num_warps=8) if dtype is torch.float32 and exact else config
+        wide = dtype is torch.float32 and (exact or target.capability in (100, 103))
+        return replace(config, num_warps=8) if wide else config
     if dtype is torch.float32:
         return ProductConfig(64, 64, 32, num_warps=4, num_stages=1 if exact else 2)
     if not target.is_nvidia:
@@ -157,7 +159,7 @@ def token_linear_config(target: Target, dtype: torch.dtype, exact: bool, vectori
     """The tile of a linear layer along tokens: its epilogue holds up to two more tiles, and their addresses where
     tensors are not ``vectorised``."""
     if dtype is torch.float32 and exact:
-        config = ProductConfig(64, 64, 16, num_warps=8, num_stages=1)
+        config = ProductConfig(64, 64, 16, num_warps=4 if target.capability >= 120 else 8, num_stages=1)
     else:
         config = token_product_config(target, dtype, exact, noise=False)
         config = config if dtype is torch.float32 else replace(config, num_warps=8)
@@ -180,9 +182,10 @@ def channel_product_config(
     values and gates.
     """
     if gated and dtype is torch.float32 and exact:
-        return ProductConfig(64, 64, 16, num_warps=8, num_stages=2)
+        return ProductConfig(64, 64, 16, num_warps=4 if target.capability in (100, 103) else 8, num_stages=2)
     if gated:
-        return _two_accumulators(channel_product_config(target, dtype, exact, first, depth, descriptors, noise))
+        config = _two_accumulators(channel_product_config(target, dtype, exact, first, depth, descriptors, noise))
+        return replace(config, num_warps=4) if descriptors and noise else config
     if dtype is torch.float32 and exact:
         return ProductConfig(128, 64, 16, num_warps=8, num_stages=2)
     if dtype is torch.float32:
@@ -197,7 +200,7 @@ def channel_product_config(
     if depth % 64 != 0:
         return ProductConfig(64, 64, 32, num_warps=4, num_stages=3)
     if noise:
-        return ProductConfig(128, 64, 32, num_warps=8, num_stages=4)
+        return ProductConfig(128 if target.shared_memory > 120_000 else 64, 64, 32, num_warps=8, num_stages=4)
     if target.shared_memory < 120_000:
         return ProductConfig(128, 128, 32, num_warps=8, num_stages=4)
     return ProductConfig(128, 128, 64, num_warps=8, num_stages=4)
@@ -211,10 +214,19 @@ def gated_mixing_config(dtype: torch.dtype, rows: int, extent: int, exact: bool)
     block_k = max(16, 1 << (extent - 1).bit_length())
     # FMA instructions, rather than tensor cores, hold both operands of a product in registers.
     exact = exact and dtype is torch.float32
-    most = (32, 2048) if exact else (64, 4096)  # rows, elements
-    block_c = max(16, min(most[0], most[1] // block_k, 1 << (rows - 1).bit_length()))
-    num_warps = max(4 if exact else 1, min(8, block_c * block_k // 512))
+    elements = 1024 if exact else 2048
+    block_c = max(16, min(64, elements // block_k, 1 << (rows - 1).bit_length()))
+    num_warps = max(4 if exact else 2, min(8, block_c * block_k // 256))
     return TokenConfig(block_c, 16, num_warps, num_stages=1)
+
+
+def gated_mixing_backward_config(dtype: torch.dtype, extent: int) -> TokenConfig:
+    """The tile of its backward: 16 rows, the least of a product, since n, g and dn lie in registers, and the gate.
+
+    ``tf32=False`` from 129: each warp holds the whole rows of two operands, half as many of them in FMA instructions.
+    """
+    block_k = max(16, 1 << (extent - 1).bit_length())
+    return TokenConfig(16, 16, num_warps=max(2, min(8, block_k // 16)), num_stages=1, tf32=block_k < 256)
 
 
 def _two_accumulators(config: ProductConfig) -> ProductConfig:
@@ -255,9 +267,10 @@ def weight_gradient_config(target: Target, dtype: torch.dtype, exact: bool) -> P
     """The tile of a weight gradient of token mixing: D_S by S, summed over channels and images."""
     if dtype is torch.float32:
         block = 32 if exact and target.capability in (90, 100, 103) else 64
-        return ProductConfig(block, block, 16, num_warps=4, num_stages=1)
+        return ProductConfig(block, block, 16, num_warps=8 if target.capability >= 120 else 4, num_stages=1)
     block_k = 64 if target.capability == 90 else 32
-    return ProductConfig(64, 64, block_k, num_warps=8, num_stages=2 if target.is_nvidia else 1)
+    num_warps = 4 if target.capability >= 120 else 8
+    return ProductConfig(64, 64, block_k, num_warps=num_warps, num_stages=2 if target.is_nvidia else 1)
 
 
 def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, gated: bool = False) -> ProductConfig:

@@ -222,6 +222,8 @@ def gated_mixing_forward(
     eps: float,
     approximate: str,
     dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis``; products in ``dtype``."""
     if x.numel() == 0:
@@ -229,7 +231,7 @@ def gated_mixing_forward(
     with device_of(x):
         return gated_mixing(
             x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis=axis, gate_first=gate_first, eps=eps,
-            approximate=approximate, dtype=dtype, precision=_precision(dtype),
+            approximate=approximate, dtype=dtype, precision=_precision(dtype), noise=Noise(dropout_p, seed=seed),
         )  # fmt: skip
 
 

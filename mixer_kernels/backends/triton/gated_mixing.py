@@ -6,6 +6,8 @@
     v = fc2(GELU(fc1(n)))                 along the mixed axis: features, patches or channels
     y = x + v * softmax(Wg . v + bg)      the gate; or before fc1: n * softmax(Wg . n + bg)
 
+and dropout behind GELU and fc2.
+
 A program owns a tile ``[ROWS, K]``, the whole mixed axis by rows. Mixing features, its rows are any of x's, each with
 its own LayerNorm. Mixing patches or channels they are features of one image, and LayerNorm is along them: a program
 reads all of the image, which lies in the cache, for the sums.
@@ -19,10 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tuning.configs import gated_mixing_config
+from ..noise import Noise
 from ..rounding import cdiv, round_up
 from .channel_descriptors import quarters
 from .gelu import gelu
 from .launch import launch, needs_int64
+from .noise import dropout_arguments, kept_branch, kept_hidden
 from .prepack import square_weight, token_weights
 
 
@@ -63,35 +67,54 @@ def _statistics_of_rows(x, mask, extent, eps):
 
 
 @triton.jit
-def _add_product(acc, v, w_ptr, FIRST: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + v . W[:, FIRST:FIRST+N]'"""
-    w = tl.load(w_ptr + tl.arange(0, K)[:, None] * K + (FIRST + tl.arange(0, N))[None, :])
-    return tl.dot(v, tl.trans(w), acc, input_precision=PRECISION)
+def _add_part(
+    acc, v, w_ptr, FIRST: tl.constexpr, K: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + v . W[:, FIRST:FIRST+N]', or with the rows of W if not ``TRANSPOSED``"""
+    offs_k = tl.arange(0, K)
+    offs_n = FIRST + tl.arange(0, N)
+    if TRANSPOSED:
+        w = tl.trans(tl.load(w_ptr + offs_k[:, None] * K + offs_n[None, :]))
+    else:
+        w = tl.load(w_ptr + offs_n[:, None] * K + offs_k[None, :])
+    return tl.dot(v, w, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _gated(v, w_ptr, b_ptr, extent, ROWS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    """v * softmax(v . Wg' + bg), zero outside ``extent``; v in float32."""
-    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
-    logits = tl.zeros((ROWS, K), tl.float32)
+def add_square_product(
+    acc, v, w_ptr, ROWS: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc + v . W', or v . W if not ``TRANSPOSED``, of W [K, K].
+
+    By parts of the sum from 64: the whole of a wide W would fit neither registers nor shared memory.
+    """
+    v = v.to(w_ptr.dtype.element_ty)
     if K < 64:
-        logits = _add_product(logits, v.to(DTYPE), w_ptr, 0, K, K, PRECISION)
-    else:  # by parts of the sum: the whole of a wide Wg would fit neither registers nor shared memory
-        parts = quarters(v.to(DTYPE), ROWS, K)
+        acc = _add_part(acc, v, w_ptr, 0, K, K, TRANSPOSED, PRECISION)
+    else:
+        parts = quarters(v, ROWS, K)
         for i in tl.static_range(4):
             if K < 256:
-                logits = _add_product(logits, parts[i], w_ptr, i * (K // 4), K, K // 4, PRECISION)
+                acc = _add_part(acc, parts[i], w_ptr, i * (K // 4), K, K // 4, TRANSPOSED, PRECISION)
             else:
                 smaller = quarters(parts[i], ROWS, K // 4)
                 for j in tl.static_range(4):
-                    logits = _add_product(
-                        logits, smaller[j], w_ptr, i * (K // 4) + j * (K // 16), K, K // 16, PRECISION
+                    acc = _add_part(
+                        acc, smaller[j], w_ptr, i * (K // 4) + j * (K // 16), K, K // 16, TRANSPOSED, PRECISION
                     )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def softmax_gate(v, w_ptr, b_ptr, extent, ROWS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """softmax(v . Wg' + bg), zero outside ``extent``; float32."""
+    logits = add_square_product(tl.zeros((ROWS, K), tl.float32), v, w_ptr, ROWS, K, True, PRECISION)
     offs_k = tl.arange(0, K)
     logits += tl.load(b_ptr + offs_k)[None, :]
     logits = tl.where((offs_k < extent)[None, :], logits, float("-inf"))
     e = tl.exp(logits - tl.max(logits, 1, keep_dims=True))
-    return v * (e / tl.sum(e, 1, keep_dims=True))
+    return e / tl.sum(e, 1, keep_dims=True)
 
 
 @triton.jit
@@ -118,6 +141,9 @@ def _gated_mixing_kernel(
     y_stride_row,
     y_stride_k,
     eps,
+    seed_ptr,  # [1] int64, or None without dropout
+    dropout_p,
+    dropout_scale,
     NORM_ROWS: tl.constexpr,  # LayerNorm along the rows, else along the mixed axis
     GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -127,6 +153,7 @@ def _gated_mixing_kernel(
     STAGES: tl.constexpr,
     TANH: tl.constexpr,
     PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
@@ -162,19 +189,23 @@ def _gated_mixing_kernel(
         n = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
     n = tl.where(mask, n, 0.0)
     if GATE_FIRST and gate_ptr is not None:
-        n = _gated(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
+        n *= softmax_gate(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
     n = n.to(DTYPE)
     v = tl.zeros((ROWS, K), tl.float32)
     for d0 in tl.range(0, HIDDEN, BLOCK_D, num_stages=STAGES):
         offs_d = d0 + tl.arange(0, BLOCK_D)
         w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
         z = tl.dot(n, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
-        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT).to(DTYPE)
+        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+        if DROPOUT:
+            a *= kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
         w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
-        v = tl.dot(a, tl.trans(w2), v, input_precision=PRECISION)
+        v = tl.dot(a.to(DTYPE), tl.trans(w2), v, input_precision=PRECISION)
     v += tl.load(b2_ptr + offs_k)[None, :]
+    if DROPOUT:
+        v *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
     if not GATE_FIRST and gate_ptr is not None:
-        v = _gated(v, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
+        v *= softmax_gate(v, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
     x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
     offs_y = offs_r[:, None] * y_stride_row + offs_k[None, :] * y_stride_k
     tl.store(y_ptr + offs_y, (x + v).to(y_ptr.dtype.element_ty), mask=mask)
@@ -197,6 +228,7 @@ def gated_mixing(
     approximate: str,
     dtype: torch.dtype,
     precision: str,
+    noise: Noise,
 ) -> Tensor:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis`` 1, 2 or 3."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -242,6 +274,7 @@ def gated_mixing(
         TANH=approximate == "tanh",
         PRECISION=precision,
         INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, y_strides)),
+        **dropout_arguments(noise),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -15,15 +15,21 @@ SITE_IMAGE = tl.constexpr(2)
 
 
 def noise_arguments(noise: Noise) -> dict[str, Any]:
-    """What every kernel with noise takes."""
+    """What a kernel with both takes."""
+    return dropout_arguments(noise) | {
+        "path_p": noise.drop_path_p,
+        "path_scale": _scale(noise.drop_path_p),
+        "DROP_PATH": noise.drop_path_p > 0,
+    }
+
+
+def dropout_arguments(noise: Noise) -> dict[str, Any]:
+    """What a kernel without stochastic depth takes."""
     return {
         "seed_ptr": noise.seed,
         "dropout_p": noise.dropout_p,
         "dropout_scale": _scale(noise.dropout_p),
-        "path_p": noise.drop_path_p,
-        "path_scale": _scale(noise.drop_path_p),
         "DROPOUT": noise.dropout_p > 0,
-        "DROP_PATH": noise.drop_path_p > 0,
     }
 
 

@@ -1,0 +1,309 @@
+"""Backward of ``gated_mixing`` up to LayerNorm's, in one kernel: equations (33) to (35) of docs/maths.md.
+
+::
+
+    g, dL = gate'(dy)                     L: the gate's logits; or behind dV, where the gate is before fc1
+    dZ = (g . W2) * GELU'(Z)
+    dn = dZ . W1
+
+A program owns the tile ``[ROWS, K]`` of the forward kernel and computes n, Z and the gate again, from x. What the
+weight gradients multiply is written once, by rows, for plain products; the sums of the biases' gradients stay in a row
+to a program, which PyTorch adds in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.configs import gated_mixing_backward_config
+from ..noise import Noise
+from ..relatives import GatedMixingGradients
+from ..rounding import cdiv, round_up
+from .channel_mixing import aligned_rows
+from .gated_mixing import add_square_product, softmax_gate
+from .gelu import gelu, gelu_and_slope
+from .launch import launch, needs_int64
+from .noise import dropout_arguments, kept_branch, kept_hidden
+from .prepack import square_weight, token_weights
+
+
+@triton.jit
+def _gate_backward(g, v, gate, w_ptr, ROWS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradients of v and of the gate's logits from ``g``, that of v * gate."""
+    dgate = g * v
+    dlogits = gate * (dgate - tl.sum(dgate * gate, 1, keep_dims=True))
+    return add_square_product(g * gate, dlogits, w_ptr, ROWS, K, False, PRECISION), dlogits
+
+
+@triton.jit
+def _store_rows(out_ptr, tile, offs_r, mask_r, offs_k, extent, stride):
+    mask = mask_r[:, None] & (offs_k < extent)[None, :]
+    tl.store(out_ptr + offs_r[:, None] * stride + offs_k[None, :], tile.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated_mixing_bwd_kernel(
+    dy_ptr,  # contiguous, indexed as dn
+    x_ptr,  # any strides, as below
+    mean_ptr,  # float32, of each place that is not along the features
+    rstd_ptr,
+    gamma_ptr,  # [features] or None
+    beta_ptr,  # [features] or None
+    w1_ptr,  # [HIDDEN, K], zero-padded
+    b1_ptr,  # [HIDDEN] float32, zero-padded
+    w2_ptr,  # [K, HIDDEN], zero-padded
+    b2_ptr,  # [K] float32, zero-padded
+    gate_ptr,  # [K, K], zero-padded, or None
+    gate_bias_ptr,  # [K] float32, zero-padded, or None
+    dn_ptr,  # contiguous, in the shape of x
+    v_ptr,  # [images * rows, extent], fc1's input; None, as the five below, without weight gradients
+    a_ptr,  # [images * rows, hidden]
+    dz_ptr,  # [images * rows, hidden]
+    g_ptr,  # [images * rows, extent], the gradient of fc2's output
+    gated_ptr,  # [images * rows, extent], the gate's input; or None
+    dlogits_ptr,  # [images * rows, extent], or None
+    sums_ptr,  # [programs, HIDDEN + 2 * K] float32: of dz, g, dlogits; or None
+    rows,  # to an image
+    extent,  # of the mixed axis
+    hidden,
+    inner,  # images along the inner of two axes of images
+    stride_outer,  # of x
+    stride_inner,
+    stride_row,
+    stride_k,
+    dn_stride_outer,
+    dn_stride_inner,
+    dn_stride_row,
+    dn_stride_k,
+    mean_stride_outer,
+    mean_stride_inner,
+    mean_stride,  # along the mixed axis, or along the rows if those are no features
+    extent_stride,  # between rows of v, g, gated, dlogits
+    hidden_stride,  # between rows of a, dz
+    seed_ptr,  # [1] int64, or None without dropout
+    dropout_p,
+    dropout_scale,
+    NORM_ROWS: tl.constexpr,  # LayerNorm along the rows, else along the mixed axis
+    GATE_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    row_tiles = tl.cdiv(rows, ROWS)
+    image = (tl.program_id(0) // row_tiles).to(tl.int64)
+    offs_r = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
+    offs_k = tl.arange(0, K)
+    mask_r = offs_r < rows
+    mask_k = offs_k < extent
+    mask = mask_r[:, None] & mask_k[None, :]
+    FEATURES: tl.constexpr = ROWS if NORM_ROWS else K
+    feature = offs_r if NORM_ROWS else offs_k
+    mask_f = mask_r if NORM_ROWS else mask_k
+    gamma = tl.full((FEATURES,), 1.0, tl.float32)
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + feature, mask=mask_f, other=0.0).to(tl.float32)
+    beta = tl.zeros((FEATURES,), tl.float32)
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr + feature, mask=mask_f, other=0.0).to(tl.float32)
+    if INT64:
+        offs_r = offs_r.to(tl.int64)
+    x_ptr += (image // inner) * stride_outer + (image % inner) * stride_inner
+    offs_dn = (image // inner) * dn_stride_outer + (image % inner) * dn_stride_inner
+    offs_dn += offs_r[:, None] * dn_stride_row + offs_k[None, :] * dn_stride_k
+
+    x = tl.load(x_ptr + offs_r[:, None] * stride_row + offs_k[None, :] * stride_k, mask=mask, other=0.0).to(tl.float32)
+    offs_mean = (image // inner) * mean_stride_outer + (image % inner) * mean_stride_inner
+    if NORM_ROWS:
+        mean = tl.load(mean_ptr + offs_mean + offs_k * mean_stride, mask=mask_k, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_mean + offs_k * mean_stride, mask=mask_k, other=0.0)
+        n = (x - mean[None, :]) * rstd[None, :] * gamma[:, None] + beta[:, None]
+    else:
+        mean = tl.load(mean_ptr + offs_mean + offs_r * mean_stride, mask=mask_r, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_mean + offs_r * mean_stride, mask=mask_r, other=0.0)
+        n = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+    n = tl.where(mask, n, 0.0)
+    g = tl.load(dy_ptr + offs_dn, mask=mask, other=0.0).to(tl.float32)
+    row = image * rows + offs_r
+    if sums_ptr is not None:
+        sums_ptr += tl.program_id(0).to(tl.int64) * (HIDDEN + 2 * K)
+
+    v = n.to(DTYPE)
+    if GATE_FIRST and gate_ptr is not None:
+        gate = softmax_gate(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
+        v = (n * gate).to(DTYPE)
+    if not GATE_FIRST and gate_ptr is not None:
+        out = tl.zeros((ROWS, K), tl.float32)
+        for d0 in tl.range(0, HIDDEN, BLOCK_D, num_stages=STAGES):
+            offs_d = d0 + tl.arange(0, BLOCK_D)
+            w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
+            z = tl.dot(v, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
+            a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+            if DROPOUT:
+                a *= kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+            w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
+            out = tl.dot(a.to(DTYPE), tl.trans(w2), out, input_precision=PRECISION)
+        out += tl.load(b2_ptr + offs_k)[None, :]
+        if DROPOUT:
+            out *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+        gate = softmax_gate(out, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
+        g, dlogits = _gate_backward(g, out, gate, gate_ptr, ROWS, K, PRECISION)
+        if sums_ptr is not None:
+            _store_rows(gated_ptr, out, row, mask_r, offs_k, extent, extent_stride)
+            _store_rows(dlogits_ptr, dlogits, row, mask_r, offs_k, extent, extent_stride)
+            tl.store(sums_ptr + HIDDEN + K + offs_k, tl.sum(dlogits, 0))
+    if DROPOUT:
+        g *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+    if sums_ptr is not None:
+        _store_rows(v_ptr, v, row, mask_r, offs_k, extent, extent_stride)
+        _store_rows(g_ptr, g, row, mask_r, offs_k, extent, extent_stride)
+        tl.store(sums_ptr + HIDDEN + offs_k, tl.sum(g, 0))
+
+    g16 = g.to(DTYPE)
+    dn = tl.zeros((ROWS, K), tl.float32)
+    for d0 in tl.range(0, HIDDEN, BLOCK_D, num_stages=STAGES):
+        offs_d = d0 + tl.arange(0, BLOCK_D)
+        w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
+        w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
+        z = tl.dot(v, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
+        a, slope = gelu_and_slope(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+        da = tl.dot(g16, w2, tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
+        if DROPOUT:
+            kept = kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+            a *= kept
+            slope *= kept
+        dz = da * slope
+        if sums_ptr is not None:
+            _store_rows(a_ptr, a, row, mask_r, offs_d, hidden, hidden_stride)
+            _store_rows(dz_ptr, dz, row, mask_r, offs_d, hidden, hidden_stride)
+            tl.store(sums_ptr + offs_d, tl.sum(dz, 0))
+        dn = tl.dot(dz.to(DTYPE), w1, dn, input_precision=PRECISION)
+    if GATE_FIRST and gate_ptr is not None:
+        dn, dlogits = _gate_backward(dn, n, gate, gate_ptr, ROWS, K, PRECISION)
+        if sums_ptr is not None:
+            _store_rows(gated_ptr, n, row, mask_r, offs_k, extent, extent_stride)
+            _store_rows(dlogits_ptr, dlogits, row, mask_r, offs_k, extent, extent_stride)
+            tl.store(sums_ptr + HIDDEN + K + offs_k, tl.sum(dlogits, 0))
+    tl.store(dn_ptr + offs_dn, dn.to(dn_ptr.dtype.element_ty), mask=mask)
+
+
+def gated_mixing_gradients(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    *,
+    axis: int,
+    gate_first: bool,
+    approximate: str,
+    dtype: torch.dtype,
+    precision: str,
+    noise: Noise,
+    of_weights: bool,
+) -> GatedMixingGradients:
+    """The gradient of n from ``dy``, contiguous, and, ``of_weights``, what the weights' gradients are products of.
+
+    ``x [B, channels, patches, features]``; ``mean`` and ``rstd [B * channels * patches]``.
+    """
+    dn = torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean = mean.view(x.shape[:3])
+    if axis == 3:
+        images, rows, extent = (1, 1), x.shape[:3].numel(), x.shape[3]
+        x = x.reshape(rows, extent)
+        strides, dn_strides = ((0, 0, t.stride(0), t.stride(1)) for t in (x, dn.view(rows, extent)))
+        mean_strides = (0, 0, 1)
+    else:
+        other = 3 - axis
+        images, rows, extent = (x.shape[0], x.shape[other]), x.shape[3], x.shape[axis]
+        strides, dn_strides = ((t.stride(0), t.stride(other), t.stride(3), t.stride(axis)) for t in (x, dn))
+        mean_strides = (mean.stride(0), mean.stride(other), mean.stride(axis))
+    hidden, has_gate = w1.shape[0], w_gate is not None
+    config = gated_mixing_backward_config(dtype, extent)
+    precision = precision if config.tf32 else "ieee"
+    block_k = max(16, 1 << (extent - 1).bit_length())
+    padded_hidden = round_up(hidden, config.block_d)
+    packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=padded_hidden)
+    gate, gate_bias = square_weight(w_gate, b_gate, dtype, block_k) if has_gate else (None, None)
+    programs = images[0] * images[1] * cdiv(rows, config.block_c)
+
+    def operand(columns: int, present: bool = True) -> Tensor | None:
+        return aligned_rows(images[0] * images[1] * rows, columns, dtype, x.device) if present else None
+
+    v, a, dz, g = (operand(columns, of_weights) for columns in (extent, hidden, hidden, extent))
+    gated, dlogits = (operand(extent, of_weights and has_gate) for _ in range(2))
+    sums = None
+    if of_weights:
+        sums = torch.empty(programs, padded_hidden + 2 * block_k, dtype=torch.float32, device=x.device)
+    launch(
+        _gated_mixing_bwd_kernel,
+        programs,
+        dy,
+        x,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        packed.w1,
+        packed.b1,
+        packed.w2,
+        packed.b2,
+        gate,
+        gate_bias,
+        dn,
+        v,
+        a,
+        dz,
+        g,
+        gated,
+        dlogits,
+        sums,
+        rows,
+        extent,
+        hidden,
+        images[1],
+        *strides,
+        *dn_strides,
+        *mean_strides,
+        g.stride(0) if of_weights else 0,
+        a.stride(0) if of_weights else 0,
+        NORM_ROWS=axis != 3,
+        GATE_FIRST=gate_first,
+        ROWS=config.block_c,
+        K=block_k,
+        HIDDEN=padded_hidden,
+        BLOCK_D=config.block_d,
+        STAGES=config.num_stages,
+        TANH=approximate == "tanh",
+        PRECISION=precision,
+        INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, dn_strides)),
+        **dropout_arguments(noise),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    biases = (None, None, None)
+    if of_weights:  # each a tensor of its own: an operator's results may not share memory
+        of_z, of_out, of_logits = sums.split((padded_hidden, block_k, block_k), 1)
+        biases = (
+            of_z[:, :hidden].sum(0),
+            of_out[:, :extent].sum(0),
+            of_logits[:, :extent].sum(0) if has_gate else None,
+        )
+    return GatedMixingGradients(dn, v, a, dz, g, gated, dlogits, *biases)
