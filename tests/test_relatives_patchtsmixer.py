@@ -107,8 +107,8 @@ def test_layouts_are_read_as_they_are(mixer, layout, device):
 )
 @each_mixer
 def test_without_what_may_be_none(mixer, absent, device):
-    # More images than elsewhere: a sum over few positions may err by chance alone four times as much as eager's.
-    x, parameters = make(mixer, (6, 5, 6, 20), torch.float32, device)
+    # No smaller: of few sums in float32 one may err by chance alone four times as much as eager's.
+    x, parameters = make(mixer, (3, 7, 13, 20), torch.float32, device)
     assert_matches_eager(mixer, x, {**parameters, **dict.fromkeys(absent)}, device, approximate="tanh")
 
 

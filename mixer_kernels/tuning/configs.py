@@ -212,21 +212,22 @@ MAX_GATED_EXTENT = 256
 def gated_mixing_config(dtype: torch.dtype, rows: int, extent: int, exact: bool) -> TokenConfig:
     """The tile of a half of a PatchTSMixer layer: ``block_c`` of its ``rows`` by the whole mixed axis, ``extent``."""
     block_k = max(16, 1 << (extent - 1).bit_length())
-    # FMA instructions, rather than tensor cores, hold both operands of a product in registers.
-    exact = exact and dtype is torch.float32
-    elements = 1024 if exact else 2048
-    block_c = max(16, min(64, elements // block_k, 1 << (rows - 1).bit_length()))
-    num_warps = max(4 if exact else 2, min(8, block_c * block_k // 256))
-    return TokenConfig(block_c, 16, num_warps, num_stages=1)
+    if block_k <= 16:
+        block_c, num_warps = 32, 4
+    elif dtype is torch.float32 and exact:
+        block_c, num_warps = 4096 // block_k, 8
+    elif dtype is torch.float32:
+        block_c, num_warps = 16, 4
+    else:
+        block_c, num_warps = 2048 // block_k, 4
+    block_c = max(16, min(64, block_c, 1 << (rows - 1).bit_length()))
+    return TokenConfig(block_c, 16, 8 if block_k == 256 else min(num_warps, block_c * block_k // 128), num_stages=1)
 
 
-def gated_mixing_backward_config(dtype: torch.dtype, extent: int) -> TokenConfig:
-    """The tile of its backward: 16 rows, the least of a product, since n, g and dn lie in registers, and the gate.
-
-    ``tf32=False`` from 129: each warp holds the whole rows of two operands, half as many of them in FMA instructions.
-    """
+def gated_mixing_backward_config(extent: int) -> TokenConfig:
+    """The tile of its backward: 16 rows, the least of a product, since n, g and dn lie in registers, and the gate."""
     block_k = max(16, 1 << (extent - 1).bit_length())
-    return TokenConfig(16, 16, num_warps=max(2, min(8, block_k // 16)), num_stages=1, tf32=block_k < 256)
+    return TokenConfig(16, 16, num_warps=max(2, min(8, block_k // 16)), num_stages=1)
 
 
 def _two_accumulators(config: ProductConfig) -> ProductConfig:

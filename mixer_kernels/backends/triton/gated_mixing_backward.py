@@ -6,7 +6,7 @@
     dZ = (g . W2) * GELU'(Z)
     dn = dZ . W1
 
-A program owns the tile ``[ROWS, K]`` of the forward kernel and computes n, Z and the gate again, from x. What the
+A program owns a tile ``[ROWS, K]``, as the forward kernel, and computes n, Z and the gate again, from x. What the
 weight gradients multiply is written once, by rows, for plain products; the sums of the biases' gradients stay in a row
 to a program, which PyTorch adds in a fixed order.
 """
@@ -24,7 +24,7 @@ from ..relatives import GatedMixingGradients
 from ..rounding import cdiv, round_up
 from .channel_mixing import aligned_rows
 from .gated_mixing import add_square_product, softmax_gate
-from .gelu import gelu, gelu_and_slope
+from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
 from .prepack import square_weight, token_weights
@@ -59,9 +59,9 @@ def _gated_mixing_bwd_kernel(
     gate_ptr,  # [K, K], zero-padded, or None
     gate_bias_ptr,  # [K] float32, zero-padded, or None
     dn_ptr,  # contiguous, in the shape of x
-    v_ptr,  # [images * rows, extent], fc1's input; None, as the five below, without weight gradients
-    a_ptr,  # [images * rows, hidden]
-    dz_ptr,  # [images * rows, hidden]
+    dz_ptr,  # [images * rows, hidden], the gradient of fc1's output; until then GELU's slope
+    v_ptr,  # [images * rows, extent], fc1's input; None, as all below, without weight gradients
+    a_ptr,  # [images * rows, hidden], fc2's input
     g_ptr,  # [images * rows, extent], the gradient of fc2's output
     gated_ptr,  # [images * rows, extent], the gate's input; or None
     dlogits_ptr,  # [images * rows, extent], or None
@@ -133,26 +133,37 @@ def _gated_mixing_bwd_kernel(
         rstd = tl.load(rstd_ptr + offs_mean + offs_r * mean_stride, mask=mask_r, other=0.0)
         n = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
     n = tl.where(mask, n, 0.0)
-    g = tl.load(dy_ptr + offs_dn, mask=mask, other=0.0).to(tl.float32)
     row = image * rows + offs_r
     if sums_ptr is not None:
         sums_ptr += tl.program_id(0).to(tl.int64) * (HIDDEN + 2 * K)
 
+    GATED: tl.constexpr = gate_ptr is not None
     v = n.to(DTYPE)
-    if GATE_FIRST and gate_ptr is not None:
+    if GATE_FIRST and GATED:
         gate = softmax_gate(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
         v = (n * gate).to(DTYPE)
-    if not GATE_FIRST and gate_ptr is not None:
-        out = tl.zeros((ROWS, K), tl.float32)
-        for d0 in tl.range(0, HIDDEN, BLOCK_D, num_stages=STAGES):
-            offs_d = d0 + tl.arange(0, BLOCK_D)
-            w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
-            z = tl.dot(v, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
-            a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
-            if DROPOUT:
-                a *= kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+    # Two passes over the hidden units, and their slopes through memory: v and g together would not fit registers.
+    out = tl.zeros((ROWS, K), tl.float32)
+    for d0 in tl.range(0, HIDDEN, BLOCK_D, num_stages=STAGES):
+        offs_d = d0 + tl.arange(0, BLOCK_D)
+        w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
+        z = tl.dot(v, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
+        a, slope = gelu_and_slope(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+        if DROPOUT:
+            kept = kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+            a *= kept
+            slope *= kept
+        _store_rows(dz_ptr, slope, row, mask_r, offs_d, hidden, hidden_stride)
+        if sums_ptr is not None:
+            _store_rows(a_ptr, a, row, mask_r, offs_d, hidden, hidden_stride)
+        if GATED and not GATE_FIRST:
             w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
             out = tl.dot(a.to(DTYPE), tl.trans(w2), out, input_precision=PRECISION)
+    if sums_ptr is not None:
+        _store_rows(v_ptr, v, row, mask_r, offs_k, extent, extent_stride)
+
+    g = tl.load(dy_ptr + offs_dn, mask=mask, other=0.0).to(tl.float32)
+    if GATED and not GATE_FIRST:
         out += tl.load(b2_ptr + offs_k)[None, :]
         if DROPOUT:
             out *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
@@ -165,30 +176,25 @@ def _gated_mixing_bwd_kernel(
     if DROPOUT:
         g *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
     if sums_ptr is not None:
-        _store_rows(v_ptr, v, row, mask_r, offs_k, extent, extent_stride)
         _store_rows(g_ptr, g, row, mask_r, offs_k, extent, extent_stride)
         tl.store(sums_ptr + HIDDEN + offs_k, tl.sum(g, 0))
 
-    g16 = g.to(DTYPE)
+    g = g.to(DTYPE)
     dn = tl.zeros((ROWS, K), tl.float32)
+    tl.debug_barrier()  # another thread may have stored the slope that this one loads
     for d0 in tl.range(0, HIDDEN, BLOCK_D, num_stages=STAGES):
         offs_d = d0 + tl.arange(0, BLOCK_D)
-        w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
         w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
-        z = tl.dot(v, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
-        a, slope = gelu_and_slope(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
-        da = tl.dot(g16, w2, tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
-        if DROPOUT:
-            kept = kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
-            a *= kept
-            slope *= kept
-        dz = da * slope
+        dz = tl.dot(g, w2, tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
+        mask_d = mask_r[:, None] & (offs_d < hidden)[None, :]
+        dz *= tl.load(dz_ptr + row[:, None] * hidden_stride + offs_d[None, :], mask=mask_d, other=0.0).to(tl.float32)
         if sums_ptr is not None:
-            _store_rows(a_ptr, a, row, mask_r, offs_d, hidden, hidden_stride)
+            tl.debug_barrier()  # nor may it be overwritten before
             _store_rows(dz_ptr, dz, row, mask_r, offs_d, hidden, hidden_stride)
             tl.store(sums_ptr + offs_d, tl.sum(dz, 0))
+        w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
         dn = tl.dot(dz.to(DTYPE), w1, dn, input_precision=PRECISION)
-    if GATE_FIRST and gate_ptr is not None:
+    if GATE_FIRST and GATED:
         dn, dlogits = _gate_backward(dn, n, gate, gate_ptr, ROWS, K, PRECISION)
         if sums_ptr is not None:
             _store_rows(gated_ptr, n, row, mask_r, offs_k, extent, extent_stride)
@@ -236,8 +242,7 @@ def gated_mixing_gradients(
         strides, dn_strides = ((t.stride(0), t.stride(other), t.stride(3), t.stride(axis)) for t in (x, dn))
         mean_strides = (mean.stride(0), mean.stride(other), mean.stride(axis))
     hidden, has_gate = w1.shape[0], w_gate is not None
-    config = gated_mixing_backward_config(dtype, extent)
-    precision = precision if config.tf32 else "ieee"
+    config = gated_mixing_backward_config(extent)
     block_k = max(16, 1 << (extent - 1).bit_length())
     padded_hidden = round_up(hidden, config.block_d)
     packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=padded_hidden)
@@ -247,7 +252,8 @@ def gated_mixing_gradients(
     def operand(columns: int, present: bool = True) -> Tensor | None:
         return aligned_rows(images[0] * images[1] * rows, columns, dtype, x.device) if present else None
 
-    v, a, dz, g = (operand(columns, of_weights) for columns in (extent, hidden, hidden, extent))
+    dz = operand(hidden)
+    v, a, g = (operand(columns, of_weights) for columns in (extent, hidden, extent))
     gated, dlogits = (operand(extent, of_weights and has_gate) for _ in range(2))
     sums = None
     if of_weights:
@@ -268,9 +274,9 @@ def gated_mixing_gradients(
         gate,
         gate_bias,
         dn,
+        dz,
         v,
         a,
-        dz,
         g,
         gated,
         dlogits,
@@ -283,7 +289,7 @@ def gated_mixing_gradients(
         *dn_strides,
         *mean_strides,
         g.stride(0) if of_weights else 0,
-        a.stride(0) if of_weights else 0,
+        dz.stride(0),
         NORM_ROWS=axis != 3,
         GATE_FIRST=gate_first,
         ROWS=config.block_c,
