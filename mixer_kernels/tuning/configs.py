@@ -209,25 +209,55 @@ def channel_product_config(
 MAX_GATED_EXTENT = 256
 
 
-def gated_mixing_config(dtype: torch.dtype, rows: int, extent: int, exact: bool) -> TokenConfig:
-    """The tile of a half of a PatchTSMixer layer: ``block_c`` of its ``rows`` by the whole mixed axis, ``extent``."""
+@dataclass(frozen=True)
+class GatedMixingConfig:
+    """``rows`` by the whole mixed axis, the hidden axis in steps of 16.
+
+    ``max_registers``: what ptxas may use to a thread; it aims at an occupancy of its own otherwise, and spills for it.
+    """
+
+    rows: int
+    num_warps: int
+    max_registers: int | None
+    block_d: int = 16
+    num_stages: int = 1
+
+    def launch_options(self) -> dict[str, int]:
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+
+
+def gated_mixing_config(target: Target, dtype: torch.dtype, rows: int, extent: int, exact: bool) -> GatedMixingConfig:
+    """The tile of a half of a PatchTSMixer layer: some of its ``rows``, all of the ``extent`` of the mixed axis."""
     block_k = max(16, 1 << (extent - 1).bit_length())
+    exact = exact and dtype is torch.float32
     if block_k <= 16:
-        block_c, num_warps = 32, 4
-    elif dtype is torch.float32 and exact:
-        block_c, num_warps = 4096 // block_k, 8
+        most, num_warps = 32, 4
+    elif exact:
+        most, num_warps = 4096 // block_k, 8
     elif dtype is torch.float32:
-        block_c, num_warps = 16, 4
+        most, num_warps = 16, 4
     else:
-        block_c, num_warps = 2048 // block_k, 4
-    block_c = max(16, min(64, block_c, 1 << (rows - 1).bit_length()))
-    return TokenConfig(block_c, 16, 8 if block_k == 256 else min(num_warps, block_c * block_k // 128), num_stages=1)
+        most, num_warps = 2048 // block_k, 4
+    if not exact:
+        most = min(most, 1 << (rows - 1).bit_length())
+    most = max(16, min(64, most))
+    num_warps = 8 if block_k == 256 else min(num_warps, most * block_k // 128)
+    return GatedMixingConfig(most, num_warps, _all_registers(target, block_k, exact))
 
 
-def gated_mixing_backward_config(extent: int) -> TokenConfig:
+def gated_mixing_backward_config(target: Target, dtype: torch.dtype, extent: int, exact: bool) -> GatedMixingConfig:
     """The tile of its backward: 16 rows, the least of a product, since n, g and dn lie in registers, and the gate."""
     block_k = max(16, 1 << (extent - 1).bit_length())
-    return TokenConfig(16, 16, num_warps=max(2, min(8, block_k // 16)), num_stages=1)
+    exact = exact and dtype is torch.float32
+    most_warps = 8 if target.is_nvidia else 4  # a wave of AMD's has 64 lanes
+    num_warps = max(2, min(most_warps, block_k // (8 if exact else 16)))
+    return GatedMixingConfig(16, num_warps, _all_registers(target, block_k, exact))
+
+
+def _all_registers(target: Target, block_k: int, exact: bool) -> int | None:
+    """Where it avoids spills: with FMA instructions and with long axes ptxas does better by its own measure."""
+    return None if not target.is_nvidia or exact or block_k == 256 else 255
 
 
 def _two_accumulators(config: ProductConfig) -> ProductConfig:

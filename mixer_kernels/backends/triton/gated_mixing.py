@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tuning.configs import gated_mixing_config
+from ...tuning.target import target_of
 from ..noise import Noise
 from ..rounding import cdiv, round_up
 from .channel_descriptors import quarters
@@ -211,6 +212,24 @@ def _gated_mixing_kernel(
     tl.store(y_ptr + offs_y, (x + v).to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def extents_of(shape: torch.Size, axis: int) -> tuple[tuple[int, int], int, int]:
+    """Images along two axes, rows to an image, and the extent of the mixed axis, 1, 2 or 3 of ``shape``.
+
+    Along the features any rows: all are of one image.
+    """
+    if axis == 3:
+        return (1, 1), shape[:3].numel(), shape[3]
+    return (shape[0], shape[3 - axis]), shape[3], shape[axis]
+
+
+def in_rows(t: Tensor, axis: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """``t`` and its strides in that order: images twice, rows, mixed axis; a copy where no strides say it."""
+    if axis == 3:
+        t = t.reshape(-1, t.shape[3])
+        return t, (0, 0, *t.stride())
+    return t, (t.stride(0), t.stride(3 - axis), t.stride(3), t.stride(axis))
+
+
 def gated_mixing(
     x: Tensor,
     gamma: Tensor | None,
@@ -232,22 +251,17 @@ def gated_mixing(
 ) -> Tensor:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis`` 1, 2 or 3."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if axis == 3:  # any rows: of one image where that is no copy, else by image
-        images, rows, extent = (1, 1), x.shape[:3].numel(), x.shape[3]
-        x = x.reshape(rows, extent)
-        strides, y_strides = ((0, 0, t.stride(0), t.stride(1)) for t in (x, y.view(rows, extent)))
-    else:
-        other = 3 - axis
-        images, rows, extent = (x.shape[0], x.shape[other]), x.shape[3], x.shape[axis]
-        strides, y_strides = ((t.stride(0), t.stride(other), t.stride(3), t.stride(axis)) for t in (x, y))
-    config = gated_mixing_config(dtype, rows, extent, exact=precision == "ieee")
+    images, rows, extent = extents_of(x.shape, axis)
+    x, strides = in_rows(x, axis)
+    _, y_strides = in_rows(y, axis)
+    config = gated_mixing_config(target_of(x.device), dtype, rows, extent, exact=precision == "ieee")
     block_k = max(16, 1 << (extent - 1).bit_length())
     hidden = round_up(w1.shape[0], config.block_d)
     packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=hidden)
     gate, gate_bias = (None, None) if w_gate is None else square_weight(w_gate, b_gate, dtype, block_k)
     launch(
         _gated_mixing_kernel,
-        images[0] * images[1] * cdiv(rows, config.block_c),
+        images[0] * images[1] * cdiv(rows, config.rows),
         x,
         gamma,
         beta,
@@ -266,7 +280,7 @@ def gated_mixing(
         eps,
         NORM_ROWS=axis != 3,
         GATE_FIRST=gate_first,
-        ROWS=config.block_c,
+        ROWS=config.rows,
         K=block_k,
         HIDDEN=hidden,
         BLOCK_D=config.block_d,
@@ -275,7 +289,6 @@ def gated_mixing(
         PRECISION=precision,
         INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, y_strides)),
         **dropout_arguments(noise),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options(),
     )
     return y

@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tuning.configs import gated_mixing_backward_config
+from ...tuning.target import target_of
 from ..noise import Noise
 from ..relatives import GatedMixingGradients
 from ..rounding import cdiv, round_up
 from .channel_mixing import aligned_rows
-from .gated_mixing import add_square_product, softmax_gate
+from .gated_mixing import add_square_product, extents_of, in_rows, softmax_gate
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
@@ -230,24 +231,18 @@ def gated_mixing_gradients(
     ``x [B, channels, patches, features]``; ``mean`` and ``rstd [B * channels * patches]``.
     """
     dn = torch.empty(x.shape, dtype=dtype, device=x.device)
-    mean = mean.view(x.shape[:3])
-    if axis == 3:
-        images, rows, extent = (1, 1), x.shape[:3].numel(), x.shape[3]
-        x = x.reshape(rows, extent)
-        strides, dn_strides = ((0, 0, t.stride(0), t.stride(1)) for t in (x, dn.view(rows, extent)))
-        mean_strides = (0, 0, 1)
-    else:
-        other = 3 - axis
-        images, rows, extent = (x.shape[0], x.shape[other]), x.shape[3], x.shape[axis]
-        strides, dn_strides = ((t.stride(0), t.stride(other), t.stride(3), t.stride(axis)) for t in (x, dn))
-        mean_strides = (mean.stride(0), mean.stride(other), mean.stride(axis))
+    images, rows, extent = extents_of(x.shape, axis)
+    mean_strides = in_rows(mean.view(*x.shape[:3], 1), axis)[1]
+    mean_strides = (*mean_strides[:2], mean_strides[2 if axis == 3 else 3])
+    x, strides = in_rows(x, axis)
+    _, dn_strides = in_rows(dn, axis)
     hidden, has_gate = w1.shape[0], w_gate is not None
-    config = gated_mixing_backward_config(extent)
+    config = gated_mixing_backward_config(target_of(x.device), dtype, extent, exact=precision == "ieee")
     block_k = max(16, 1 << (extent - 1).bit_length())
     padded_hidden = round_up(hidden, config.block_d)
     packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=padded_hidden)
     gate, gate_bias = square_weight(w_gate, b_gate, dtype, block_k) if has_gate else (None, None)
-    programs = images[0] * images[1] * cdiv(rows, config.block_c)
+    programs = images[0] * images[1] * cdiv(rows, config.rows)
 
     def operand(columns: int, present: bool = True) -> Tensor | None:
         return aligned_rows(images[0] * images[1] * rows, columns, dtype, x.device) if present else None
@@ -292,7 +287,7 @@ def gated_mixing_gradients(
         dz.stride(0),
         NORM_ROWS=axis != 3,
         GATE_FIRST=gate_first,
-        ROWS=config.block_c,
+        ROWS=config.rows,
         K=block_k,
         HIDDEN=padded_hidden,
         BLOCK_D=config.block_d,
@@ -301,8 +296,7 @@ def gated_mixing_gradients(
         PRECISION=precision,
         INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, dn_strides)),
         **dropout_arguments(noise),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options(),
     )
     biases = (None, None, None)
     if of_weights:  # each a tensor of its own: an operator's results may not share memory
