@@ -131,12 +131,14 @@ def token_config(
             return TokenConfig(128, block_d, num_warps=8, num_stages=2)
         return TokenConfig(64, 32 if gated else 64, num_warps=8, num_stages=2)
     if noise:
-        return TokenConfig(16 if gated else 32, 16, num_warps=8, num_stages=2)
+        return TokenConfig(16, 16, 4, 2) if gated else TokenConfig(32, 16, num_warps=8, num_stages=2)
     if lean and few_tokens:
         return TokenConfig(128, 16 if gated or target.capability >= 120 else 32, num_warps=8, num_stages=2)
     if lean:
         return TokenConfig(64, 16, num_warps=4, num_stages=2)
-    return TokenConfig(64, 16, 4, 2) if few_tokens and (vectorised or gated) else TokenConfig(64, 16, 8, 2)
+    if gated and not vectorised:
+        return TokenConfig(32, 16, num_warps=4, num_stages=2)
+    return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised else TokenConfig(64, 16, 8, 2)
 
 
 def token_product_config(
@@ -294,13 +296,13 @@ def token_backward_config(
     return TokenConfig(64, 16, num_warps=8, num_stages=2)
 
 
-def weight_gradient_config(target: Target, dtype: torch.dtype, exact: bool) -> ProductConfig:
+def weight_gradient_config(target: Target, dtype: torch.dtype, stream_dtype: torch.dtype, exact: bool) -> ProductConfig:
     """The tile of a weight gradient of token mixing: D_S by S, summed over channels and images."""
     if dtype is torch.float32:
         block = 32 if exact and target.capability in (90, 100, 103) else 64
         return ProductConfig(block, block, 16, num_warps=8 if target.capability >= 120 else 4, num_stages=1)
     block_k = 64 if target.capability == 90 else 32
-    num_warps = 4 if target.capability >= 120 else 8
+    num_warps = 4 if target.capability >= 120 and stream_dtype is dtype else 8
     return ProductConfig(64, 64, block_k, num_warps=num_warps, num_stages=2 if target.is_nvidia else 1)
 
 

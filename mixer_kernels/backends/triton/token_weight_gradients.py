@@ -131,7 +131,7 @@ def weight_gradient(
     batch_size, hidden, channels = left.shape
     tokens = right.shape[1]
     target = target_of(left.device)
-    config = weight_gradient_config(target, left.dtype, exact=precision == "ieee")
+    config = weight_gradient_config(target, left.dtype, right.dtype, exact=precision == "ieee")
     tiles = cdiv(hidden, config.block_m) * cdiv(tokens, config.block_n)
     splits = max(1, min(batch_size * cdiv(channels, config.block_k), 2 * target.multiprocessors // tiles))
     partial = torch.empty(splits, hidden, tokens, dtype=torch.float32, device=left.device)
