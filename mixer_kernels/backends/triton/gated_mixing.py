@@ -32,6 +32,18 @@ from .prepack import square_weight, token_weights
 
 
 @triton.jit
+def load_affine(gamma_ptr, beta_ptr, feature, mask, FEATURES: tl.constexpr):
+    """LayerNorm's weight and bias at ``feature``; 1 and 0 where there is none."""
+    gamma = tl.full((FEATURES,), 1.0, tl.float32)
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + feature, mask=mask, other=0.0).to(tl.float32)
+    beta = tl.zeros((FEATURES,), tl.float32)
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr + feature, mask=mask, other=0.0).to(tl.float32)
+    return gamma, beta
+
+
+@triton.jit
 def _statistics_over_rows(
     x_ptr, rows, mask_k, offs_k, stride_row, stride_k, eps, ROWS: tl.constexpr, K: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
@@ -167,12 +179,7 @@ def _gated_mixing_kernel(
     FEATURES: tl.constexpr = ROWS if NORM_ROWS else K
     feature = offs_r if NORM_ROWS else offs_k
     features = rows if NORM_ROWS else extent
-    gamma = tl.full((FEATURES,), 1.0, tl.float32)
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
-    beta = tl.zeros((FEATURES,), tl.float32)
-    if beta_ptr is not None:
-        beta = tl.load(beta_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
+    gamma, beta = load_affine(gamma_ptr, beta_ptr, feature, feature < features, FEATURES)
     if INT64:
         offs_r = offs_r.to(tl.int64)
     x_ptr += (image // inner) * stride_outer + (image % inner) * stride_inner

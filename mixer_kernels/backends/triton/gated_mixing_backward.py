@@ -24,7 +24,7 @@ from ..noise import Noise
 from ..relatives import GatedMixingGradients
 from ..rounding import cdiv, round_up
 from .channel_mixing import aligned_rows
-from .gated_mixing import add_square_product, extents_of, in_rows, softmax_gate
+from .gated_mixing import add_square_product, extents_of, in_rows, load_affine, softmax_gate
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
@@ -111,12 +111,7 @@ def _gated_mixing_bwd_kernel(
     FEATURES: tl.constexpr = ROWS if NORM_ROWS else K
     feature = offs_r if NORM_ROWS else offs_k
     mask_f = mask_r if NORM_ROWS else mask_k
-    gamma = tl.full((FEATURES,), 1.0, tl.float32)
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr + feature, mask=mask_f, other=0.0).to(tl.float32)
-    beta = tl.zeros((FEATURES,), tl.float32)
-    if beta_ptr is not None:
-        beta = tl.load(beta_ptr + feature, mask=mask_f, other=0.0).to(tl.float32)
+    gamma, beta = load_affine(gamma_ptr, beta_ptr, feature, mask_f, FEATURES)
     if INT64:
         offs_r = offs_r.to(tl.int64)
     x_ptr += (image // inner) * stride_outer + (image % inner) * stride_inner
