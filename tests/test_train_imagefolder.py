@@ -35,9 +35,11 @@ OPTIONS = [
     *("--ema", "0.7", "--device", "cpu", "--workers", "0"),
 ]
 # torchvision has to import in the processes that torchrun starts as well: see timm_stub. And a machine that fails is
-# one process that ends without a word, at the worst moment: with half of the second checkpoint on the disk.
+# one process that ends without a word, at the worst moment: with half of the second checkpoint on the disk. A thread of
+# gloo that is left at the end aborts the process now and then, on a busy machine: there must be none.
 LAUNCHER = """
 import os, runpy, signal, sys
+from pathlib import Path
 import timm_stub
 timm_stub.define_torchvision_operators()
 import torch
@@ -53,6 +55,8 @@ if sys.argv[1] == "kill":
     torch.save = save_or_die
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
+threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+assert threads and not any("gloo" in thread for thread in threads), threads
 """
 
 
