@@ -33,7 +33,6 @@ def main() -> None:
     torch.manual_seed(0)
     training, test = (windows(part).to(args.device) for part in split(load_series()))
 
-    # The kernels have no dropout: with it, training would run PatchTSMixer's own code.
     config = PatchTSMixerConfig(
         context_length=CONTEXT, prediction_length=HORIZON, patch_length=8, patch_stride=8, d_model=32, num_layers=3,
         num_input_channels=1, dropout=0.0, head_dropout=0.0,

@@ -43,7 +43,7 @@ def test_classify_images(monkeypatch, capsys, tmp_path) -> None:
 def test_forecast_patchtsmixer(monkeypatch, capsys) -> None:
     run("forecast_patchtsmixer.py", "--epochs", "2", monkeypatch=monkeypatch)
     lines = capsys.readouterr().out.splitlines()
-    assert "6 fused" in lines
+    assert "9 fused" in lines
     ours, baseline = (float(line.split()[-1]) for line in lines if line.startswith("  "))
     assert ours < 2 * baseline  # after two epochs; with all fifteen it is below the baseline
     assert float(lines[-1].split()[-4]) < 1e-3

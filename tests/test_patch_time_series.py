@@ -14,6 +14,7 @@ from mixer_kernels import functional, fuse_, unfuse_
 
 tsfm_stub.define_packages()
 from tsfm_public.models.tinytimemixer import TinyTimeMixerConfig, TinyTimeMixerForPrediction  # noqa: E402
+from tsfm_public.models.tinytimemixer.modeling_tinytimemixer import TinyTimeMixerLayer  # noqa: E402
 from tsfm_public.models.tspulse import TSPulseConfig  # noqa: E402
 from tsfm_public.models.tspulse.modeling_tspulse import TSPulseLayer  # noqa: E402
 
@@ -52,30 +53,119 @@ def forecasts(outputs) -> Tensor:
 def check(model: nn.Module, x: Tensor, **options) -> int:
     """Forecasts and gradients before, while and after; how many blocks were fused, which must be all."""
     report = check_fused(model, x, forecasts, **options)
-    assert not report.left and {entry.detail for entry in report.fused} == {"functional.gated_mixing"}
+    assert not report.left
+    for entry in report.fused:
+        kind = "mixer_layer" if entry.block.endswith("Layer") else "mixing"
+        assert entry.detail == f"functional.gated_{kind}"
     return len(report)
 
 
-# A model, and how many blocks it has.
+# A model, and how many layers and blocks in them it has.
 MODELS = {
-    "PatchTSMixer": (lambda: patchtsmixer(), 2 * 2),
-    "PatchTSMixer, mixing channels": (lambda: patchtsmixer(mode="mix_channel"), 2 * 3),
-    "PatchTSMixer without gates": (lambda: patchtsmixer(gated_attn=False, mode="mix_channel"), 2 * 3),
-    "TinyTimeMixer": (lambda: tinytimemixer(), 2 * 2 * 2 + 2),
-    "TinyTimeMixer, mixing channels": (lambda: tinytimemixer(decoder_mode="mix_channel"), 2 * 2 * 2 + 3),
+    "PatchTSMixer": (lambda: patchtsmixer(), 2 * (1 + 2)),
+    "PatchTSMixer, mixing channels": (lambda: patchtsmixer(mode="mix_channel"), 2 * (1 + 3)),
+    "PatchTSMixer without gates": (lambda: patchtsmixer(gated_attn=False, mode="mix_channel"), 2 * (1 + 3)),
+    "TinyTimeMixer": (lambda: tinytimemixer(), 5 * (1 + 2)),
+    "TinyTimeMixer, mixing channels": (lambda: tinytimemixer(decoder_mode="mix_channel"), 4 * (1 + 2) + (1 + 3)),
 }
 
 
-@pytest.mark.parametrize(("make", "blocks"), MODELS.values(), ids=MODELS)
-def test_models(make, blocks) -> None:
-    assert check(make(), series()) == blocks
+@pytest.mark.parametrize(("make", "number"), MODELS.values(), ids=MODELS)
+def test_models(make, number) -> None:
+    assert check(make(), series()) == number
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_a_layer_on_the_kernels(gated, device) -> None:
     model = patchtsmixer(mode="mix_channel", num_layers=1, gated_attn=gated)
-    assert check(model, series(device), backend="triton") == 3
+    assert check(model, series(device), backend="triton") == 4
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The names of the functions of ``functional`` that ran."""
+    names = []
+    for name in ("gated_mixing", "gated_mixer_layer"):
+        original = getattr(functional, name)
+        monkeypatch.setattr(functional, name, lambda *a, f=original, **k: names.append(f.__name__) or f(*a, **k))
+    return names
+
+
+def test_a_layer_is_one_call(calls) -> None:
+    fused = patchtsmixer(mode="mix_channel", num_layers=1).eval()
+    fuse_(fused)
+    fused(series())
+    assert calls == ["gated_mixing", "gated_mixer_layer"]
+
+
+def test_a_layer_has_the_options_of_fuse(monkeypatch) -> None:
+    model = patchtsmixer(num_layers=1).eval()
+    fuse_(model, memory="min", backend="torch")
+    got = {}
+    original = functional.gated_mixer_layer
+    monkeypatch.setattr(functional, "gated_mixer_layer", lambda *a, **k: got.update(k) or original(*a, **k))
+    model(series())
+    assert (got["memory"], got["backend"]) == ("min", "torch")
+
+
+def test_a_layer_compiles_in_one_graph() -> None:
+    layer = patchtsmixer(mode="mix_channel", num_layers=1).eval().model.encoder.mlp_mixer_encoder.mixers[0]
+    fuse_(layer)
+    x = torch.randn(2, 3, 4, 12)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(run(compiled, x), run(layer, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def hook_a_block(layer: nn.Module) -> None:
+    layer.patch_mixer.register_forward_hook(lambda block, _, y: block.seen.append(y))
+    layer.patch_mixer.seen = []
+
+
+def drop_differently(layer: nn.Module) -> None:
+    for block, p in ((layer.patch_mixer, 0.2), (layer.feature_mixer, 0.4)):
+        block.mlp.dropout1.p = block.mlp.dropout2.p = p
+    layer.train()
+
+
+# What keeps a fused layer from being one call, and which of its blocks then run by the kernels.
+BLOCK_BY_BLOCK = {
+    "a hook on a block": (hook_a_block, 2),
+    "a block unfused": (lambda layer: unfuse_(layer.feature_mixer), 1),
+    "a block with another backend": (lambda layer: fuse_(layer.feature_mixer, backend="torch"), 2),
+    "another block in its place": (lambda layer: setattr(layer, "patch_mixer", nn.Identity()), 1),
+    "a hook on a part": (lambda layer: layer.patch_mixer.mlp.fc1.register_forward_hook(lambda *_: None), 1),
+    "other dropout": (drop_differently, 2),
+}
+
+
+@pytest.mark.parametrize(("change", "blocks"), BLOCK_BY_BLOCK.values(), ids=BLOCK_BY_BLOCK)
+def test_a_layer_runs_block_by_block_where_it_must(change, blocks, calls) -> None:
+    model = patchtsmixer(num_layers=1).eval()
+    layer = model.model.encoder.mlp_mixer_encoder.mixers[0]
+    x = torch.randn(2, 3, 4, 12)
+    fuse_(layer)
+    change(layer)
+    torch.manual_seed(3)
+    y = layer(x)
+    assert calls == ["gated_mixing"] * blocks
+    if hasattr(layer.patch_mixer, "seen"):
+        assert len(layer.patch_mixer.seen) == 1
+    unfuse_(layer)
+    torch.manual_seed(3)
+    torch.testing.assert_close(y, layer(x))
+
+
+def test_a_layer_of_one_patch_mixes_features() -> None:
+    config = TinyTimeMixerConfig(**SMALL, adaptive_patching_levels=0)
+    config.num_patches = 1
+    report = fuse_(TinyTimeMixerLayer(config))
+    assert [(entry.block, entry.detail) for entry in report] == [
+        ("TinyTimeMixerLayer", "it has no patch_mixer"),
+        ("FeatureMixerBlock", "functional.gated_mixing"),
+    ]
 
 
 def test_tspulse_layers() -> None:
@@ -84,7 +174,7 @@ def test_tspulse_layers() -> None:
     layer = with_trained_looks(TSPulseLayer(config)).eval()
     x = torch.randn(2, 3, 4, 12)
     expected = layer(x)
-    assert len(fuse_(layer)) == 3
+    assert len(fuse_(layer)) == 4
     torch.testing.assert_close(layer(x), expected)
     unfuse_(layer)
     assert torch.equal(layer(x), expected)
@@ -104,29 +194,35 @@ def test_what_is_left() -> None:
     layers[4].feature_mixer.mlp = nn.Identity()
     report = fuse_(model.eval())
     left = {entry.name.split("mixers.")[1]: entry.detail for entry in report.left}
-    assert left == {
+    of_blocks = {
         "0.patch_mixer": "it has self-attention",
         "1.patch_mixer": "mlp has hooks or a replaced forward on a Linear",
         "2.feature_mixer": "its norm is PatchTSMixerBatchNorm, not LayerNorm",
         "3.feature_mixer": "its gate has Sigmoid, not a plain Softmax",
         "4.feature_mixer": "it has Identity, not PatchTSMixerMLP",
     }
+    of_layers = {name.split(".")[0]: f"of its {name.split('.')[1]}: {reason}" for name, reason in of_blocks.items()}
+    assert left == of_blocks | of_layers
     assert len(report.fused) == 5
     for mode in ("sigmoid", "glu", "group_sigmoid"):
-        assert {entry.detail for entry in fuse_(tinytimemixer(gate_mode=mode)).left} == {
-            f"its gate is {mode}, not softmax"
-        }
+        reason = f"its gate is {mode}, not softmax"
+        left = fuse_(tinytimemixer(gate_mode=mode)).left
+        assert {entry.detail for entry in left} == {reason, f"of its patch_mixer: {reason}"}
 
 
 def test_active_dropout_goes_through_the_kernels(monkeypatch) -> None:
     model = patchtsmixer(dropout=0.3, mode="mix_channel")
     fuse_(model.train())
     drawn = []
-    original = functional.gated_mixing
-    monkeypatch.setattr(functional, "gated_mixing", lambda *a, **k: drawn.append(k["dropout_p"]) or original(*a, **k))
+    for name in ("gated_mixing", "gated_mixer_layer"):
+        original = getattr(functional, name)
+        monkeypatch.setattr(
+            functional, name, lambda *a, f=original, **k: drawn.append((f.__name__, k["dropout_p"])) or f(*a, **k)
+        )
     model(series())
     model.eval()(series())
-    assert drawn == [0.3] * 6 + [0.0] * 6
+    expected = [(name, p) for p in (0.3, 0.0) for _ in range(2) for name in ("gated_mixing", "gated_mixer_layer")]
+    assert drawn == expected
 
 
 def test_dropouts_that_differ_are_computed_as_before() -> None:

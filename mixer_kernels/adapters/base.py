@@ -92,8 +92,13 @@ class Fused:
         )
         if reason is None:
             return self.compute(x, self._fused_options)
-        warn_once(self.original().__name__, reason)
+        self.say_why(reason)
         return super().forward(x)
+
+    @classmethod
+    def say_why(cls, reason: str) -> None:
+        """Why the block's own ``forward`` runs."""
+        warn_once(cls.original().__name__, reason)
 
     def _why_not_input(self, x: Tensor) -> str | None:
         if x.dim() != self.dimensions:

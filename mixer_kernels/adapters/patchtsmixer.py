@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.patchtsmixer import modeling_patchtsmixer as library
 
-from .time_series import ChannelMixing, FeatureMixing, PatchMixing
+from .time_series import ChannelMixing, FeatureMixing, Layer, PatchMixing
 
 PARTS = (library.PatchTSMixerNormLayer, library.PatchTSMixerMLP, library.PatchTSMixerGatedAttention)
 
@@ -27,4 +27,15 @@ class FusedPatchTSMixerChannelFeatureMixerBlock(ChannelMixing, library.PatchTSMi
     classes_of_parts = PARTS
 
 
-FUSED = (FusedFeatureMixerBlock, FusedPatchMixerBlock, FusedPatchTSMixerChannelFeatureMixerBlock)
+class FusedPatchTSMixerLayer(Layer, library.PatchTSMixerLayer):
+    """A layer of the model."""
+
+    mixers = {"patch_mixer": FusedPatchMixerBlock, "feature_mixer": FusedFeatureMixerBlock}
+
+
+FUSED = (
+    FusedFeatureMixerBlock,
+    FusedPatchMixerBlock,
+    FusedPatchTSMixerChannelFeatureMixerBlock,
+    FusedPatchTSMixerLayer,
+)

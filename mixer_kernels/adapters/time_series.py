@@ -1,7 +1,8 @@
 """What the blocks of PatchTSMixer, TinyTimeMixer and TSPulse have in common: one repeats the classes of the other.
 
-A layer mixes features, patches and, in "mix_channel" mode, the channels of the series, each in a block of its own: a
-LayerNorm, an MLP and, if the configuration says so, a gate that multiplies by the softmax of a linear layer.
+A layer mixes, in "mix_channel" mode, the channels of the series, then patches, then features, each in a block of its
+own: a LayerNorm, an MLP and, if the configuration says so, a gate that multiplies by the softmax of a linear layer.
+The last two are one call where both are plain.
 """
 
 from __future__ import annotations
@@ -68,16 +69,20 @@ class Mixing(Fused):
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
         return (block.norm.norm.weight,)
 
-    def compute(self, x: Tensor, options: Options) -> Tensor:
+    def parameters_in_order(self) -> tuple[Tensor | None, ...]:
+        """As ``functional.gated_mixing`` takes them."""
         norm, fc1, fc2 = self.norm.norm, self.mlp.fc1, self.mlp.fc2
         gate = self.gating_block.attn_layer if self.gated_attn else None
+        of_gate = (None, None) if gate is None else (gate.weight, gate.bias)
+        return norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, *of_gate
+
+    def compute(self, x: Tensor, options: Options) -> Tensor:
         return functional.gated_mixing(
             x,
-            *(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias),
-            *((None, None) if gate is None else (gate.weight, gate.bias)),
+            *self.parameters_in_order(),
             axis=self.axis,
             gate_first=self.gate_first,
-            eps=norm.eps,
+            eps=self.norm.norm.eps,
             dropout_p=dropout_p_of(self.mlp.dropout1),
             backend=options.backend,
         )
@@ -101,6 +106,79 @@ class ChannelMixing(Mixing):
 
     axis = -3
     gate_first = True
+
+
+class Layer(Fused):
+    """A layer: its blocks that mix patches and features at once, behind the one that mixes channels."""
+
+    dimensions = 4
+    submodules = frozenset({"feature_mixer"})
+    optional_submodules = frozenset({"patch_mixer", "channel_feature_mixer"})
+    mixers: ClassVar[dict[str, type[Mixing]]]
+    """``patch_mixer`` and ``feature_mixer``: what each becomes."""
+
+    @staticmethod
+    def function(layer: nn.Module) -> str:
+        return "gated_mixer_layer"
+
+    @classmethod
+    def why_not_covered(cls, layer: nn.Module) -> str | None:
+        for name, fused in cls.mixers.items():
+            mixer = layer._modules.get(name)
+            if mixer is None:
+                return f"it has no {name}"
+            if type(mixer) not in (fused, fused.original()):
+                return f"its {name} is a {type(mixer).__name__}, not a {fused.original().__name__}"
+            if is_hooked(mixer):
+                return f"its {name} has hooks or a replaced forward"
+            reason = fused.why_not_covered(mixer)
+            if reason:
+                return f"of its {name}: {reason}"
+        return None
+
+    @classmethod
+    def why_not_known(cls, layer: nn.Module) -> str | None:
+        reason = super().why_not_known(layer) or cls.why_not_covered(layer)
+        for name, fused in cls.mixers.items():
+            reason = reason or fused.why_not_known(getattr(layer, name))
+        return reason
+
+    @classmethod
+    def why_not_this_noise(cls, layer: nn.Module) -> str | None:
+        return why_not_same_dropout(*cls._dropouts(layer))
+
+    @classmethod
+    def norms(cls, layer: nn.Module) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(layer, name).norm.norm.weight for name in cls.mixers)
+
+    @classmethod
+    def _dropouts(cls, layer: nn.Module) -> list[nn.Module]:
+        mlps = [getattr(layer, name).mlp for name in cls.mixers]
+        return [dropout for mlp in mlps for dropout in (mlp.dropout1, mlp.dropout2)]
+
+    def compute(self, x: Tensor, options: Options) -> Tensor:
+        if self.mode == "mix_channel":
+            x = self.channel_feature_mixer(x)
+        mixers = [getattr(self, name) for name in self.mixers]
+        return functional.gated_mixer_layer(
+            x,
+            *(parameter for mixer in mixers for parameter in mixer.parameters_in_order()),
+            eps=tuple(mixer.norm.norm.eps for mixer in mixers),
+            dropout_p=dropout_p_of(self._dropouts(self)[0]),
+            memory=options.memory,
+            backend=options.backend,
+        )
+
+    def _why_not_input(self, x: Tensor) -> str | None:
+        for name in self.mixers:
+            mixer = getattr(self, name)
+            if not isinstance(mixer, Fused) or mixer._fused_options != self._fused_options:
+                return f"its {name} was not fused with it"
+        return super()._why_not_input(x)
+
+    @classmethod
+    def say_why(cls, reason: str) -> None:
+        """Nothing: the blocks of the layer run one by one, and say why they compute eagerly if they do."""
 
 
 def why_not_softmax(gate: nn.Module) -> str | None:

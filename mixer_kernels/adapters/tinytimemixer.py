@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tsfm_public.models.tinytimemixer import modeling_tinytimemixer as library
 
-from .time_series import ChannelMixing, FeatureMixing, PatchMixing
+from .time_series import ChannelMixing, FeatureMixing, Layer, PatchMixing
 
 PARTS = (library.TinyTimeMixerNormLayer, library.TinyTimeMixerMLP, library.TinyTimeMixerGatedAttention)
 
@@ -27,4 +27,15 @@ class FusedTinyTimeMixerChannelFeatureMixerBlock(ChannelMixing, library.TinyTime
     classes_of_parts = PARTS
 
 
-FUSED = (FusedFeatureMixerBlock, FusedPatchMixerBlock, FusedTinyTimeMixerChannelFeatureMixerBlock)
+class FusedTinyTimeMixerLayer(Layer, library.TinyTimeMixerLayer):
+    """A layer of the model."""
+
+    mixers = {"patch_mixer": FusedPatchMixerBlock, "feature_mixer": FusedFeatureMixerBlock}
+
+
+FUSED = (
+    FusedFeatureMixerBlock,
+    FusedPatchMixerBlock,
+    FusedTinyTimeMixerChannelFeatureMixerBlock,
+    FusedTinyTimeMixerLayer,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tsfm_public.models.tspulse import modeling_tspulse as library
 
-from .time_series import ChannelMixing, FeatureMixing, PatchMixing
+from .time_series import ChannelMixing, FeatureMixing, Layer, PatchMixing
 
 PARTS = (library.TSPulseNormLayer, library.TSPulseMLP, library.TSPulseGatedAttention)
 
@@ -27,4 +27,15 @@ class FusedTSPulseChannelFeatureMixerBlock(ChannelMixing, library.TSPulseChannel
     classes_of_parts = PARTS
 
 
-FUSED = (FusedFeatureMixerBlock, FusedPatchMixerBlock, FusedTSPulseChannelFeatureMixerBlock)
+class FusedTSPulseLayer(Layer, library.TSPulseLayer):
+    """A layer of the model."""
+
+    mixers = {"patch_mixer": FusedPatchMixerBlock, "feature_mixer": FusedFeatureMixerBlock}
+
+
+FUSED = (
+    FusedFeatureMixerBlock,
+    FusedPatchMixerBlock,
+    FusedTSPulseChannelFeatureMixerBlock,
+    FusedTSPulseLayer,
+)

@@ -5,7 +5,8 @@
     ResMLP's token_linear    dx and the sums of its vectors in one kernel, dW
     gMLP                     g (branch gradient), z if it was not kept, a, [ds, dW2], gate, dW_gate, LayerNorm of the
                              gate, dz, [dn], LayerNorm and n, [dW1]
-    PatchTSMixer             statistics, all between dy and dn, [dW1, dW2, dW_gate], LayerNorm
+    PatchTSMixer             statistics, all between dy and dn, [dW1, dW2, dW_gate], LayerNorm; of a layer for both
+                             mixers, behind u if it was not kept
 
 What is in brackets are plain products: PyTorch's. Equations (26), (28), (29), (33) to (35) of docs/maths.md.
 """
@@ -54,6 +55,7 @@ class RelativesKernels:
     hidden_gelu: Callable[..., Tensor]  # (z, tokens) -> a
     hidden_gelu_backward: Callable[..., tuple[Tensor, Tensor]]  # (da, z, tokens) -> dz, db1
     gated_mixing_gradients: Callable[..., GatedMixingGradients]  # (dy, x, mean, rstd, parameters...)
+    gated_mixing: Callable[..., Tensor]  # (x, parameters...) -> y
 
 
 def token_linear_backward(
@@ -236,6 +238,43 @@ def gated_mixing_backward(
             dx = dx.view(x.shape)
         gradients = (dx, dgamma, dbeta, dw1, of.b1, dw2, of.b2, dw_gate, of.b_gate)
         return cast_gradients(gradients, inputs, wanted)
+
+
+def gated_mixer_layer_backward(
+    kernels: RelativesKernels,
+    dy: Tensor,
+    u: Tensor | None,
+    x: Tensor,
+    of_patches: Sequence[Tensor | None],
+    of_features: Sequence[Tensor | None],
+    *,
+    eps: tuple[float, float],
+    approximate: str,
+    dtype: torch.dtype,
+    dropout_p: float,
+    seed: Tensor | None,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """Gradients of x and the parameters of both mixers, eight each, from ``dy``; ``u`` None: recompute it."""
+    if x.numel() == 0:
+        return zero_gradients((x, *of_patches, *of_features), wanted)
+    seeds = (None, None) if seed is None else seed.split(1)
+    shared = {"gate_first": False, "approximate": approximate, "dtype": dtype}
+    if u is None:
+        with device_of(x), without_autocast(x):
+            noise = Noise(dropout_p, seed=seeds[0])
+            u = kernels.gated_mixing(x, *of_patches, axis=2, eps=eps[0], noise=noise, **shared)
+    shared["dropout_p"] = dropout_p
+    want_first = any(wanted[:9])
+    du, *gradients = gated_mixing_backward(
+        kernels, dy, u, *of_features, axis=3, eps=eps[1], seed=seeds[1], wanted=(want_first, *wanted[9:]), **shared
+    )
+    first = (None,) * 9
+    if want_first:
+        first = gated_mixing_backward(
+            kernels, du, x, *of_patches, axis=2, eps=eps[0], seed=seeds[0], wanted=wanted[:9], **shared
+        )
+    return *first, *gradients
 
 
 def _gate_gradients(

@@ -23,7 +23,8 @@ by name cannot run here.
 
 from .checks import ACTIVATIONS, APPROXIMATIONS, MEMORY_MODES, NORMS, SUPPORTED_DTYPES
 from .mixer import channel_mixing, mixer_block, token_mixing
-from .relatives import gated_channel_mixing, gated_mixing, spatial_gating, token_linear
+from .relatives import gated_channel_mixing, spatial_gating, token_linear
+from .time_series import gated_mixer_layer, gated_mixing
 
 __all__ = [
     "ACTIVATIONS",
@@ -33,6 +34,7 @@ __all__ = [
     "SUPPORTED_DTYPES",
     "channel_mixing",
     "gated_channel_mixing",
+    "gated_mixer_layer",
     "gated_mixing",
     "mixer_block",
     "spatial_gating",

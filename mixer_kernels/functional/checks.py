@@ -62,11 +62,11 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def seed_for(x: Tensor, noise: tuple[float, float]) -> Tensor | None:
-    """A seed for the kernels' own random numbers, drawn as a tensor: a captured CUDA graph draws one a replay."""
+def seed_for(x: Tensor, noise: tuple[float, float], number: int = 1) -> Tensor | None:
+    """Seeds for the kernels' own random numbers, drawn as a tensor: a captured CUDA graph draws new ones a replay."""
     if noise == (0, 0):
         return None
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return torch.randint(2**63 - 1, (number,), dtype=torch.int64, device=x.device)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -1,16 +1,14 @@
-"""MLP-Mixer's relatives: ResMLP's ``token_linear``, gMLP's ``gated_channel_mixing``, PatchTSMixer's ``gated_mixing``.
+"""MLP-Mixer's relatives for images: ResMLP's ``token_linear``, gMLP's ``gated_channel_mixing``.
 
 gMixer is ``mixer_block(..., activation="swiglu")``; ResMLP's other half is ``channel_mixing(..., norm="affine")``.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from ..backends import torch as torch_backend
-from ..tuning.configs import MAX_GATED_EXTENT
 from .checks import check, check_norm, check_shape, choose, needs_grad, seed_for
 
 
@@ -170,93 +168,6 @@ def gated_channel_mixing(
     return ops.gated_channel_mixing(
         x, *tensors, eps, gate_eps, approximate, dtype, *noise, seed_for(x, noise), name, keep_z
     )[0]
-
-
-def gated_mixing(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    *,
-    axis: int,
-    gate_first: bool = False,
-    eps: float = 1e-5,
-    approximate: str = "none",
-    dropout_p: float = 0.0,
-    backend: str | None = None,
-) -> Tensor:
-    """One mixer of a PatchTSMixer layer: an MLP with a softmax gate, along any axis of ``x``; for short axes.
-
-    Equations (30) to (32) of docs/maths.md (PatchTSMixer, arXiv:2306.09364). Equivalent to::
-
-        v = F.layer_norm(x, (features,), gamma, beta, eps).movedim(axis, -1)
-        v = F.linear(F.gelu(F.linear(v, w1, b1), approximate=approximate), w2, b2)
-        v = v * F.softmax(F.linear(v, w_gate, b_gate), -1)
-        y = x + v.movedim(-1, axis)
-
-    With ``gate_first`` the third line is the second. Hugging Face's layer mixes ``axis=-3`` (channels of the series,
-    the gate first), ``axis=-2`` (patches) and ``axis=-1`` (features), in that order.
-
-    Args:
-        x: ``[..., features]`` with the mixed axis among its last three; any strides. K is that axis's size.
-        gamma, beta: LayerNorm's weight and bias, ``[features]`` or None.
-        w1, b1: ``[H, K]`` and ``[H]`` or None.
-        w2, b2: ``[K, H]`` and ``[K]`` or None.
-        w_gate, b_gate: ``[K, K]`` and ``[K]``, or None: ``w_gate`` None for no gate.
-        axis: -1, -2 or -3.
-        gate_first: the gate before the MLP rather than behind it.
-        eps: added to the variance; > 0.
-        approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
-        dropout_p: probability of dropping an element after GELU and after the second product, in [0, 1].
-        backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernel takes a K up to 256.
-
-    Returns:
-        ``y`` in ``x``'s shape and dtype.
-    """
-    if axis not in (-1, -2, -3):
-        raise ValueError(f"axis must be -1, -2 or -3, got {axis}")
-    if x.layout is torch.strided and x.dim() < max(2, -axis):
-        raise ValueError(f"x must have {max(2, -axis)} axes or more to mix axis {axis}, got shape {tuple(x.shape)}")
-    shape = x.shape
-    if x.layout is torch.strided and not x.is_nested:
-        x = x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
-    parameters = {
-        "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate": w_gate, "b_gate": b_gate
-    }  # fmt: skip
-    x, dtype = check(x, parameters, (eps,), approximate, dropout_p, dim=4)
-    extent = x.shape[axis]
-    if w1.dim() != 2:
-        raise ValueError(f"w1 must be (H, K), got shape {tuple(w1.shape)}")
-    hidden = w1.shape[0]
-    if w1.shape[1] != extent:
-        raise ValueError(f"built for {w1.shape[1]} along axis {axis}, got {extent}")
-    check_norm(x, parameters)
-    check_shape("b1", b1, (hidden,))
-    check_shape("w2", w2, (extent, hidden))
-    check_shape("b2", b2, (extent,))
-    check_shape("w_gate", w_gate, (extent, extent))
-    check_shape("b_gate", b_gate, (extent,))
-    if w_gate is None and b_gate is not None:
-        raise ValueError("b_gate is given without w_gate")
-    unfit = None
-    if extent > MAX_GATED_EXTENT:
-        unfit = f"its kernel mixes axes of up to {MAX_GATED_EXTENT}, got {extent}"
-    name = choose(backend, x, dtype, "gated_mixing", unfit)
-    tensors = (gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
-    if name == "torch":
-        y = torch_backend.gated_mixing_forward(
-            x, *tensors, axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
-            dropout_p=dropout_p,
-        )  # fmt: skip
-    else:
-        seed = seed_for(x, (dropout_p, 0.0))
-        y = ops.gated_mixing(x, *tensors, axis + 4, gate_first, eps, approximate, dtype, dropout_p, seed, name)
-    return y.view(shape)
 
 
 def _check_gate(x, gamma, beta, w, b, names: tuple[str, ...], channels: int) -> None:

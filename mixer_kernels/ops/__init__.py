@@ -9,12 +9,16 @@ from .mixer import channel_mixing, channel_mixing_backward, mixer_block, token_m
 from .relatives import (
     gated_channel_mixing,
     gated_channel_mixing_backward,
-    gated_mixing,
-    gated_mixing_backward,
     spatial_gating,
     spatial_gating_backward,
     token_linear,
     token_linear_backward,
+)
+from .time_series import (
+    gated_mixer_layer,
+    gated_mixer_layer_backward,
+    gated_mixing,
+    gated_mixing_backward,
 )
 
 __all__ = [
@@ -22,6 +26,8 @@ __all__ = [
     "channel_mixing_backward",
     "gated_channel_mixing",
     "gated_channel_mixing_backward",
+    "gated_mixer_layer",
+    "gated_mixer_layer_backward",
     "gated_mixing",
     "gated_mixing_backward",
     "mixer_block",

@@ -1,4 +1,4 @@
-"""The operators of MLP-Mixer's relatives: ResMLP's, gMLP's, PatchTSMixer's, and their backward.
+"""The operators of MLP-Mixer's relatives for images: ResMLP's, gMLP's, and their backward.
 
 ResMLP's and gMixer's other halves are kinds of ``token_mixing`` and ``channel_mixing``.
 """
@@ -199,70 +199,8 @@ def _gated_channel_mixing_differentiate(ctx, dy, *_):
     return *or_none(gradients, wanted), *(None,) * 9
 
 
-# ---------------------------------------------------------------------------------------- PatchTSMixer: gated_mixing
-
-_MIXING = (
-    "Tensor? gamma, Tensor? beta, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, Tensor? w_gate,"
-    " Tensor? b_gate, int axis, bool gate_first, float eps, str approximate, ScalarType dtype,"
-    " float dropout_p, Tensor? seed"
-)
-
-
-def _gated_mixing(
-    x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis, gate_first, eps, approximate, dtype,
-    dropout_p, seed, backend
-):  # fmt: skip
-    return backends.load(backend).gated_mixing_forward(
-        x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate,
-        axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
-        dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
-
-
-def _gated_mixing_backward(
-    dy, x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis, gate_first, eps, approximate, dtype,
-    dropout_p, seed, backend, wanted,
-):  # fmt: skip
-    gradients = relatives.gated_mixing_backward(
-        backends.load(backend).relatives_kernels(dtype), dy, x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate,
-        axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
-        dropout_p=dropout_p, seed=seed, wanted=wanted,
-    )  # fmt: skip
-    return or_absent(gradients, x)
-
-
-def _gated_mixing_backward_fake(dy, *inputs):
-    return new_gradients(inputs[:9], inputs[-1])
-
-
-gated_mixing = define(
-    "gated_mixing", f"(Tensor x, {_MIXING}, str backend) -> Tensor", _gated_mixing, lambda x, *_: new_like(x)
-)
-gated_mixing_backward = define(
-    "gated_mixing_backward",
-    f"(Tensor dy, Tensor x, {_MIXING}, str backend, bool[] wanted) -> Tensor[]",
-    _gated_mixing_backward,
-    _gated_mixing_backward_fake,
-)
-
-
-def _gated_mixing_save(ctx, inputs, output) -> None:
-    *tensors, axis, gate_first, eps, approximate, dtype, dropout_p, seed, backend = inputs
-    ctx.save_for_backward(*tensors, seed)
-    ctx.options = (axis, gate_first, eps, approximate, dtype, dropout_p)
-    ctx.backend = backend
-
-
-def _gated_mixing_differentiate(ctx, dy):
-    wanted = ctx.needs_input_grad[:9]
-    *tensors, seed = ctx.saved_tensors
-    gradients = gated_mixing_backward(dy, *tensors, *ctx.options, seed, ctx.backend, list(wanted))
-    return *or_none(gradients, wanted), *(None,) * 8
-
-
 differentiate("token_linear", _token_linear_differentiate, _token_linear_save)
 differentiate("spatial_gating", _spatial_gating_differentiate, _spatial_gating_save)
 differentiate("gated_channel_mixing", _gated_channel_mixing_differentiate, _gated_channel_mixing_save)
-differentiate("gated_mixing", _gated_mixing_differentiate, _gated_mixing_save)
-for _name in ("token_linear", "spatial_gating", "gated_channel_mixing", "gated_mixing"):
+for _name in ("token_linear", "spatial_gating", "gated_channel_mixing"):
     differentiate(f"{_name}_backward")

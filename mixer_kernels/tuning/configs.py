@@ -229,9 +229,14 @@ class GatedMixingConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
+def padded_extent(extent: int) -> int:
+    """The mixed axis as the kernels have it: a power of two, and enough for a product."""
+    return max(16, 1 << (extent - 1).bit_length())
+
+
 def gated_mixing_config(target: Target, dtype: torch.dtype, rows: int, extent: int, exact: bool) -> GatedMixingConfig:
     """The tile of a half of a PatchTSMixer layer: some of its ``rows``, all of the ``extent`` of the mixed axis."""
-    block_k = max(16, 1 << (extent - 1).bit_length())
+    block_k = padded_extent(extent)
     exact = exact and dtype is torch.float32
     if block_k <= 16:
         most, num_warps = 32, 4
@@ -250,11 +255,32 @@ def gated_mixing_config(target: Target, dtype: torch.dtype, rows: int, extent: i
 
 def gated_mixing_backward_config(target: Target, dtype: torch.dtype, extent: int, exact: bool) -> GatedMixingConfig:
     """The tile of its backward: 16 rows, the least of a product, since n, g and dn lie in registers, and the gate."""
-    block_k = max(16, 1 << (extent - 1).bit_length())
+    block_k = padded_extent(extent)
     exact = exact and dtype is torch.float32
     most_warps = 8 if target.is_nvidia else 4  # a wave of AMD's has 64 lanes
     num_warps = max(2, min(most_warps, block_k // (8 if exact else 16)))
     return GatedMixingConfig(16, num_warps, _all_registers(target, block_k, exact))
+
+
+def gated_mixer_layer_config(
+    target: Target,
+    dtype: torch.dtype,
+    stream_dtype: torch.dtype,
+    patches: int,
+    features: int,
+    exact: bool,
+    dropout: bool,
+) -> GatedMixingConfig | None:
+    """The tile of a whole layer, all of its ``patches`` by all of its ``features``; None if it does not fit."""
+    block_p, block_f = padded_extent(patches), padded_extent(features)
+    area, is_long = block_p * block_f, block_f > 128
+    if area > (2048 if dtype is torch.float32 else 4096) or block_p > 64 or (is_long and dropout):
+        return None
+    exact = exact and dtype is torch.float32
+    few_warps = not target.is_nvidia or exact or (is_long and stream_dtype is dtype)  # a wave of AMD's has 64 lanes
+    num_warps = max(1, min(4 if few_warps else 8, area // 256))
+    all_registers = target.is_nvidia and not is_long and not (exact and area == 2048)  # as in _all_registers
+    return GatedMixingConfig(block_p, num_warps, 255 if all_registers else None)
 
 
 def _all_registers(target: Target, block_k: int, exact: bool) -> int | None:

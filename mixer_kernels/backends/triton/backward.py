@@ -10,6 +10,7 @@ from ..relatives import RelativesKernels
 from .branch_gradient import branch_gradient
 from .channel_backward import channel_gelu_backward
 from .channel_mixing import channel_hidden
+from .gated_mixing import gated_mixing
 from .gated_mixing_backward import gated_mixing_gradients
 from .hidden_units import hidden_gelu, hidden_gelu_backward
 from .norm_backward import norm_backward
@@ -48,4 +49,5 @@ def relatives_kernels_with(precision: str) -> RelativesKernels:
         hidden_gelu,
         hidden_gelu_backward,
         partial(gated_mixing_gradients, precision=precision),
+        partial(gated_mixing, precision=precision),
     )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tuning.configs import gated_mixing_config
+from ...tuning.configs import gated_mixing_config, padded_extent
 from ...tuning.target import target_of
 from ..noise import Noise
 from ..rounding import cdiv, round_up
@@ -71,7 +71,7 @@ def _statistics_over_rows(
 
 
 @triton.jit
-def _statistics_of_rows(x, mask, extent, eps):
+def statistics_of_rows(x, mask, extent, eps):
     """Mean and rstd of each row of the tile."""
     mean = tl.sum(x, 1) / extent
     d = tl.where(mask, x - mean[:, None], 0.0)
@@ -131,6 +131,33 @@ def softmax_gate(v, w_ptr, b_ptr, extent, ROWS: tl.constexpr, K: tl.constexpr, P
 
 
 @triton.jit
+def mlp_of_rows(
+    n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_r, image, seed_ptr, dropout_p, dropout_scale, ROWS: tl.constexpr,
+    K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TANH: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """fc2(GELU(fc1(n))) of each row of ``n [ROWS, K]``, with dropout; the hidden units never leave the chip."""
+    DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    offs_k = tl.arange(0, K)
+    n = n.to(DTYPE)
+    v = tl.zeros((ROWS, K), tl.float32)
+    for d0 in tl.range(0, HIDDEN, BLOCK_D, num_stages=STAGES):
+        offs_d = d0 + tl.arange(0, BLOCK_D)
+        w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
+        z = tl.dot(n, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
+        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+        if DROPOUT:
+            a *= kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+        w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
+        v = tl.dot(a.to(DTYPE), tl.trans(w2), v, input_precision=PRECISION)
+    v += tl.load(b2_ptr + offs_k)[None, :]
+    if DROPOUT:
+        v *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+    return v
+
+
+@triton.jit
 def _gated_mixing_kernel(
     x_ptr,  # any strides, as below
     gamma_ptr,  # [features] or None
@@ -169,8 +196,6 @@ def _gated_mixing_kernel(
     DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     row_tiles = tl.cdiv(rows, ROWS)
     image = (tl.program_id(0) // row_tiles).to(tl.int64)
     offs_r = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
@@ -193,25 +218,15 @@ def _gated_mixing_kernel(
         )  # fmt: skip
         n = (x - mean[None, :]) * rstd[None, :] * gamma[:, None] + beta[:, None]
     else:
-        mean, rstd = _statistics_of_rows(x, mask, extent, eps)
+        mean, rstd = statistics_of_rows(x, mask, extent, eps)
         n = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
     n = tl.where(mask, n, 0.0)
     if GATE_FIRST and gate_ptr is not None:
         n *= softmax_gate(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
-    n = n.to(DTYPE)
-    v = tl.zeros((ROWS, K), tl.float32)
-    for d0 in tl.range(0, HIDDEN, BLOCK_D, num_stages=STAGES):
-        offs_d = d0 + tl.arange(0, BLOCK_D)
-        w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
-        z = tl.dot(n, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
-        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
-        if DROPOUT:
-            a *= kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
-        w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
-        v = tl.dot(a.to(DTYPE), tl.trans(w2), v, input_precision=PRECISION)
-    v += tl.load(b2_ptr + offs_k)[None, :]
-    if DROPOUT:
-        v *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+    v = mlp_of_rows(
+        n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_r, image, seed_ptr, dropout_p, dropout_scale, ROWS, K, HIDDEN, BLOCK_D,
+        STAGES, TANH, PRECISION, DROPOUT,
+    )  # fmt: skip
     if not GATE_FIRST and gate_ptr is not None:
         v *= softmax_gate(v, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
     x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
@@ -262,7 +277,7 @@ def gated_mixing(
     x, strides = in_rows(x, axis)
     _, y_strides = in_rows(y, axis)
     config = gated_mixing_config(target_of(x.device), dtype, rows, extent, exact=precision == "ieee")
-    block_k = max(16, 1 << (extent - 1).bit_length())
+    block_k = padded_extent(extent)
     hidden = round_up(w1.shape[0], config.block_d)
     packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=hidden)
     gate, gate_bias = (None, None) if w_gate is None else square_weight(w_gate, b_gate, dtype, block_k)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tuning.configs import gated_mixing_backward_config
+from ...tuning.configs import gated_mixing_backward_config, padded_extent
 from ...tuning.target import target_of
 from ..noise import Noise
 from ..relatives import GatedMixingGradients
@@ -233,7 +233,7 @@ def gated_mixing_gradients(
     _, dn_strides = in_rows(dn, axis)
     hidden, has_gate = w1.shape[0], w_gate is not None
     config = gated_mixing_backward_config(target_of(x.device), dtype, extent, exact=precision == "ieee")
-    block_k = max(16, 1 << (extent - 1).bit_length())
+    block_k = padded_extent(extent)
     padded_hidden = round_up(hidden, config.block_d)
     packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=padded_hidden)
     gate, gate_bias = square_weight(w_gate, b_gate, dtype, block_k) if has_gate else (None, None)

@@ -1,0 +1,202 @@
+"""A PatchTSMixer layer in one kernel, for small tiles: what mixes patches, then what mixes features.
+
+::
+
+    u = x + (gate1(fc2(GELU(fc1(LN1(x)')))))'         by columns: along the patches
+    y = u + gate2(fc4(GELU(fc3(LN2(u)))))             by rows: along the features
+
+A program owns a series of one image, ``[PATCHES, FEATURES]``: x is read once, y is written once, and what is between
+never leaves the chip. Only where a backward pass will ask for it is u written too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...tuning.configs import GatedMixingConfig, gated_mixer_layer_config, padded_extent
+from ...tuning.target import target_of
+from ..noise import Noise
+from ..rounding import round_up
+from .gated_mixing import gated_mixing, load_affine, mlp_of_rows, softmax_gate, statistics_of_rows
+from .launch import launch, needs_int64
+from .noise import dropout_arguments
+from .prepack import square_weight, token_weights
+
+
+class Mixer(NamedTuple):
+    """The parameters of what mixes one axis of K elements, with a hidden layer of H."""
+
+    gamma: Tensor | None  # [features]
+    beta: Tensor | None  # [features]
+    w1: Tensor  # [H, K]
+    b1: Tensor | None  # [H]
+    w2: Tensor  # [K, H]
+    b2: Tensor | None  # [K]
+    w_gate: Tensor | None  # [K, K]
+    b_gate: Tensor | None  # [K]
+
+
+@triton.jit
+def _normalised_rows(x, gamma_ptr, beta_ptr, mask, features, eps, FEATURES: tl.constexpr):
+    """LayerNorm of each row of the tile; zero outside ``mask``."""
+    offs_f = tl.arange(0, FEATURES)
+    gamma, beta = load_affine(gamma_ptr, beta_ptr, offs_f, offs_f < features, FEATURES)
+    mean, rstd = statistics_of_rows(x, mask, features, eps)
+    return tl.where(mask, (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :], 0.0)
+
+
+@triton.jit
+def _gated_mixer_layer_kernel(
+    x_ptr,  # any strides, as below
+    gamma1_ptr,  # [features] or None
+    beta1_ptr,  # [features] or None
+    w1_ptr,  # [HIDDEN1, PATCHES], zero-padded
+    b1_ptr,  # [HIDDEN1] float32, zero-padded
+    w2_ptr,  # [PATCHES, HIDDEN1], zero-padded
+    b2_ptr,  # [PATCHES] float32, zero-padded
+    gate1_ptr,  # [PATCHES, PATCHES], zero-padded, or None
+    gate1_bias_ptr,  # [PATCHES] float32, zero-padded, or None
+    gamma2_ptr,  # [features] or None
+    beta2_ptr,  # [features] or None
+    w3_ptr,  # [HIDDEN2, FEATURES], zero-padded
+    b3_ptr,  # [HIDDEN2] float32, zero-padded
+    w4_ptr,  # [FEATURES, HIDDEN2], zero-padded
+    b4_ptr,  # [FEATURES] float32, zero-padded
+    gate2_ptr,  # [FEATURES, FEATURES], zero-padded, or None
+    gate2_bias_ptr,  # [FEATURES] float32, zero-padded, or None
+    u_ptr,  # contiguous, in the shape of x, or None
+    y_ptr,  # contiguous, in the shape of x
+    patches,
+    features,
+    inner,  # series of an image
+    stride_outer,  # of x
+    stride_inner,
+    stride_patch,
+    stride_feature,
+    eps1,
+    eps2,
+    seed1_ptr,  # [1] int64, or None without dropout
+    seed2_ptr,
+    dropout_p,
+    dropout_scale,
+    PATCHES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    HIDDEN1: tl.constexpr,
+    HIDDEN2: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    series = tl.program_id(0).to(tl.int64)
+    offs_p = tl.arange(0, PATCHES)
+    offs_f = tl.arange(0, FEATURES)
+    mask = (offs_p < patches)[:, None] & (offs_f < features)[None, :]
+    offs_y = series * patches * features + offs_p[:, None] * features + offs_f[None, :]
+    x_ptr += (series // inner) * stride_outer + (series % inner) * stride_inner
+    if INT64:
+        offs_x = offs_p.to(tl.int64)[:, None] * stride_patch + offs_f.to(tl.int64)[None, :] * stride_feature
+    else:
+        offs_x = offs_p[:, None] * stride_patch + offs_f[None, :] * stride_feature
+
+    x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
+    n = tl.trans(_normalised_rows(x, gamma1_ptr, beta1_ptr, mask, features, eps1, FEATURES))
+    # Rows and images of the random numbers as gated_mixing counts them, whose backward draws them again.
+    v = mlp_of_rows(
+        n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_f, series, seed1_ptr, dropout_p, dropout_scale, FEATURES, PATCHES,
+        HIDDEN1, BLOCK_D, STAGES, TANH, PRECISION, DROPOUT,
+    )  # fmt: skip
+    if gate1_ptr is not None:
+        v *= softmax_gate(v, gate1_ptr, gate1_bias_ptr, patches, FEATURES, PATCHES, PRECISION)
+    u = x + tl.trans(v)
+    if u_ptr is not None:
+        tl.store(u_ptr + offs_y, u.to(u_ptr.dtype.element_ty), mask=mask)
+
+    n = _normalised_rows(u, gamma2_ptr, beta2_ptr, mask, features, eps2, FEATURES)
+    v = mlp_of_rows(
+        n, w3_ptr, b3_ptr, w4_ptr, b4_ptr, series * patches + offs_p, 0 * series, seed2_ptr, dropout_p, dropout_scale,
+        PATCHES, FEATURES, HIDDEN2, BLOCK_D, STAGES, TANH, PRECISION, DROPOUT,
+    )  # fmt: skip
+    if gate2_ptr is not None:
+        v *= softmax_gate(v, gate2_ptr, gate2_bias_ptr, features, PATCHES, FEATURES, PRECISION)
+    tl.store(y_ptr + offs_y, (u + v).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def gated_mixer_layer(
+    x: Tensor,
+    of_patches: Mixer,
+    of_features: Mixer,
+    *,
+    eps: tuple[float, float],
+    approximate: str,
+    dtype: torch.dtype,
+    precision: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    keep_u: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``y``, contiguous, of ``x [B, channels, patches, features]``, and u if kept; ``seed [2]``, one to a mixer.
+
+    A tile that does not fit the registers goes by ``gated_mixing``, twice.
+    """
+    _, channels, patches, features = x.shape
+    noises = tuple(Noise(dropout_p, seed=None if seed is None else seed[i : i + 1]) for i in range(2))
+    config = gated_mixer_layer_config(
+        target_of(x.device), dtype, x.dtype, patches, features, exact=precision == "ieee", dropout=dropout_p > 0
+    )
+    if config is None:
+        shared = {"gate_first": False, "approximate": approximate, "dtype": dtype, "precision": precision}
+        u = gated_mixing(x, *of_patches, axis=2, eps=eps[0], noise=noises[0], **shared)
+        y = gated_mixing(u, *of_features, axis=3, eps=eps[1], noise=noises[1], **shared)
+        return y, u if keep_u else None
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    u = torch.empty_like(y) if keep_u else None
+    arguments_of_patches, hidden1 = _arguments(of_patches, patches, dtype, config)
+    arguments_of_features, hidden2 = _arguments(of_features, features, dtype, config)
+    dropout = dropout_arguments(noises[0])
+    launch(
+        _gated_mixer_layer_kernel,
+        x.shape[0] * channels,
+        x,
+        *arguments_of_patches,
+        *arguments_of_features,
+        u,
+        y,
+        patches,
+        features,
+        channels,
+        *x.stride(),
+        *eps,
+        dropout.pop("seed_ptr"),
+        noises[1].seed,
+        PATCHES=padded_extent(patches),
+        FEATURES=padded_extent(features),
+        HIDDEN1=hidden1,
+        HIDDEN2=hidden2,
+        BLOCK_D=config.block_d,
+        STAGES=config.num_stages,
+        TANH=approximate == "tanh",
+        PRECISION=precision,
+        INT64=needs_int64((patches, features), x.stride()[2:]),
+        **dropout,
+        **config.launch_options(),
+    )
+    return y, u
+
+
+def _arguments(
+    mixer: Mixer, extent: int, dtype: torch.dtype, config: GatedMixingConfig
+) -> tuple[tuple[Tensor | None, ...], int]:
+    """What the kernel takes for one mixer, padded; and its hidden units, padded."""
+    gamma, beta, w1, b1, w2, b2, w_gate, b_gate = mixer
+    padded, hidden = padded_extent(extent), round_up(w1.shape[0], config.block_d)
+    weights = token_weights(w1, b1, w2, b2, dtype, tokens=padded, hidden=hidden)
+    gate = (None, None) if w_gate is None else square_weight(w_gate, b_gate, dtype, padded)
+    return (gamma, beta, *weights, *gate), hidden

@@ -1,0 +1,196 @@
+"""Mixers of time series: a layer of PatchTSMixer, ``gated_mixer_layer``, and one of its mixers, ``gated_mixing``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import torch as torch_backend
+from ..tuning.configs import MAX_GATED_EXTENT
+from .checks import check, check_norm, check_shape, choose, needs_grad, seed_for
+
+
+def gated_mixing(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    *,
+    axis: int,
+    gate_first: bool = False,
+    eps: float = 1e-5,
+    approximate: str = "none",
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """One mixer of a PatchTSMixer layer: an MLP with a softmax gate, along any axis of ``x``; for short axes.
+
+    Equations (30) to (32) of docs/maths.md (PatchTSMixer, arXiv:2306.09364). Equivalent to::
+
+        v = F.layer_norm(x, (features,), gamma, beta, eps).movedim(axis, -1)
+        v = F.linear(F.gelu(F.linear(v, w1, b1), approximate=approximate), w2, b2)
+        v = v * F.softmax(F.linear(v, w_gate, b_gate), -1)
+        y = x + v.movedim(-1, axis)
+
+    With ``gate_first`` the third line is the second. Hugging Face's layer mixes ``axis=-3`` (channels of the series,
+    the gate first), ``axis=-2`` (patches) and ``axis=-1`` (features), in that order.
+
+    Args:
+        x: ``[..., features]`` with the mixed axis among its last three; any strides. K is that axis's size.
+        gamma, beta: LayerNorm's weight and bias, ``[features]`` or None.
+        w1, b1: ``[H, K]`` and ``[H]`` or None.
+        w2, b2: ``[K, H]`` and ``[K]`` or None.
+        w_gate, b_gate: ``[K, K]`` and ``[K]``, or None: ``w_gate`` None for no gate.
+        axis: -1, -2 or -3.
+        gate_first: the gate before the MLP rather than behind it.
+        eps: added to the variance; > 0.
+        approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
+        dropout_p: probability of dropping an element after GELU and after the second product, in [0, 1].
+        backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernel takes a K up to 256.
+
+    Returns:
+        ``y`` in ``x``'s shape and dtype.
+    """
+    if axis not in (-1, -2, -3):
+        raise ValueError(f"axis must be -1, -2 or -3, got {axis}")
+    if x.layout is torch.strided and x.dim() < max(2, -axis):
+        raise ValueError(f"x must have {max(2, -axis)} axes or more to mix axis {axis}, got shape {tuple(x.shape)}")
+    shape = x.shape
+    x = _of_four_axes(x)
+    parameters = {
+        "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate": w_gate, "b_gate": b_gate
+    }  # fmt: skip
+    x, dtype = check(x, parameters, (eps,), approximate, dropout_p, dim=4)
+    extent = x.shape[axis]
+    _check_mixer(x, parameters, axis)
+    name = choose(backend, x, dtype, "gated_mixing", _unfit(extent))
+    tensors = (gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
+    if name == "torch":
+        y = torch_backend.gated_mixing_forward(
+            x, *tensors, axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
+            dropout_p=dropout_p,
+        )  # fmt: skip
+    else:
+        seed = seed_for(x, (dropout_p, 0.0))
+        y = ops.gated_mixing(x, *tensors, axis + 4, gate_first, eps, approximate, dtype, dropout_p, seed, name)
+    return y.view(shape)
+
+
+def gated_mixer_layer(
+    x: Tensor,
+    gamma1: Tensor | None,
+    beta1: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w_gate1: Tensor | None,
+    b_gate1: Tensor | None,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    w_gate2: Tensor | None,
+    b_gate2: Tensor | None,
+    *,
+    eps: float | tuple[float, float] = 1e-5,
+    approximate: str = "none",
+    dropout_p: float = 0.0,
+    memory: str = "fast",
+    backend: str | None = None,
+) -> Tensor:
+    """A PatchTSMixer layer: patches mixed, then features; one kernel where the layer is small.
+
+    Equations (30) to (32) of docs/maths.md, twice (PatchTSMixer, arXiv:2306.09364). Equivalent to::
+
+        u = gated_mixing(x, gamma1, beta1, w1, b1, w2, b2, w_gate1, b_gate1, axis=-2)
+        y = gated_mixing(u, gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2, axis=-1)
+
+    The triton backend does it by one kernel where the layer is small: P at most 64, P times F at most 4096, or 2048 in
+    float32, each rounded up to a power of two and to 16; an F above 128 without dropout. Else by two.
+
+    Args:
+        x: ``[..., P, F]``, patches by features, any strides.
+        gamma1, beta1: LayerNorm's weight and bias before patches are mixed, ``[F]`` or None.
+        w1, b1: ``[H_P, P]`` and ``[H_P]`` or None.
+        w2, b2: ``[P, H_P]`` and ``[P]`` or None.
+        w_gate1, b_gate1: ``[P, P]`` and ``[P]``, or None: ``w_gate1`` None for no gate.
+        gamma2, beta2: LayerNorm's weight and bias before features are mixed, ``[F]`` or None.
+        w3, b3: ``[H_F, F]`` and ``[H_F]`` or None.
+        w4, b4: ``[F, H_F]`` and ``[F]`` or None.
+        w_gate2, b_gate2: ``[F, F]`` and ``[F]``, or None: ``w_gate2`` None for no gate.
+        eps: added to the variance; > 0; one, or one for each LayerNorm.
+        approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
+        dropout_p: probability of dropping an element after each GELU and each MLP, in [0, 1].
+        memory: what training keeps: "fast" ``x`` and u, "min" ``x`` alone.
+        backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernels take a P and an F up
+            to 256.
+
+    Returns:
+        ``y`` in ``x``'s shape and dtype.
+    """
+    if x.layout is torch.strided and x.dim() < 2:
+        raise ValueError(f"x must have 2 axes or more, patches and features, got shape {tuple(x.shape)}")
+    shape = x.shape
+    x = _of_four_axes(x)
+    eps1, eps2 = eps if isinstance(eps, tuple) else (eps, eps)
+    of_patches = {
+        "gamma1": gamma1, "beta1": beta1, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate1": w_gate1,
+        "b_gate1": b_gate1,
+    }  # fmt: skip
+    of_features = {
+        "gamma2": gamma2, "beta2": beta2, "w3": w3, "b3": b3, "w4": w4, "b4": b4, "w_gate2": w_gate2,
+        "b_gate2": b_gate2,
+    }  # fmt: skip
+    x, dtype = check(x, of_patches | of_features, (eps1, eps2), approximate, dropout_p, memory=memory, dim=4)
+    _check_mixer(x, of_patches, axis=-2, half="1")
+    _check_mixer(x, of_features, axis=-1, half="2")
+    name = choose(backend, x, dtype, "gated_mixer_layer", _unfit(max(x.shape[2:])))
+    if name == "torch":
+        shared = {"gate_first": False, "approximate": approximate, "dtype": dtype, "dropout_p": dropout_p}
+        u = torch_backend.gated_mixing_forward(x, *of_patches.values(), axis=-2, eps=eps1, **shared)
+        y = torch_backend.gated_mixing_forward(u, *of_features.values(), axis=-1, eps=eps2, **shared)
+    else:
+        tensors = (*of_patches.values(), *of_features.values())
+        seed = seed_for(x, (dropout_p, 0.0), number=2)
+        keep_u = memory == "fast" and needs_grad(x, *tensors)
+        y = ops.gated_mixer_layer(x, *tensors, eps1, eps2, approximate, dtype, dropout_p, seed, name, keep_u)[0]
+    return y.view(shape)
+
+
+def _of_four_axes(x: Tensor) -> Tensor:
+    """``x`` as ``[batch, channels, patches, features]``."""
+    if x.layout is not torch.strided or x.is_nested:
+        return x  # check says that it is not dense
+    return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
+
+
+def _check_mixer(x: Tensor, parameters: dict[str, Tensor | None], axis: int, half: str = "") -> None:
+    """Shapes of the parameters of what mixes ``axis``, in the order of the signatures above."""
+    extent, weight = x.shape[axis], list(parameters.values())[2]
+    _, _, w1, b1, w2, b2, w_gate, b_gate = parameters
+    if weight.dim() != 2:
+        raise ValueError(f"{w1} must be (H, K), got shape {tuple(weight.shape)}")
+    hidden = weight.shape[0]
+    if weight.shape[1] != extent:
+        raise ValueError(f"built for {weight.shape[1]} along axis {axis}, got {extent}")
+    check_norm(x, parameters, half)
+    for name, expected in (
+        (b1, (hidden,)), (w2, (extent, hidden)), (b2, (extent,)), (w_gate, (extent, extent)), (b_gate, (extent,)),
+    ):  # fmt: skip
+        check_shape(name, parameters[name], expected)
+    if parameters[w_gate] is None and parameters[b_gate] is not None:
+        raise ValueError(f"{b_gate} is given without {w_gate}")
+
+
+def _unfit(extent: int) -> str | None:
+    """Why the kernels do not mix an axis of ``extent``."""
+    return f"its kernel mixes axes of up to {MAX_GATED_EXTENT}, got {extent}" if extent > MAX_GATED_EXTENT else None

@@ -1,0 +1,282 @@
+"""``gated_mixer_layer``, a PatchTSMixer layer in one kernel, by the accuracy rule, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
+from test_kernels import on_target
+from test_relatives_patchtsmixer import LAYOUTS, make
+
+import mixer_kernels.functional as F
+from mixer_kernels import ops
+from mixer_kernels.functional import time_series
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+RENAMED = {"w1": "w3", "b1": "b3", "w2": "w4", "b2": "b4"}
+
+CASES = {  # batch, channels, patches, features; and the kernels of a forward pass
+    "small, float32": ((2, 3, 4, 8), torch.float32, 1),
+    "small, bfloat16": ((2, 3, 4, 8), torch.bfloat16, 1),
+    "odd, float16": ((3, 7, 13, 20), torch.float16, 1),
+    "wide, bfloat16": ((2, 3, 12, 192), torch.bfloat16, 1),
+    "full, float32": ((1, 2, 33, 30), torch.float32, 1),
+    "full, bfloat16": ((1, 3, 64, 64), torch.bfloat16, 1),
+    "large, bfloat16": ((1, 2, 64, 72), torch.bfloat16, 2),
+}
+
+
+def make_layer(shape, dtype, device):
+    """x and the parameters of a layer: of what mixes patches, then of what mixes features."""
+    x, of_patches = make("patches", shape, dtype, device)
+    _, of_features = make("features", shape, dtype, device)
+    first = {k if k in RENAMED else f"{k}1": t for k, t in of_patches.items()}
+    return x, first | {RENAMED.get(k, f"{k}2"): t for k, t in of_features.items()}
+
+
+def evaluate(x, parameters, backend, dy=None, **options):
+    leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in {"x": x, **parameters}.items()}
+    with torch.set_grad_enabled(dy is not None):
+        y = F.gated_mixer_layer(*leaves.values(), backend=backend, **options)
+    results = {"output": y.detach()}
+    if dy is not None:
+        present = {k: leaf for k, leaf in leaves.items() if leaf is not None}
+        of_each = torch.autograd.grad(y, list(present.values()), dy)
+        results |= {f"gradient of {k}": gradient for k, gradient in zip(present, of_each, strict=True)}
+    return results
+
+
+def assert_matches_eager(x, parameters, device, target="sm_80", **options):
+    dy = torch.randn(x.shape, device=device).to(x.dtype)
+    with on_target(target, device):
+        actual = evaluate(x, parameters, "triton", dy, **options)
+    eager = evaluate(x, parameters, "torch", dy, **options)
+    wide = {k: None if t is None else t.double() for k, t in parameters.items()}
+    exact = evaluate(x.double(), wide, "torch", dy.double(), **options)
+    for what in actual:
+        factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
+        assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "_"), CASES.values(), ids=CASES.keys())
+def test_matches_eager(shape, dtype, _, device):
+    assert_matches_eager(*make_layer(shape, dtype, device), device)
+
+
+def test_tiles_of_sm_90(device):
+    assert_matches_eager(*make_layer((2, 5, 12, 40), torch.bfloat16, device), device, "sm_90")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layouts_are_read_as_they_are(layout, device):
+    x, parameters = make_layer((2, 5, 13, 20), torch.float32, device)
+    x = layout(x)
+    before = x.clone()
+    assert_matches_eager(x, parameters, device)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "absent",
+    (("w_gate1", "b_gate1"), ("w_gate2", "b_gate2"), ("b_gate1", "b3"), ("b1", "b2", "b4"), ("gamma1", "beta2")),
+    ids=str,
+)
+def test_without_what_may_be_none(absent, device):
+    # No smaller: of few sums in float32 one may err by chance alone four times as much as eager's.
+    x, parameters = make_layer((2, 4, 40, 60), torch.float32, device)
+    assert_matches_eager(x, {**parameters, **dict.fromkeys(absent)}, device, approximate="tanh", eps=(1e-3, 1e-6))
+
+
+@pytest.mark.parametrize("stream", (torch.float32, torch.bfloat16), ids=str)
+def test_autocast(stream, device):
+    x, parameters = make_layer((2, 5, 12, 40), torch.float32, device)
+    x = x.to(stream)
+    dy = torch.randn_like(x)
+    with torch.autocast(device, torch.bfloat16):
+        actual, eager = (evaluate(x, parameters, backend, dy) for backend in ("triton", "torch"))
+    exact = evaluate(x.double(), {k: t.double() for k, t in parameters.items()}, "torch", dy.double())
+    for what in actual:
+        factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
+        assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_rows_without_variance_and_far_from_zero(dtype, device):
+    x, parameters = make_layer((2, 5, 13, 40), dtype, device)
+    x = (x + 30).to(dtype)
+    x[0, 0] = 0.1
+    assert_matches_eager(x, parameters, device)
+
+
+def test_dropout_is_that_of_two_mixers(device, monkeypatch):
+    """Forward and backward, under the same two seeds; a mixer's masks are tested for themselves."""
+    seeds = torch.tensor([5, 6], device=device)
+    x, parameters = make_layer((1, 9, 10, 20), torch.float32, device)
+    dy = torch.randn_like(x)
+
+    def draw(of_a_mixer):
+        left = iter(seeds.split(1))
+        monkeypatch.setattr(time_series, "seed_for", lambda *_, **__: next(left) if of_a_mixer else seeds)
+
+    def layer(x, *parameters):
+        draw(of_a_mixer=False)
+        return F.gated_mixer_layer(x, *parameters, dropout_p=0.3, backend="triton")
+
+    def mixers(x, *parameters):
+        draw(of_a_mixer=True)
+        u = F.gated_mixing(x, *parameters[:8], axis=-2, dropout_p=0.3, backend="triton")
+        return F.gated_mixing(u, *parameters[8:], axis=-1, dropout_p=0.3, backend="triton")
+
+    def gradients(f):
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters.values())]
+        y = f(*leaves)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    for actual, expected in zip(gradients(layer), gradients(mixers), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_draws_two_seeds_a_call(device):
+    x, parameters = make_layer((1, 9, 10, 20), torch.float32, device)
+
+    def call(seed=None, p=0.3):
+        if seed is not None:
+            torch.manual_seed(seed)
+        with torch.no_grad():
+            return F.gated_mixer_layer(x, **parameters, dropout_p=p, backend="triton")
+
+    first, following = call(3), call()
+    assert torch.equal(call(3), first) and not torch.equal(following, first)
+    assert torch.equal(call(p=1.0), x)
+
+
+@pytest.mark.parametrize("wanted", (("x",), ("gamma1",), ("w3", "b_gate2"), ("beta2", "w2")), ids=" ".join)
+def test_only_what_is_wanted(wanted, device):
+    """A frozen parameter changes no gradient of another, and has none."""
+    x, parameters = make_layer((2, 5, 6, 20), torch.float32, device)
+    everything = evaluate(x, parameters, "triton", x)
+    leaves = {k: t.clone().requires_grad_(k in wanted) for k, t in {"x": x, **parameters}.items()}
+    F.gated_mixer_layer(*leaves.values(), backend="triton").backward(x)
+    for k, leaf in leaves.items():
+        assert (leaf.grad is not None) == (k in wanted)
+        assert leaf.grad is None or torch.equal(leaf.grad, everything[f"gradient of {k}"])
+
+
+BACKWARD_OF_A_MIXER = ["_row_statistics_kernel", "_gated_mixing_bwd_kernel", "_norm_bwd_kernel"]
+
+
+@pytest.mark.parametrize("case", ("small, bfloat16", "large, bfloat16"))
+def test_launches(case, device):
+    """One forward for a small layer, two for a large; memory="min" computes u once more."""
+    if device == "cuda":
+        pytest.skip("waits for a machine without a GPU: counts in the strict interpreter")
+    import strict_interpreter
+
+    shape, dtype, forward = CASES[case]
+    x, parameters = make_layer(shape, dtype, device)
+    kernels = ["_gated_mixer_layer_kernel"] if forward == 1 else 2 * ["_gated_mixing_kernel"]
+    for memory, again in (("fast", []), ("min", ["_gated_mixing_kernel"])):
+        with strict_interpreter.record() as launches:
+            evaluate(x, parameters, "triton", x, memory=memory)
+        assert [one.kernel for one in launches] == kernels + again + 2 * BACKWARD_OF_A_MIXER
+
+
+def test_u_computed_again_is_the_u_that_was_kept(device):
+    x, parameters = make_layer((1, 9, 10, 20), torch.float32, device)
+    results = {}
+    for memory in ("fast", "min"):
+        torch.manual_seed(5)
+        results[memory] = evaluate(x, parameters, "triton", x, memory=memory, dropout_p=0.3, eps=(0.1, 1e-6))
+    for what, expected in results["fast"].items():
+        torch.testing.assert_close(results["min"][what], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_is_what_it_says(device):
+    """What autograd keeps beside the parameters: x and u, or x."""
+    x, parameters = make_layer((2, 5, 13, 20), torch.float32, device)
+    for memory, expected in (("fast", 2), ("min", 1)):
+        kept = []
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters.values())]
+        known = {leaf.data_ptr() for leaf in leaves[1:]}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            F.gated_mixer_layer(*leaves, memory=memory, backend="triton")
+        assert sum(t.shape == x.shape and t.data_ptr() not in known for t in kept) == expected
+
+
+def test_any_number_of_leading_axes(device):
+    x, parameters = make_layer((2, 3, 4, 20), torch.float32, device)
+    y = evaluate(x, parameters, "triton")["output"]
+    assert torch.equal(evaluate(x[0, 0], parameters, "triton")["output"], y[0, 0])
+    assert torch.equal(evaluate(x[None], parameters, "triton")["output"], y[None])
+
+
+def test_opcheck(device):
+    x, parameters = make_layer((1, 2, 4, 8), torch.float32, device)
+    fixed = [x, *parameters.values()]
+    options = (1e-5, 1e-6, "none", torch.float32, 0.2, torch.tensor([5, 6], device=device), "triton")
+    tensors = [t.detach().requires_grad_(i % 2 == 0) for i, t in enumerate(fixed)]
+    for keep_u in (True, False):
+        torch.library.opcheck(ops.gated_mixer_layer, (*tensors, *options, keep_u))
+    torch.library.opcheck(
+        ops.gated_mixer_layer_backward, (torch.randn_like(x), torch.randn_like(x), *fixed, *options, [True] * 17)
+    )
+
+
+def test_compiled_training_equals_eager(device):
+    x, parameters = make_layer((2, 5, 6, 20), torch.float32, device)
+
+    def f(x, *values):
+        return F.gated_mixer_layer(x * 2, *values, backend="triton").square().mean()
+
+    def gradients(f):
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters.values())]
+        return torch.autograd.grad(f(*leaves), leaves)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for expected, actual in zip(gradients(f), gradients(compiled), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_empty_batch_and_second_derivative(device):
+    x, parameters = make_layer((2, 5, 6, 20), torch.float32, device)
+    empty = evaluate(x[:0], parameters, "triton", x[:0])
+    assert empty["output"].shape == (0, 5, 6, 20) and not empty["gradient of w1"].any()
+    y = F.gated_mixer_layer(x.requires_grad_(), **parameters, backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
+        dx.sum().backward()
+
+
+def test_torch_backend_is_what_it_says_it_is():
+    x, parameters = make_layer((2, 5, 6, 20), torch.float64, "cpu")
+    halves = list(parameters.values())
+    u = F.gated_mixing(x, *halves[:8], axis=-2, backend="torch")
+    expected = F.gated_mixing(u, *halves[8:], axis=-1, eps=1e-3, backend="torch")
+    assert torch.equal(evaluate(x, parameters, "torch", eps=(1e-5, 1e-3))["output"], expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    (
+        ({"x": torch.zeros(20)}, r"x must have 2 axes or more, patches and features, got shape \(20,\)"),
+        ({"x": torch.zeros(2, 5, 7, 20)}, "built for 6 along axis -2, got 7"),
+        ({"w3": torch.zeros(40, 19)}, "built for 19 along axis -1, got 20"),
+        ({"gamma2": torch.zeros(19)}, "gamma2: built for 19 channels, got 20"),
+        ({"w_gate1": torch.zeros(6, 5)}, r"w_gate1 must have shape \(6, 6\), got \(6, 5\)"),
+        ({"w_gate2": None}, "b_gate2 is given without w_gate2"),
+        ({"memory": "most"}, "memory must be one of 'fast', 'min', got 'most'"),
+    ),
+    ids=("too few axes", "patches", "features", "norm", "gate's shape", "bias of no gate", "memory"),
+)
+def test_bad_arguments(changed, message):
+    x, parameters = make_layer((2, 5, 6, 20), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=message):
+        F.gated_mixer_layer(**{"x": x, **parameters, **changed}, backend="torch")
+
+
+def test_axes_too_long_for_the_kernels(device):
+    x, parameters = make_layer((1, 1, 2, 257), torch.float32, device)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: its kernel mixes axes of up to 256, got 257"):
+        evaluate(x, parameters, "triton")
+    evaluate(x, parameters, "auto")
