@@ -241,7 +241,7 @@ def gated_mixing_config(target: Target, dtype: torch.dtype, rows: int, extent: i
     if block_k <= 16:
         most, num_warps = 32, 4
     elif exact:
-        most, num_warps = 4096 // block_k, 8
+        most, num_warps = 4096 // block_k, 4 if block_k == 32 else 8
     elif dtype is torch.float32:
         most, num_warps = 16, 4
     else:
@@ -253,12 +253,15 @@ def gated_mixing_config(target: Target, dtype: torch.dtype, rows: int, extent: i
     return GatedMixingConfig(most, num_warps, _all_registers(target, block_k, exact))
 
 
-def gated_mixing_backward_config(target: Target, dtype: torch.dtype, extent: int, exact: bool) -> GatedMixingConfig:
+def gated_mixing_backward_config(
+    target: Target, dtype: torch.dtype, extent: int, exact: bool, dropout: bool
+) -> GatedMixingConfig:
     """The tile of its backward: 16 rows, the least of a product, since n, g and dn lie in registers, and the gate."""
     block_k = padded_extent(extent)
     exact = exact and dtype is torch.float32
     most_warps = 8 if target.is_nvidia else 4  # a wave of AMD's has 64 lanes
-    num_warps = max(2, min(most_warps, block_k // (8 if exact else 16)))
+    columns = 8 if exact and (dropout or block_k != 64) else 16
+    num_warps = max(2, min(most_warps, block_k // columns))
     return GatedMixingConfig(16, num_warps, _all_registers(target, block_k, exact))
 
 

@@ -232,7 +232,9 @@ def gated_mixing_gradients(
     x, strides = in_rows(x, axis)
     _, dn_strides = in_rows(dn, axis)
     hidden, has_gate = w1.shape[0], w_gate is not None
-    config = gated_mixing_backward_config(target_of(x.device), dtype, extent, exact=precision == "ieee")
+    config = gated_mixing_backward_config(
+        target_of(x.device), dtype, extent, exact=precision == "ieee", dropout=noise.dropout_p > 0
+    )
     block_k = padded_extent(extent)
     padded_hidden = round_up(hidden, config.block_d)
     packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=padded_hidden)
