@@ -54,8 +54,9 @@ NOT_OF_THE_RUN = ("data", "output", "resume", "device", "parallel", "accumulate"
 
 def main() -> None:
     args = parse_args()
-    mesh = start_process(args.device)
-    train(args, mesh)
+    device = start_process(args.device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),)) if args.parallel == "fsdp" else None
+    train(args, device, mesh)
     end_process(mesh)
 
 
@@ -111,37 +112,36 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def start_process(device_type: str) -> DeviceMesh:
-    """Join the processes that torchrun started, or make a group of this one alone; all of them in a row."""
+def start_process(device_type: str) -> torch.device:
+    """Join the processes that torchrun started, or make a group of this one alone; the device to use."""
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
         dist.init_process_group()
     else:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device_type, (dist.get_world_size(),))
+    return torch.device(device_type)
 
 
-def end_process(mesh: DeviceMesh) -> None:
+def end_process(mesh: DeviceMesh | None) -> None:
     """Leave the group, and end gloo's threads, since one that frees a tensor while Python shuts down aborts (SIGABRT).
 
     ``destroy_process_group`` ends them with the last reference to the group. FSDP's modules have one until they are
     collected, and the mesh has one, which DTensor's caches keep: https://github.com/pytorch/pytorch/pull/179291.
     """
-    getattr(mesh, "_pg_registry", {}).clear()
+    getattr(mesh, "_pg_registry", {}).clear()  # which not every version has
     dist.destroy_process_group()
     gc.collect()
 
 
-def train(args: argparse.Namespace, mesh: DeviceMesh) -> None:
-    device = torch.device(mesh.device_type)
+def train(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh | None) -> None:
     train_images, val_images = open_images(args)
     train_loader, val_loader = make_loader(args, train_images, train=True), make_loader(args, val_images, train=False)
     steps = len(train_loader) // args.accumulate
     sizes = {"name": args.model, "img_size": args.img_size, "num_classes": len(train_images.classes)}
     own = {name: getattr(args, name) for name in ("patch_size", "num_blocks", "embed_dim", "mlp_ratio")}
     sizes |= {name: value for name, value in own.items() if value is not None}
-    run = make_run(args, sizes, steps, mesh)
+    run = make_run(args, sizes, steps, device, mesh)
     path = args.output / "checkpoint.pt"
     identity = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
     identity |= {"classes": train_images.classes, "training images": len(train_images)}
@@ -236,13 +236,15 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def make_run(args: argparse.Namespace, sizes: dict[str, Any], steps: int, mesh: DeviceMesh) -> Run:
+def make_run(
+    args: argparse.Namespace, sizes: dict[str, Any], steps: int, device: torch.device, mesh: DeviceMesh | None
+) -> Run:
     torch.manual_seed(args.seed)
-    with torch.device(mesh.device_type):
+    with device:
         model = FusedMixer.from_spec(**sizes, drop_path_rate=args.drop_path)
     torch.manual_seed(mixed_seed(args.seed, 0, dist.get_rank()))  # drop path differs between processes
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema is not None else None
-    if args.parallel == "fsdp":
+    if mesh is not None:
         shard(model, args.amp, mesh)
         if ema:
             shard(ema.module, args.amp, mesh)
@@ -256,7 +258,7 @@ def make_run(args: argparse.Namespace, sizes: dict[str, Any], steps: int, mesh: 
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
     if args.parallel == "ddp" and dist.get_world_size() > 1:
         model = DistributedDataParallel(model)
-    return Run(model, ema, optimizer, schedule, torch.amp.GradScaler(mesh.device_type, enabled=args.amp == "fp16"))
+    return Run(model, ema, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"))
 
 
 def shard(model: FusedMixer, amp: str, mesh: DeviceMesh) -> None:

@@ -292,7 +292,7 @@ def _run(backend, case: Case) -> None:
             blocks.append(block)
         seeds = None if seed is None else seed.repeat(2)
         options = {"approximate": case.approximate, "dtype": dtype, "dropout_p": rate, "seed": seeds}
-        backend.gated_mixer_layer_forward(x, *blocks[1], *blocks[2], eps=(1e-5, 1e-5), **options, keep_u=True)
+        backend.gated_mixer_layer_forward(x, *blocks[1:], eps=(1e-5, 1e-5), **options, keep_u=True)
         return
     if case.relative == "gmlp":
         tokens, half = shape.S, shape.D_C // 2

@@ -115,7 +115,7 @@ def gated_mixer_layer(
         y = gated_mixing(u, gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2, axis=-1)
 
     The triton backend does it by one kernel where the layer is small: P at most 64, P times F at most 4096, or 2048 in
-    float32, each rounded up to a power of two and to 16; an F above 128 without dropout. Else by two.
+    float32, each rounded up to a power of two of at least 16, and F at most 128 with dropout. Else by two.
 
     Args:
         x: ``[..., P, F]``, patches by features, any strides.

@@ -90,8 +90,8 @@ _LAYER = (
 def _gated_mixer_layer(x, *arguments):
     *parameters, eps1, eps2, approximate, dtype, dropout_p, seed, backend, keep_u = arguments
     y, u = backends.load(backend).gated_mixer_layer_forward(
-        x, *parameters, eps=(eps1, eps2), approximate=approximate, dtype=dtype, dropout_p=dropout_p, seed=seed,
-        keep_u=keep_u,
+        x, parameters[:8], parameters[8:], eps=(eps1, eps2), approximate=approximate, dtype=dtype, dropout_p=dropout_p,
+        seed=seed, keep_u=keep_u,
     )  # fmt: skip
     return y, absent(x) if u is None else u
 

@@ -83,11 +83,16 @@ def token_segments(tokens: int, longest: int = 128) -> tuple[int, int, int, int]
     return (*best, *(0,) * (4 - len(best)))
 
 
+def padded_extent(extent: int) -> int:
+    """A whole axis as a tile has it: a power of two, and enough for a product."""
+    return max(16, 1 << (extent - 1).bit_length())
+
+
 def statistics_config(channels: int, channels_contiguous: bool) -> StatisticsConfig:
     """Whole rows where channels are contiguous; squares where tokens are (timm's transposed view)."""
     if not channels_contiguous:
         return StatisticsConfig(block_rows=64, block_c=32, num_warps=4)
-    block_c = min(max(16, 1 << (channels - 1).bit_length()), 2048)
+    block_c = min(padded_extent(channels), 2048)
     rows = min(16 if block_c <= 128 else 8, 4096 // block_c)
     return StatisticsConfig(block_rows=max(1, rows), block_c=block_c, num_warps=4)
 
@@ -229,11 +234,6 @@ class GatedMixingConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-def padded_extent(extent: int) -> int:
-    """The mixed axis as the kernels have it: a power of two, and enough for a product."""
-    return max(16, 1 << (extent - 1).bit_length())
-
-
 def gated_mixing_config(target: Target, dtype: torch.dtype, rows: int, extent: int, exact: bool) -> GatedMixingConfig:
     """The tile of a half of a PatchTSMixer layer: some of its ``rows``, all of the ``extent`` of the mixed axis."""
     block_k = padded_extent(extent)
@@ -300,7 +300,7 @@ def norm_backward_config(channels: int, affine: bool = False) -> StatisticsConfi
 
     ``affine``: without statistics, of which less lies in registers.
     """
-    block_c = max(16, 1 << (channels - 1).bit_length())
+    block_c = padded_extent(channels)
     block_rows = min(4, 2048 // block_c) if block_c <= 1024 else 2 if block_c <= 2048 else 1
     num_warps = 4 if affine and block_c <= 256 else 8 if block_c <= 2048 else 16
     return StatisticsConfig(block_rows=block_rows, block_c=block_c, num_warps=num_warps)

@@ -6,6 +6,8 @@ statistics, fc1, fc2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -17,7 +19,7 @@ from ..noise import Noise
 from ..relatives import RelativesKernels
 from .backward import kernels_with, relatives_kernels_with
 from .channel_mixing import aligned_rows, channel_fc1, channel_fc2, channel_mixing_products
-from .gated_mixer_layer import Mixer, gated_mixer_layer
+from .gated_mixer_layer import gated_mixer_layer
 from .gated_mixing import gated_mixing
 from .row_statistics import _row_statistics_kernel, row_statistics
 from .token_linear import spatial_gate, token_linear
@@ -239,22 +241,8 @@ def gated_mixing_forward(
 
 def gated_mixer_layer_forward(
     x: Tensor,
-    gamma1: Tensor | None,
-    beta1: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w_gate1: Tensor | None,
-    b_gate1: Tensor | None,
-    gamma2: Tensor | None,
-    beta2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    w4: Tensor,
-    b4: Tensor | None,
-    w_gate2: Tensor | None,
-    b_gate2: Tensor | None,
+    of_patches: Sequence[Tensor | None],
+    of_features: Sequence[Tensor | None],
     *,
     eps: tuple[float, float],
     approximate: str,
@@ -263,14 +251,16 @@ def gated_mixer_layer_forward(
     seed: Tensor | None = None,
     keep_u: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``y``, contiguous, of ``x [B, channels, patches, features]``, and u, what the patches' mixer gives, if kept."""
+    """``y``, contiguous, of ``x [B, channels, patches, features]``, and u, what the patches' mixer gives, if kept.
+
+    The parameters of each mixer are the eight of ``gated_mixing_forward``; ``seed [2]``, one to a mixer.
+    """
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape) if keep_u else None
     with device_of(x):
         return gated_mixer_layer(
-            x, Mixer(gamma1, beta1, w1, b1, w2, b2, w_gate1, b_gate1),
-            Mixer(gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2), eps=eps, approximate=approximate, dtype=dtype,
-            precision=_precision(dtype), dropout_p=dropout_p, seed=seed, keep_u=keep_u,
+            x, of_patches, of_features, eps=eps, approximate=approximate, dtype=dtype, precision=_precision(dtype),
+            dropout_p=dropout_p, seed=seed, keep_u=keep_u,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A PatchTSMixer layer in one kernel, for small tiles: what mixes patches, then what mixes features.
+"""A PatchTSMixer layer in one kernel, for small tiles: equations (30) to (32) of docs/maths.md, twice.
 
 ::
 
@@ -11,7 +11,7 @@ never leaves the chip. Only where a backward pass will ask for it is u written t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -22,32 +22,10 @@ from ...tuning.configs import GatedMixingConfig, gated_mixer_layer_config, padde
 from ...tuning.target import target_of
 from ..noise import Noise
 from ..rounding import round_up
-from .gated_mixing import gated_mixing, load_affine, mlp_of_rows, softmax_gate, statistics_of_rows
+from .gated_mixing import gated_mixing, mlp_of_rows, normalised_rows, softmax_gate
 from .launch import launch, needs_int64
 from .noise import dropout_arguments
 from .prepack import square_weight, token_weights
-
-
-class Mixer(NamedTuple):
-    """The parameters of what mixes one axis of K elements, with a hidden layer of H."""
-
-    gamma: Tensor | None  # [features]
-    beta: Tensor | None  # [features]
-    w1: Tensor  # [H, K]
-    b1: Tensor | None  # [H]
-    w2: Tensor  # [K, H]
-    b2: Tensor | None  # [K]
-    w_gate: Tensor | None  # [K, K]
-    b_gate: Tensor | None  # [K]
-
-
-@triton.jit
-def _normalised_rows(x, gamma_ptr, beta_ptr, mask, features, eps, FEATURES: tl.constexpr):
-    """LayerNorm of each row of the tile; zero outside ``mask``."""
-    offs_f = tl.arange(0, FEATURES)
-    gamma, beta = load_affine(gamma_ptr, beta_ptr, offs_f, offs_f < features, FEATURES)
-    mean, rstd = statistics_of_rows(x, mask, features, eps)
-    return tl.where(mask, (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :], 0.0)
 
 
 @triton.jit
@@ -80,8 +58,7 @@ def _gated_mixer_layer_kernel(
     stride_feature,
     eps1,
     eps2,
-    seed1_ptr,  # [1] int64, or None without dropout
-    seed2_ptr,
+    seed_ptr,  # [2] int64, one to a mixer, or None without dropout
     dropout_p,
     dropout_scale,
     PATCHES: tl.constexpr,
@@ -107,10 +84,10 @@ def _gated_mixer_layer_kernel(
         offs_x = offs_p[:, None] * stride_patch + offs_f[None, :] * stride_feature
 
     x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
-    n = tl.trans(_normalised_rows(x, gamma1_ptr, beta1_ptr, mask, features, eps1, FEATURES))
+    n = tl.trans(normalised_rows(x, gamma1_ptr, beta1_ptr, mask, features, eps1, FEATURES))
     # Rows and images of the random numbers as gated_mixing counts them, whose backward draws them again.
     v = mlp_of_rows(
-        n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_f, series, seed1_ptr, dropout_p, dropout_scale, FEATURES, PATCHES,
+        n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_f, series, seed_ptr, dropout_p, dropout_scale, FEATURES, PATCHES,
         HIDDEN1, BLOCK_D, STAGES, TANH, PRECISION, DROPOUT,
     )  # fmt: skip
     if gate1_ptr is not None:
@@ -119,7 +96,8 @@ def _gated_mixer_layer_kernel(
     if u_ptr is not None:
         tl.store(u_ptr + offs_y, u.to(u_ptr.dtype.element_ty), mask=mask)
 
-    n = _normalised_rows(u, gamma2_ptr, beta2_ptr, mask, features, eps2, FEATURES)
+    seed2_ptr = seed_ptr + 1 if DROPOUT else seed_ptr
+    n = normalised_rows(u, gamma2_ptr, beta2_ptr, mask, features, eps2, FEATURES)
     v = mlp_of_rows(
         n, w3_ptr, b3_ptr, w4_ptr, b4_ptr, series * patches + offs_p, 0 * series, seed2_ptr, dropout_p, dropout_scale,
         PATCHES, FEATURES, HIDDEN2, BLOCK_D, STAGES, TANH, PRECISION, DROPOUT,
@@ -131,8 +109,8 @@ def _gated_mixer_layer_kernel(
 
 def gated_mixer_layer(
     x: Tensor,
-    of_patches: Mixer,
-    of_features: Mixer,
+    of_patches: Sequence[Tensor | None],
+    of_features: Sequence[Tensor | None],
     *,
     eps: tuple[float, float],
     approximate: str,
@@ -147,12 +125,12 @@ def gated_mixer_layer(
     A tile that does not fit the registers goes by ``gated_mixing``, twice.
     """
     _, channels, patches, features = x.shape
-    noises = tuple(Noise(dropout_p, seed=None if seed is None else seed[i : i + 1]) for i in range(2))
     config = gated_mixer_layer_config(
         target_of(x.device), dtype, x.dtype, patches, features, exact=precision == "ieee", dropout=dropout_p > 0
     )
     if config is None:
         shared = {"gate_first": False, "approximate": approximate, "dtype": dtype, "precision": precision}
+        noises = [Noise(dropout_p, seed=one) for one in ((None, None) if seed is None else seed.split(1))]
         u = gated_mixing(x, *of_patches, axis=2, eps=eps[0], noise=noises[0], **shared)
         y = gated_mixing(u, *of_features, axis=3, eps=eps[1], noise=noises[1], **shared)
         return y, u if keep_u else None
@@ -160,7 +138,6 @@ def gated_mixer_layer(
     u = torch.empty_like(y) if keep_u else None
     arguments_of_patches, hidden1 = _arguments(of_patches, patches, dtype, config)
     arguments_of_features, hidden2 = _arguments(of_features, features, dtype, config)
-    dropout = dropout_arguments(noises[0])
     launch(
         _gated_mixer_layer_kernel,
         x.shape[0] * channels,
@@ -174,8 +151,6 @@ def gated_mixer_layer(
         channels,
         *x.stride(),
         *eps,
-        dropout.pop("seed_ptr"),
-        noises[1].seed,
         PATCHES=padded_extent(patches),
         FEATURES=padded_extent(features),
         HIDDEN1=hidden1,
@@ -185,14 +160,14 @@ def gated_mixer_layer(
         TANH=approximate == "tanh",
         PRECISION=precision,
         INT64=needs_int64((patches, features), x.stride()[2:]),
-        **dropout,
+        **dropout_arguments(Noise(dropout_p, seed=seed)),
         **config.launch_options(),
     )
     return y, u
 
 
 def _arguments(
-    mixer: Mixer, extent: int, dtype: torch.dtype, config: GatedMixingConfig
+    mixer: Sequence[Tensor | None], extent: int, dtype: torch.dtype, config: GatedMixingConfig
 ) -> tuple[tuple[Tensor | None, ...], int]:
     """What the kernel takes for one mixer, padded; and its hidden units, padded."""
     gamma, beta, w1, b1, w2, b2, w_gate, b_gate = mixer

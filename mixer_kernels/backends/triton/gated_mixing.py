@@ -71,12 +71,16 @@ def _statistics_over_rows(
 
 
 @triton.jit
-def statistics_of_rows(x, mask, extent, eps):
-    """Mean and rstd of each row of the tile."""
-    mean = tl.sum(x, 1) / extent
+def normalised_rows(x, gamma_ptr, beta_ptr, mask, features, eps, FEATURES: tl.constexpr):
+    """LayerNorm of each row of the tile; zero outside ``mask``."""
+    offs_f = tl.arange(0, FEATURES)
+    gamma, beta = load_affine(gamma_ptr, beta_ptr, offs_f, offs_f < features, FEATURES)
+    mean = tl.sum(x, 1) / features
     d = tl.where(mask, x - mean[:, None], 0.0)
-    rest = tl.sum(d, 1) / extent
-    return mean + rest, 1.0 / tl.sqrt_rn(tl.sum(d * d, 1) / extent - rest * rest + eps)
+    rest = tl.sum(d, 1) / features
+    mean += rest
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(d * d, 1) / features - rest * rest + eps)
+    return tl.where(mask, (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :], 0.0)
 
 
 @triton.jit
@@ -201,10 +205,8 @@ def _gated_mixing_kernel(
     offs_r = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
     offs_k = tl.arange(0, K)
     mask = (offs_r < rows)[:, None] & (offs_k < extent)[None, :]
-    FEATURES: tl.constexpr = ROWS if NORM_ROWS else K
-    feature = offs_r if NORM_ROWS else offs_k
-    features = rows if NORM_ROWS else extent
-    gamma, beta = load_affine(gamma_ptr, beta_ptr, feature, feature < features, FEATURES)
+    if NORM_ROWS:
+        gamma, beta = load_affine(gamma_ptr, beta_ptr, offs_r, offs_r < rows, ROWS)
     if INT64:
         offs_r = offs_r.to(tl.int64)
     x_ptr += (image // inner) * stride_outer + (image % inner) * stride_inner
@@ -216,11 +218,9 @@ def _gated_mixing_kernel(
         mean, rstd = _statistics_over_rows(
             x_ptr, rows, offs_k < extent, offs_k, stride_row, stride_k, eps, ROWS, K, INT64
         )  # fmt: skip
-        n = (x - mean[None, :]) * rstd[None, :] * gamma[:, None] + beta[:, None]
+        n = tl.where(mask, (x - mean[None, :]) * rstd[None, :] * gamma[:, None] + beta[:, None], 0.0)
     else:
-        mean, rstd = statistics_of_rows(x, mask, extent, eps)
-        n = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
-    n = tl.where(mask, n, 0.0)
+        n = normalised_rows(x, gamma_ptr, beta_ptr, mask, extent, eps, K)
     if GATE_FIRST and gate_ptr is not None:
         n *= softmax_gate(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
     v = mlp_of_rows(
