@@ -1,6 +1,7 @@
 """How the operators of this package are defined, and the shapes that their fake implementations give.
 
-``Library.define`` rather than ``custom_op``: a call costs a third.
+``torch.library.define`` rather than ``custom_op``: a call costs a third. Backward operators return a tuple of tensors
+rather than a list: PyTorch then calls them once for each element under ``is_grads_batched`` and ``vmap``.
 """
 
 from __future__ import annotations
@@ -10,25 +11,36 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("mixer_kernels", "DEF")
+_defined: set[str] = set()  # by this import of the module
 
 HALF = "Tensor? gamma, Tensor? beta, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out"
 NOISE = "float dropout_p, float drop_path_p, Tensor? seed"
 
 
 def define(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """The operator ``mixer_kernels::name``."""
-    _library.define(f"{name}{schema}")
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mixer_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.mixer_kernels, name).default
+    """The operator ``mixer_kernels::name``.
+
+    One that is there stays: PyTorch registers a name once, for as long as the process lives, and models may hold it
+    when this package is removed from ``sys.modules`` and imported again.
+    """
+    qualified = f"mixer_kernels::{name}"
+    if hasattr(torch.ops.mixer_kernels, name):
+        _defined.discard(name)
+    else:
+        torch.library.define(qualified, schema)
+        torch.library.impl(qualified, "default", implementation)
+        torch.library.register_fake(qualified, fake)
+        _defined.add(name)
+    operator = getattr(torch.ops.mixer_kernels, name).default
+    if operator._schema != torch._C.parse_schema(qualified + schema):
+        raise ImportError(f"{qualified} was registered with another schema by another version: start Python anew")
+    return operator
 
 
 def differentiate(name: str, backward: Callable | None = None, save: Callable | None = None) -> None:
     """Give ``mixer_kernels::name`` its gradient; without ``backward``, an error that says what has one."""
-    torch.library.register_autograd(
-        f"mixer_kernels::{name}", backward or _no_gradient, setup_context=save, lib=_library
-    )
+    if name in _defined:
+        torch.library.register_autograd(f"mixer_kernels::{name}", backward or _no_gradient, setup_context=save)
 
 
 def _no_gradient(ctx, *_):
@@ -60,14 +72,19 @@ def absent(x: Tensor) -> Tensor:
     return x.new_empty(0)
 
 
-def or_absent(results: Iterable[Tensor | None], x: Tensor) -> list[Tensor]:
-    """What an operator returns for ``results`` of which some are None."""
-    return [absent(x) if result is None else result.contiguous() for result in results]
+def results(number: int) -> str:
+    """The schema of so many results."""
+    return f"({', '.join(['Tensor'] * number)})"
 
 
-def new_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+def or_absent(found: Iterable[Tensor | None], x: Tensor) -> tuple[Tensor, ...]:
+    """What an operator returns for ``found`` of which some are None."""
+    return tuple(absent(x) if result is None else result.contiguous() for result in found)
+
+
+def new_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     """The fake of a backward operator's result."""
-    return [new_like(t) if want else absent(inputs[0]) for t, want in zip(inputs, wanted, strict=True)]
+    return tuple(new_like(t) if want else absent(inputs[0]) for t, want in zip(inputs, wanted, strict=True))
 
 
 def or_none(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,7 @@ from .library import (
     new_statistics,
     or_absent,
     or_none,
+    results,
 )
 
 _WANTED = 6  # of a backward operator's options: after approximate, dtype, dropout_p, drop_path_p, seed, backend
@@ -66,7 +67,7 @@ token_mixing = define(
 token_mixing_backward = define(
     "token_mixing_backward",
     f"(Tensor du, Tensor x, Tensor mean, Tensor rstd, {HALF}, str approximate, ScalarType dtype, {NOISE},"
-    " str backend, bool[] wanted, str activation='gelu') -> Tensor[]",
+    f" str backend, bool[] wanted, str activation='gelu') -> {results(7)}",
     _token_mixing_backward,
     _token_mixing_backward_fake,
 )
@@ -149,7 +150,7 @@ channel_mixing = define(
 channel_mixing_backward = define(
     "channel_mixing_backward",
     f"(Tensor dy, Tensor u, Tensor? mean, Tensor? rstd, Tensor? z, {HALF}, str approximate, ScalarType dtype, {NOISE},"
-    " str backend, bool[] wanted, str activation='gelu') -> Tensor[]",
+    f" str backend, bool[] wanted, str activation='gelu') -> {results(7)}",
     _channel_mixing_backward,
     _channel_mixing_backward_fake,
 )

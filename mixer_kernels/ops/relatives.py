@@ -18,6 +18,7 @@ from .library import (
     new_statistics,
     or_absent,
     or_none,
+    results,
 )
 
 # ---------------------------------------------------------------------------------------------- ResMLP: token_linear
@@ -52,7 +53,7 @@ token_linear = define(
 token_linear_backward = define(
     "token_linear_backward",
     f"(Tensor du, Tensor x, {_LINEAR}, ScalarType dtype, float drop_path_p, Tensor? seed, str backend, bool[] wanted)"
-    " -> Tensor[]",
+    f" -> {results(6)}",
     _token_linear_backward,
     _token_linear_backward_fake,
 )
@@ -104,7 +105,7 @@ spatial_gating = define(
 )
 spatial_gating_backward = define(
     "spatial_gating_backward",
-    f"(Tensor ds, Tensor h, {_GATE}, float eps, ScalarType dtype, str backend, bool[] wanted) -> Tensor[]",
+    f"(Tensor ds, Tensor h, {_GATE}, float eps, ScalarType dtype, str backend, bool[] wanted) -> {results(5)}",
     _spatial_gating_backward,
     _spatial_gating_backward_fake,
 )
@@ -174,7 +175,7 @@ gated_channel_mixing = define(
 gated_channel_mixing_backward = define(
     "gated_channel_mixing_backward",
     f"(Tensor dy, Tensor mean, Tensor rstd, Tensor? z, Tensor x, {_BLOCK}, {NOISE}, str backend, bool[] wanted)"
-    " -> Tensor[]",
+    f" -> {results(11)}",
     _gated_channel_mixing_backward,
     _gated_channel_mixing_backward_fake,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import backends
 from ..backends import relatives
-from .library import absent, define, differentiate, new_gradients, new_like, or_absent, or_none
+from .library import absent, define, differentiate, new_gradients, new_like, or_absent, or_none, results
 
 
 def _mixer(first: int, second: int, half: str) -> str:
@@ -55,7 +55,7 @@ gated_mixing = define(
 )
 gated_mixing_backward = define(
     "gated_mixing_backward",
-    f"(Tensor dy, Tensor x, {_MIXING}, str backend, bool[] wanted) -> Tensor[]",
+    f"(Tensor dy, Tensor x, {_MIXING}, str backend, bool[] wanted) -> {results(9)}",
     _gated_mixing_backward,
     _gated_mixing_backward_fake,
 )
@@ -121,7 +121,7 @@ gated_mixer_layer = define(
 )
 gated_mixer_layer_backward = define(
     "gated_mixer_layer_backward",
-    f"(Tensor dy, Tensor? u, Tensor x, {_LAYER}, str backend, bool[] wanted) -> Tensor[]",
+    f"(Tensor dy, Tensor? u, Tensor x, {_LAYER}, str backend, bool[] wanted) -> {results(17)}",
     _gated_mixer_layer_backward,
     _gated_mixer_layer_backward_fake,
 )
