@@ -227,9 +227,7 @@ def test_timm_models_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="missing: .*mlp_tokens.fc1.weight.*not expected: .*linear_tokens.*a ResMLP"):
         convert.from_timm(resmlp.state_dict())
     gmixer = MlpMixer(**CONFIG, mlp_ratio=(1.0, 4.0), mlp_layer=GluMlp)
-    with pytest.raises(
-        ValueError, match=r"blocks.0.mlp_tokens.fc2.weight has shape \(6, 5\), expected \(6, 10\).*a gMixer"
-    ):
+    with pytest.raises(ValueError, match=r"blocks.0.mlp_tokens.fc2.weight has shape \(6, 5\), .* \(6, 10\).*a gMixer"):
         convert.from_timm(gmixer.state_dict())
 
 
@@ -434,7 +432,7 @@ def test_files_that_are_not_what_they_seem(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a list, expected a dictionary"):
         convert.load_state_dict(tmp_path / "list.pth")
     with pytest.raises(ValueError, match="must end in one of .safetensors, .pth"):
-        convert.load_state_dict(tmp_path / "a.ckpt")
+        convert.load_state_dict(tmp_path / "a.h5")
     with pytest.raises(ValueError, match="must end in one of .safetensors, .pth"):
         convert.save_state_dict({}, tmp_path / "a.npz")
 

@@ -89,7 +89,7 @@ def test_what_is_no_tensor_is_the_blocks_own_affair() -> None:
         FusedMixer(5, 16, 3, 8, 1, 24)(x)
 
 
-# ------------------------------------------------------------------------------------------------------- the meta device
+# ---------------------------------------------------------------------------------------------------- the meta device
 
 
 @pytest.mark.parametrize("train", [False, True])

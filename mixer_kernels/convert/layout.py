@@ -167,9 +167,7 @@ def sizes_of(state_dict: Mapping[str, Tensor], theirs: Mapping[str, str] | None 
     ]
     if wrong:
         gated = sizes.D_S == 2 * state_dict["blocks.0.mlp_tokens.fc2.weight"].shape[1]
-        hint = (
-            "; this is a gMixer, if fc1 has values and gates: build it by timm and give that to fuse_" if gated else ""
-        )
+        hint = "; this is a gMixer: build it by timm (gmixer_*) and give that to fuse_" if gated else ""
         raise ValueError(f"shapes do not fit a Mixer of {sizes}: {_listed(wrong, '; ')}{hint}")
     return sizes
 
