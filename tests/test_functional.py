@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import subprocess
 import sys
@@ -89,6 +90,53 @@ def test_bad_parameter(block, x, name, shape, message):
     block.parameters[name] = torch.zeros(shape)
     with pytest.raises(ValueError, match=message):
         run(block, x, "torch")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (lambda p: p | {"w1": p["w1"].T}, r"w1 has shape \(196, 16\): .*expected \(D_S, 196\): is it transposed\?$"),
+        (lambda p: p | {"w3": p["w3"].T}, r"w3 has shape \(24, 32\): .*expected \(D_C, 24\): is it transposed\?$"),
+        (
+            lambda p: p | {"w1": p["w2"], "w2": p["w1"]},
+            r"w1 .* for 16 tokens, x has 196; .*transposed, or swapped",
+        ),
+        (lambda p: p | {"w3": p["w4"], "w4": p["w3"]}, r"w3 .*built for 32 channels, x has 24; .* or swapped with the"),
+        (lambda p: p | {"w1": p["w3"], "w3": p["w1"]}, r"w1 has shape \(32, 24\): built for 24 tokens, x has 196$"),
+        (
+            lambda p: p | {"gamma1": p["gamma1"][None]},
+            r"gamma1 has shape \(1, 24\), expected \(24,\): x has 24",
+        ),
+    ),
+)
+def test_weights_in_the_wrong_place(block, x, change, message):
+    with pytest.raises(ValueError, match=message):
+        F.mixer_block(x, **change(block.parameters))
+
+
+def test_the_input_is_called_as_the_function_calls_it(block, x):
+    tensors = [block.parameters[name] for name in ("gamma2", "beta2", "w3", "b3", "w4", "b4")]
+    with pytest.raises(ValueError, match=r"w3 has shape \(32, 24\): built for 24 channels, u has 23$"):
+        F.channel_mixing(x[..., 1:], *tensors)
+    with pytest.raises(TypeError, match="^u must be a torch.Tensor, got builtins.int$"):
+        F.channel_mixing(3, *tensors)
+
+
+@pytest.mark.parametrize("name", ("x", "w1", "b2", "gamma2"))
+def test_numpy_arrays_are_refused_by_name(block, x, name):
+    arguments = {"x": x} | block.parameters
+    arguments[name] = arguments[name].numpy()
+    with pytest.raises(TypeError, match=f"^{name} must be a torch.Tensor, got numpy.ndarray$"):
+        F.mixer_block(**arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in F.__all__ if name.islower()])
+def test_numpy_arrays_are_refused_by_every_function(x, name):
+    function, options = getattr(F, name), {"axis": -1} if name == "gated_mixing" else {}
+    parameters = inspect.signature(function).parameters.values()
+    tensors = [x for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    with pytest.raises(TypeError, match="^[xuh] must be a torch.Tensor, got numpy.ndarray$"):
+        function(x.numpy(), *tensors[1:], **options)
 
 
 @pytest.mark.parametrize(
