@@ -11,6 +11,8 @@ Dtypes: float16, bfloat16, float32 (and float64 on the torch backend), the same 
 Gradients: the kernels have a backward pass, once differentiable; the torch backend any number of times.
 ``memory`` says what training keeps for it: "fast" the two inputs, the row statistics and the hidden units z of the
 channel half; "min" the inputs and statistics only, z is recomputed (the torch backend keeps what autograd keeps).
+None promises that no gradient will be asked for; ``mixer_block`` then raises if one is. Under ``torch.func`` and in
+forward mode "auto" is the torch backend.
 
 Dropout and stochastic depth are active where ``dropout_p`` or ``drop_path_p`` is above 0. Both draw from PyTorch's
 generator of ``x``'s device. Which elements the kernels drop differs from what ``torch.nn.Dropout`` drops; how many
@@ -18,7 +20,7 @@ does not.
 
 Errors, for all functions: ValueError for a wrong shape, device, ``eps``, ``approximate`` or ``backend``; TypeError for
 a dtype or layout that is not supported or not the same for all tensors; RuntimeError when a backend that was asked for
-by name cannot run here.
+by name cannot run here, which the kernels cannot while ``torch.func`` or forward mode differentiates.
 """
 
 from .checks import ACTIVATIONS, APPROXIMATIONS, MEMORY_MODES, NORMS, SUPPORTED_DTYPES
