@@ -13,6 +13,7 @@ from blocks import LAYOUTS, Watched, make_block, make_x, run, run_exact
 from cuda_on_host import build
 from test_backward import assert_gradients, gradients
 from test_cuda_sm90 import BACKEND, BF16, SHAPE, kernels
+from test_kernels import exact_half
 from test_ops import NAMES, arguments
 
 import mixer_kernels.functional as F
@@ -88,8 +89,7 @@ def test_views(view, device):
     for half, parameters in ((F.token_mixing, block.token()), (F.channel_mixing, block.channel())):
         with torch.no_grad():
             actual, eager = (half(x, *parameters, backend=backend) for backend in (BACKEND, "torch"))
-            exact = half(x.double(), *[p.double() for p in parameters], backend="torch")
-        assert_accurate(actual, eager, exact, what=half.__name__)
+        assert_accurate(actual, eager, exact_half(half, x, parameters), what=half.__name__)
 
 
 @on_model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
+from accuracy import assert_all_accurate, reference
 from blocks import LAYOUTS, make_x
 from test_kernels import on_target
 
@@ -112,11 +112,9 @@ def assert_matches_eager(name, x, parameters, device, target="sm_80", backward=T
         actual = evaluate(name, x, parameters, "triton", dy, **kept, **options)
     eager = evaluate(name, x, parameters, "torch", dy, **options)
     wide = {k: None if t is None else t.double() for k, t in parameters.items()}
-    exact = evaluate(name, x.double(), wide, "torch", None if dy is None else dy.double(), **options)
-    assert actual.keys() == exact.keys()
-    for what in actual:
-        factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
-        assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+    wide_dy = None if dy is None else dy.double()
+    exact = reference(lambda: evaluate(name, x.double(), wide, "torch", wide_dy, **options), x.dtype)
+    assert_all_accurate(actual, eager, exact)
 
 
 def inputs(name, shape, dtype, device, batch_size=2, layout="contiguous"):
@@ -176,12 +174,10 @@ def test_autocast(name, stream, device):
                 results[target] = evaluate(name, x, parameters, "triton", dy)
         eager = evaluate(name, x, parameters, "torch", dy)
     wide = {k: t.double() for k, t in parameters.items()}
-    exact = evaluate(name, x.double(), wide, "torch", dy.double())
+    exact = reference(lambda: evaluate(name, x.double(), wide, "torch", dy.double()), dtype, torch.bfloat16)
     for actual in results.values():
         assert actual["output"].dtype is dtype
-        for what in actual:
-            factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
-            assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+        assert_all_accurate(actual, eager, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
