@@ -94,15 +94,17 @@ def test_compiled_training_equals_eager(memory, device):
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_compile_without_graph_breaks(backend, dynamic, device):
-    block = make_block(SHAPE, torch.float32, device)
+    # The kernels are one operator, compiled or not; of PyTorch's operators the compiler may choose others.
+    dtype, tolerance = (torch.float64, 1e-12) if backend == "torch" else (torch.float32, 0.0)
+    block = make_block(SHAPE, dtype, device)
 
     def f(x):
         return F.mixer_block(x, **block.parameters, backend=backend) * 2
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch_size in (2, 3):
-        x = make_x(batch_size, SHAPE, torch.float32, device, "transposed")
-        assert torch.equal(compiled(x), f(x))
+        x = make_x(batch_size, SHAPE, dtype, device, "transposed")
+        torch.testing.assert_close(compiled(x), f(x), rtol=tolerance, atol=tolerance)
 
 
 def test_compile_with_inductor(device):

@@ -249,7 +249,8 @@ def test_torch_backend_is_what_it_says_it_is():
     halves = list(parameters.values())
     u = F.gated_mixing(x, *halves[:8], axis=-2, backend="torch")
     expected = F.gated_mixing(u, *halves[8:], axis=-1, eps=1e-3, backend="torch")
-    assert torch.equal(evaluate(x, parameters, "torch", eps=(1e-5, 1e-3))["output"], expected)
+    actual = evaluate(x, parameters, "torch", eps=(1e-5, 1e-3))["output"]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
