@@ -78,7 +78,7 @@ def test_export_keeps_our_operators(device, tmp_path: Path) -> None:
     x = images(3, device)
     with use_backend("triton"):
         actual, eager = loaded(x), model(x)
-    assert_accurate(actual, eager, model.double()(x.double()), what="logits")
+    assert_accurate(actual, eager, exact_logits(model, x), what="logits")
 
 
 def test_aotinductor_keeps_our_operators(device, tmp_path: Path) -> None:
