@@ -28,12 +28,12 @@ def arguments(block, x, name, noise=NO_NOISE, keep_z=True, wanted=(True,) * 7, b
     if name == "channel_mixing":
         return (x, *half, 1e-6, "none", x.dtype, *noise, backend, keep_z)
     mean, rstd = (torch.rand(x.shape[0] * tokens, device=x.device) for _ in range(2))
-    saved = (mean, rstd)
+    kept = [mean, rstd]
     if name == "channel_mixing_backward":
         z = torch.randn(x.shape[0] * tokens, hidden, device=x.device).to(x.dtype)
-        saved = (mean, rstd, z if keep_z else None)
+        kept.append(z if keep_z else x.new_empty(0))
     present = [want and t is not None for want, t in zip(wanted, (x, *half), strict=True)]
-    return (torch.randn_like(x), x, *saved, *half, "none", x.dtype, *noise, backend, present)
+    return (torch.randn_like(x), kept, x, *half, "none", x.dtype, *noise, backend, "gelu", present)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "transposed", "channel slice"))
