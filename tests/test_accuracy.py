@@ -19,7 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import accuracy_by_chance
 
-SHAPES = (MixerShape(S=1, C=1, D_S=1, D_C=1), MixerShape(S=7, C=5, D_S=3, D_C=9), MixerShape(S=49, C=64, D_S=32, D_C=96))
+SHAPES = (
+    MixerShape(S=1, C=1, D_S=1, D_C=1),
+    MixerShape(S=7, C=5, D_S=3, D_C=9),
+    MixerShape(S=49, C=64, D_S=32, D_C=96),
+)
 
 
 def inputs(shape, dtype, mean=0.0):
