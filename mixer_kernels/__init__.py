@@ -6,7 +6,7 @@ Triton and no timm, and does not initialise CUDA.
 """
 
 from . import functional
-from .backends import forget_packs, use_backend
+from .backends import use_backend
 from .models import FusedMixer
 from .modules import FusedMixerBlock
 from .patch import Report, fuse_, unfuse_
@@ -16,7 +16,6 @@ __all__ = [
     "FusedMixer",
     "FusedMixerBlock",
     "Report",
-    "forget_packs",
     "functional",
     "fuse_",
     "unfuse_",

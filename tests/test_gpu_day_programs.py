@@ -197,11 +197,9 @@ def test_sanitizers_watch_every_launcher(cuda_kernels, device):
     """The program that they watch, here on the model of a GPU, calls all functions of the module that launch."""
     from blocks import Watched
 
-    from mixer_kernels.backends import forget_packs
     from mixer_kernels.backends.cuda import library
 
     launchers = {name for name in dir(cuda_kernels) if callable(getattr(cuda_kernels, name))} - {*Watched.SIZES}
-    forget_packs()
     watched = Watched(cuda_kernels)
     library.install(watched)
     results = [result for backend in ("cuda", "cuda:sm90") for result in module("sanitized").calls(device, backend)]

@@ -102,7 +102,7 @@ def evaluated(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def on_fresh_weights(model: nn.Module, images: Tensor) -> Tensor:
-    """What a copy computes, of whose parameters nothing was ever prepacked."""
+    """What a copy computes, whose parameters no call has seen."""
     return evaluated(copy.deepcopy(model), images)
 
 
@@ -234,7 +234,7 @@ def test_functional_call_trains_the_weights_given(device) -> None:
 
 def test_copies_train_alike_and_apart(device) -> None:
     model, batch = make_model(device, **TINY), make_batch(device, 2)
-    evaluated(model, batch[0])  # so that there are packs that a copy could take over
+    evaluated(model, batch[0])
     start = weights_of(model)
     expected = train(model, batch, steps=1)[1]
     assert distance(expected, start) > 0

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.prepack import packed
 from ..modules import warn_once, why_not_traced
 
 
@@ -108,19 +106,3 @@ class Fused:
                 if parameter is not None and parameter.dtype != x.dtype:
                     return f"the input is {x.dtype}, a norm {parameter.dtype}"
         return None
-
-
-def derived(key: str, sources: tuple[Tensor | None, ...], make: Callable[[], Tensor]) -> Tensor:
-    """``make()``, a tensor made of parameters: kept as long as they do not change, where no gradient is wanted.
-
-    Weights are prepacked once for each tensor; one that is new on every call would be packed on every call. What a
-    trace or a transform of functions puts in the place of parameters is never kept.
-    """
-    present = [source for source in sources if source is not None]
-    if (
-        torch.compiler.is_compiling()
-        or any(type(source) is not nn.Parameter for source in present)
-        or (torch.is_grad_enabled() and any(source.requires_grad for source in present))
-    ):
-        return make()
-    return packed((key,), sources, lambda: make().detach())

@@ -21,7 +21,7 @@ from ..modules import (
     why_not_norm,
     why_not_same_dropout,
 )
-from .base import Fused, Options, derived
+from .base import Fused, Options
 
 
 class _FusedPreNormResidual(Fused):
@@ -74,7 +74,7 @@ class _FusedPreNormResidual(Fused):
                 backend=options.backend,
                 **noise,
             )
-        w1, w2 = _matrix(dense1.weight), _matrix(dense2.weight)
+        w1, w2 = dense1.weight.squeeze(2), dense2.weight.squeeze(2)  # a pointwise Conv1d's are [out, in, 1]
         return functional.token_mixing(
             x,
             *(norm.weight, norm.bias, w1, dense1.bias, w2, dense2.bias),
@@ -93,11 +93,6 @@ class FusedPreNormResidual3D(_FusedPreNormResidual, mlp_mixer_3d_pytorch.PreNorm
 
 
 FUSED = (FusedPreNormResidual, FusedPreNormResidual3D)
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """A pointwise Conv1d's ``[out, in, 1]`` as ``[out, in]``."""
-    return derived("matrix", (weight,), lambda: weight.squeeze(2))
 
 
 def _why_not_pointwise(*layers: nn.Module) -> str | None:

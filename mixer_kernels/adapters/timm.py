@@ -21,7 +21,7 @@ from ..modules import (
     why_not_rescaled,
     why_not_same_dropout,
 )
-from .base import Fused, Options, derived
+from .base import Fused, Options
 
 
 class FusedMixerBlock(Fused, MixerBlock):
@@ -87,8 +87,7 @@ class FusedResBlock(Fused, ResBlock):
             backend=options.backend,
         )
         w4, b4, scale = mlp.fc2.weight, mlp.fc2.bias, self.ls2
-        scaled_w4 = derived("layer scale", (w4, scale), lambda: scale[:, None] * w4)
-        scaled_b4 = None if b4 is None else scale * b4
+        scaled_w4, scaled_b4 = scale[:, None] * w4, None if b4 is None else scale * b4
         return functional.channel_mixing(
             u,
             *(norm2.alpha.flatten(), norm2.beta.flatten(), mlp.fc1.weight, mlp.fc1.bias, scaled_w4, scaled_b4),

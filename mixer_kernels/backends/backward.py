@@ -36,7 +36,7 @@ class NormGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernels:
-    """A backend's share. Tensors [B, D_S, C] may have padded rows; b2 is there for the pack of the forward pass.
+    """A backend's share. Tensors [B, D_S, C] may have padded rows; b2 is there for kernels that pack it too.
 
     With SwiGLU z and dz have the rows of w1 or w3, values and gates; only then is ``activation`` passed on. ``mean``
     and ``rstd`` None stand for an affine map in place of LayerNorm.
@@ -45,11 +45,10 @@ class Kernels:
     max_fused_tokens: int  # the most that token_data_gradient takes
     branch_gradient: Callable[..., Tensor]  # (dy, noise, dtype) -> g
     token_data_gradient: Callable[..., None]  # (x, g, mean, rstd, gamma, beta, w1, b1, w2, b2, dn, a, dz)
-    token_hidden: Callable[..., Tensor]  # (x, mean, rstd, gamma, beta, w1, b1, w2, b2) -> z
-    token_gelu_backward: Callable[..., tuple[Tensor, Tensor]]  # (g, w2, z) -> a, dz, which may be z
+    token_products_backward: Callable[..., tuple[Tensor, Tensor]]  # (g, x, mean, rstd, six parameters) -> a, dz
     weight_gradient: Callable[..., tuple[Tensor, Tensor]]  # (left, right, norm) -> dW1 or dW2', db1 or db2
-    channel_hidden: Callable[..., Tensor]  # (u, mean, rstd, gamma, beta, w3, b3) -> z
-    channel_gelu_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor]]  # (g, w4, z) -> dz, a, db3
+    channel_products_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor]]
+    """``(g, u, mean, rstd, z or None, gamma, beta, w3, b3, w4) -> dz, a, db3``"""
     norm_backward: Callable[..., NormGradients]  # (x, dn, dy, mean, rstd, gamma, beta, n_dtype)
 
 
@@ -142,8 +141,7 @@ def _token_gradients(
                 x, g, mean, rstd, gamma, beta, w1, b1, w2, b2, dn, a, dz, dtype=dtype, **shared
             )  # fmt: skip
         else:
-            z = kernels.token_hidden(x, mean, rstd, gamma, beta, w1, b1, w2, b2, dtype=dtype, **kind)
-            a, dz = kernels.token_gelu_backward(g, w2, z, **shared)
+            a, dz = kernels.token_products_backward(g, x, mean, rstd, gamma, beta, w1, b1, w2, b2, **shared)
             dn = w1.to(dtype).t() @ dz
     dw1 = db1 = dw2 = db2 = None
     if want_dz:
@@ -165,10 +163,8 @@ def _channel_gradients(
     g = kernels.branch_gradient(dy, noise, dtype)
     dw3 = db3 = dw4 = db4 = dz = None
     if want_dn or want_w3 or want_b3 or want_w4:
-        if z is None:
-            z = kernels.channel_hidden(u, mean, rstd, gamma, beta, w3, b3, dtype=dtype, **kind)
-        dz, a, db3 = kernels.channel_gelu_backward(
-            g, w4, z, want_a=want_w4, approximate=approximate, noise=noise, **kind
+        dz, a, db3 = kernels.channel_products_backward(
+            g, u, mean, rstd, z, gamma, beta, w3, b3, w4, want_a=want_w4, approximate=approximate, noise=noise, **kind
         )  # fmt: skip
         if want_w4:
             dw4 = g.flatten(0, 1).t() @ a

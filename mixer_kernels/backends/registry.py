@@ -131,18 +131,6 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{name.replace(':', '.')}")
 
 
-def forget_packs() -> None:
-    """Drop the weights that backends have prepacked for inference.
-
-    Packs follow every change that PyTorch counts: in-place writes, optimizer steps, ``load_state_dict``, ``.to()``.
-    Needed only after a write that PyTorch does not count: through ``.data``, by a replayed CUDA graph of a training
-    step, by a fused optimizer under ``torch.compile``.
-    """
-    from . import prepack
-
-    prepack.forget_packs()
-
-
 def _exported_to() -> str | None:
     """The format without our operators that a model is being exported to right now, or None."""
     onnx = sys.modules.get("torch.onnx")  # it is imported by who exports

@@ -50,6 +50,7 @@ class RelativesKernels:
 
     mixer: Kernels
     row_statistics: Callable[..., tuple[Tensor, Tensor]]  # (x, eps) -> mean, rstd
+    channel_hidden: Callable[..., Tensor]  # (x, mean, rstd, gamma, beta, w1, b1) -> z
     token_linear_data_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]  # (du, x, w, factor) -> dx, sums
     spatial_gate_backward: Callable[..., tuple[Tensor, Tensor]]  # (ds, h, mean, rstd, gamma, beta, w, b, dh1) -> dv, s
     hidden_gelu: Callable[..., Tensor]  # (z, tokens) -> a
@@ -171,7 +172,7 @@ def gated_channel_mixing_backward(
         g = mixer.branch_gradient(dy, noise, dtype)
         if any(wanted[:10]):
             if z is None:
-                z = mixer.channel_hidden(x, mean, rstd, gamma, beta, w1, b1, dtype=dtype)
+                z = kernels.channel_hidden(x, mean, rstd, gamma, beta, w1, b1, dtype=dtype)
             hidden = {"approximate": approximate, "noise": noise}
             h = kernels.hidden_gelu(z, tokens, **hidden).unflatten(0, (-1, tokens))
             dh = torch.empty_like(h)

@@ -23,11 +23,9 @@ def backward_kernels(dtype: torch.dtype, sm90: bool | None = None) -> Kernels:
         MAX_FUSED_TOKENS,
         branch_gradient,
         partial(token_data_gradient, sm90=sm90),
-        token_hidden,
-        token_gelu_backward,
+        token_products_backward,
         weight_gradient,
-        partial(channel_hidden, sm90=sm90),
-        partial(channel_gelu_backward, sm90=sm90),
+        partial(channel_products_backward, sm90=sm90),
         norm_backward,
     )
 
@@ -94,6 +92,26 @@ def token_data_gradient(
     )
 
 
+def token_products_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str,
+    noise: Noise,
+) -> tuple[Tensor, Tensor]:
+    """``(a, dz)`` ``[B, D_S, C]``, rows padded to 16 bytes, from ``g [B, S, C]``; z is recomputed."""
+    z = token_hidden(x, mean, rstd, gamma, beta, w1, b1, w2, b2, dtype=g.dtype)
+    return token_gelu_backward(g, w2, z, approximate=approximate, noise=noise)
+
+
 def token_hidden(
     x: Tensor,
     mean: Tensor,
@@ -130,12 +148,13 @@ def token_gelu_backward(g: Tensor, w2: Tensor, z: Tensor, *, approximate: str, n
     batch_size, hidden, channels = z.shape
     a = torch.empty(batch_size, hidden, z.stride(1), dtype=z.dtype, device=z.device)
     columns = round_up(w2.shape[0], loaded().K_MULTIPLE)
+    w2t = transposed_weight(w2, g.dtype, hidden, columns)
     loaded().token_gelu_backward(
         size=g.shape,
         type=TYPES[g.dtype],
         D_S=hidden,
         g=pointer(g),
-        w2t=pointer(transposed_weight(w2, g.dtype, hidden, columns)),
+        w2t=pointer(w2t),
         z=pointer(z),
         noise=noise_of(noise),
         tanh=approximate == "tanh",
@@ -180,6 +199,29 @@ def weight_gradient(
     return partial.sum(0), bias.sum(0)
 
 
+def channel_products_backward(
+    g: Tensor,
+    u: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    z: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    *,
+    want_a: bool,
+    approximate: str,
+    noise: Noise,
+    sm90: bool | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]``; ``z`` None: recompute it."""
+    if z is None:
+        z = channel_hidden(u, mean, rstd, gamma, beta, w3, b3, dtype=g.dtype, sm90=sm90)
+    return channel_gelu_backward(g, w4, z, want_a=want_a, approximate=approximate, noise=noise, sm90=sm90)
+
+
 def channel_hidden(
     u: Tensor,
     mean: Tensor,
@@ -218,7 +260,7 @@ def channel_gelu_backward(
     """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]`` and ``w4 [C, D_C]``."""
     rows, hidden = z.shape
     z = _aligned_rows(z)
-    columns = round_up(w4.shape[0], loaded().K_MULTIPLE)
+    w4t = transposed_weight(w4, g.dtype, hidden, round_up(w4.shape[0], loaded().K_MULTIPLE))
     dz = torch.empty(rows, hidden, dtype=g.dtype, device=g.device)
     a = torch.empty_like(dz) if want_a else None
     sm90 = sm90_takes(g, g.dtype, sm90)
@@ -229,7 +271,7 @@ def channel_gelu_backward(
         type=TYPES[g.dtype],
         D_C=hidden,
         g=pointer(g),
-        w4t=pointer(transposed_weight(w4, g.dtype, hidden, columns)),
+        w4t=pointer(w4t),
         z=pointer(z),
         row=z.stride(0),
         noise=noise_of(noise),

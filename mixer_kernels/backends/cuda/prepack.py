@@ -1,5 +1,5 @@
-"""Weights as the CUDA kernels take them: cast, zero-padded, transposed by one launch each; LayerNorm folded; kept as
-packs. A pack of a half holds beside its tensors the tuple that ``_C`` takes, so that a call builds none.
+"""Weights as the CUDA kernels take them: cast, zero-padded, transposed by one launch each; LayerNorm folded. What
+a half takes holds beside its tensors the tuple that ``_C`` takes, so that a call builds none.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..prepack import fold_norm, packed
+from ..prepack import fold_norm
 from ..rounding import round_up
 from .library import TYPES, loaded, pointer, stream_of
 
@@ -83,7 +83,7 @@ def token_weights(
         tensors = (*tensors, _vector(gamma), _vector(beta))
         return TokenWeights(*tensors, (hidden, wide_hidden, padded_tokens, *map(pointer, tensors), int(sm90)))
 
-    return packed(("cuda", "token", dtype, sm90), (w1, b1, w2, b2, gamma, beta), pack)
+    return pack()
 
 
 def fc1_weights(
@@ -101,7 +101,7 @@ def fc1_weights(
             tensors = (wide, _vector(b3), None, None, None, _vector(gamma), _vector(beta))
         return FirstWeights(*tensors, (hidden, *map(pointer, tensors)))
 
-    return packed(("cuda", "fc1", dtype, folded), (w3, b3, gamma, beta), pack)
+    return pack()
 
 
 def fc2_weights(w4: Tensor, b4: Tensor | None, dtype: torch.dtype) -> SecondWeights:
@@ -112,23 +112,19 @@ def fc2_weights(w4: Tensor, b4: Tensor | None, dtype: torch.dtype) -> SecondWeig
         tensors = (pack_weight(w4, dtype, channels, round_up(hidden, loaded().K_MULTIPLE)), _vector(b4))
         return SecondWeights(*tensors, tuple(map(pointer, tensors)))
 
-    return packed(("cuda", "fc2", dtype), (w4, b4), pack)
+    return pack()
 
 
 def transposed_weight(w: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
     """The transpose of ``w [K, M]`` in ``dtype``, padded to ``[rows, columns]``."""
-    return packed(
-        ("cuda", "transposed", dtype, rows, columns),
-        (w,),
-        lambda: pack_weight(w, dtype, rows, columns, transposed=True),
-    )
+    return pack_weight(w, dtype, rows, columns, transposed=True)
 
 
 def float_vector(v: Tensor | None) -> Tensor | None:
     """``v`` in float32: gamma, beta and biases of 16 bits are converted once."""
     if v is None or v.dtype is torch.float32 and v.is_contiguous():
         return v
-    return packed(("cuda", "vector"), (v,), lambda: _vector(v))
+    return _vector(v)
 
 
 def pack_weight(w: Tensor, dtype: torch.dtype, rows: int, columns: int, transposed: bool = False) -> Tensor:
