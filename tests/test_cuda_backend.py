@@ -38,15 +38,15 @@ def watched(cuda_kernels):
 
 
 @pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
-def test_a_block_is_one_call(shape, watched, device):
+def test_a_block_is_a_pack_and_a_call(shape, watched, device):
     block, x = make_block(shape, BF16, device), make_x(2, shape, BF16, device)
     run(block, x, "cuda")
-    assert [name for name in watched.calls if name != "pack_weight"] == ["mixer_block_forward"]
+    assert watched.calls == ["pack_weights", "mixer_block_forward"]
     for half, parameters in ((F.token_mixing, block.token()), (F.channel_mixing, block.channel())):
         watched.calls.clear()
         with torch.no_grad():
             half(x, *parameters, backend="cuda")
-        assert [name for name in watched.calls if name != "pack_weight"] == [f"{half.__name__}_forward"]
+        assert watched.calls == ["pack_weights", f"{half.__name__}_forward"]
 
 
 def test_the_block_is_its_two_halves_bit_for_bit(cuda_kernels, device):
@@ -65,15 +65,15 @@ def test_an_empty_batch_is_no_call(watched, device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: counts on the model")
-@pytest.mark.parametrize(("shape", "launches"), ((SHAPE, 5), (LONG, 6)), ids=("fused", "long"))
-def test_a_block_is_five_launches(shape, launches, watched):
-    """Row statistics twice, token mixing (two products for more than 256 tokens), fc1, fc2; beside packing."""
+@pytest.mark.parametrize(("shape", "launches"), ((SHAPE, 6), (LONG, 7)), ids=("fused", "long"))
+def test_a_block_is_six_launches(shape, launches, cuda_kernels):
+    """The pack, row statistics twice, token mixing (two products for more than 256 tokens), fc1, fc2."""
     from cuda_on_host import build
 
     block, x = make_block(shape, BF16, "cpu"), make_x(2, shape, BF16, "cpu")
     before = build.launches()
     run(block, x, "cuda")
-    assert build.launches() - before == launches + watched.calls.count("pack_weight")
+    assert build.launches() - before == launches
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: counts on the model")
@@ -182,22 +182,6 @@ def test_layer_norm_gradients_of_rows_of_any_length(channels, layout, cuda_kerne
     exact = exact_gradients(block, x, dy)
     for name in ("x", "gamma1", "beta1", "gamma2", "beta2", "b4"):
         assert_accurate(actual[name], eager[name], exact[name], GRADIENT_FACTOR, what=f"gradient of {name}")
-
-
-@pytest.mark.parametrize("transposed", (False, True))
-@pytest.mark.parametrize("size", ((1, 1), (7, 5), (33, 64), (100, 31)))
-@pytest.mark.parametrize("dtype", (torch.float16, BF16, torch.float32), ids=str)
-@pytest.mark.usefixtures("poisoned_memory")
-def test_pack_weight(dtype, size, transposed, cuda_kernels, device):
-    """Equals a cast, a transpose and a copy into zeros."""
-    from mixer_kernels.backends.cuda.prepack import pack_weight
-
-    w = torch.randn(size, device=device)
-    source = w.t() if transposed else w
-    rows, columns = source.shape[0] + 9, source.shape[1] + 33
-    expected = torch.zeros(rows, columns, dtype=dtype, device=device)
-    expected[: source.shape[0], : source.shape[1]] = source.to(dtype)
-    assert torch.equal(pack_weight(w, dtype, rows, columns, transposed), expected)
 
 
 @pytest.mark.skipif(
