@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .functional import MEMORY_MODES
-from .modules import LAYER_NORM, FusedMixerBlock, Mlp, factory_kwargs, one_of, pair
+from .layers import Mlp, factory_kwargs, pair
+from .modules import LAYER_NORM, FusedMixerBlock
 from .shapes import SPECS
+from .words import one_of
 
 GLOBAL_POOLS = ("", "avg")
 OUTPUT_FORMATS = ("NCHW", "NLC")
@@ -58,11 +60,13 @@ class PatchEmbed(nn.Module):
         self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_tracing():  # which would record the comparison, and warn of it
+        if not isinstance(x, torch.fx.Proxy) and not torch.jit.is_tracing():  # they would record the comparison
             self._check(x)
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))
 
     def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"images must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels or x.shape[2:] != self.img_size:
             expected = f"(batch, {self.proj.in_channels}, {self.img_size[0]}, {self.img_size[1]})"
             raise ValueError(f"built for images {expected}, got shape {tuple(x.shape)}")
@@ -171,9 +175,7 @@ class FusedMixer(nn.Module):
         Raises:
             ValueError: no such specification.
         """
-        if name not in SPECS:
-            raise ValueError(f"spec must be one of {', '.join(map(repr, SPECS))}, got {name!r}")
-        spec = SPECS[name]
+        spec = SPECS[one_of("spec", name, tuple(SPECS))]
         arguments = {
             "patch_size": spec.patch_size,
             "num_blocks": spec.num_blocks,

@@ -17,7 +17,8 @@ from torch import nn
 from .adapters import Fused, Options, fused_classes
 from .backends import CHOICES
 from .functional import MEMORY_MODES
-from .modules import FusedMixerBlock, one_of
+from .modules import FusedMixerBlock
+from .words import one_of
 
 FUSED, RESTORED, LEFT = "fused", "restored", "left"
 

@@ -109,10 +109,10 @@ class _Eagerly(logging.Handler):
 @pytest.fixture
 def said() -> Iterator[list[str]]:
     """The modules' warnings during this test, as if it were the first of the process."""
-    from mixer_kernels import modules
+    from mixer_kernels import words
 
-    modules._warn_once_per_process.cache_clear()
+    words._warn.cache_clear()
     handler = _Eagerly()
-    modules.logger.addHandler(handler)
+    words.logger.addHandler(handler)
     yield handler.messages
-    modules.logger.removeHandler(handler)
+    words.logger.removeHandler(handler)

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     strict_interpreter.install()
 
 import torch.distributed as dist
-from accuracy import assert_accurate
+from accuracy import assert_accurate, reference
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -53,7 +53,8 @@ def train(kind: type, backend: str, policy: MixedPrecisionPolicy | None, mesh) -
         y = model(x)
         plain, exact = unfused(weights, kind, dtype), unfused(weights, kind, torch.float64)
         with torch.no_grad():
-            assert_accurate(y.detach(), plain(x.to(dtype)), exact(x.double()))
+            expected = plain(x.to(dtype))
+            assert_accurate(y.detach(), expected, reference(lambda exact=exact: exact(x.double()), y.dtype))
         outputs.append(y.detach())
         optimizer.zero_grad()
         y.float().square().mean().backward()

@@ -13,8 +13,7 @@ from blocks import make_block, make_x, run
 
 import mixer_kernels
 import mixer_kernels.functional as F
-from mixer_kernels import backends
-from mixer_kernels.backends import registry
+from mixer_kernels import backends, words
 from mixer_kernels.shapes import MixerShape
 
 SHAPE = MixerShape(S=196, C=24, D_S=16, D_C=32)
@@ -33,17 +32,21 @@ def x():
 @pytest.fixture
 def warnings(caplog):
     """The messages of this package's logger, from a state in which nothing has been said yet."""
-    registry._warn_once.cache_clear()
+    words._warn.cache_clear()
     caplog.set_level(logging.WARNING, "mixer_kernels")
     yield caplog
-    registry._warn_once.cache_clear()
+    words._warn.cache_clear()
 
 
 BAD_X = {
     "2-D": (lambda x: x[0], ValueError, r"x must be \(batch, tokens, channels\), got shape \(196, 24\)"),
     "4-D": (lambda x: x[None], ValueError, r"\(batch, tokens, channels\), got shape \(1, 2, 196, 24\)"),
-    "tokens": (lambda x: torch.cat((x, x[:, :1]), 1), ValueError, "built for 196 tokens, got 197"),
-    "channels": (lambda x: x[..., 1:], ValueError, "gamma1: built for 24 channels, got 23"),
+    "tokens": (
+        lambda x: torch.cat((x, x[:, :1]), 1),
+        ValueError,
+        r"w1 has shape .16, 196.: .* 196 tokens, x has 197$",
+    ),
+    "channels": (lambda x: x[..., 1:], ValueError, r"gamma1 has shape \(24,\), expected \(23,\): x has 23 channels"),
     "integers": (lambda x: x.int(), TypeError, "torch.float16, torch.bfloat16, torch.float32, .* got torch.int32"),
     "complex": (lambda x: x.to(torch.complex64), TypeError, "got torch.complex64"),
     "float8": (lambda x: x.to(torch.float8_e5m2), TypeError, "got torch.float8_e5m2"),
@@ -69,13 +72,13 @@ def test_nested_x(block):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     (
-        ("gamma2", (25,), "gamma2: built for 25 channels, got 24"),
-        ("w1", (16, 195), "built for 195 tokens, got 196"),
+        ("gamma2", (25,), r"gamma2 has shape \(25,\), expected \(24,\): x has 24 channels"),
+        ("w1", (16, 195), r"w1 has shape \(16, 195\): built for 195 tokens, x has 196$"),
         ("w1", (16,), r"w1 must be \(D_S, tokens\), got shape \(16,\)"),
         ("b1", (17,), r"b1 must have shape \(16,\), got \(17,\)"),
         ("w2", (16, 196), r"w2 must have shape \(196, 16\), got \(16, 196\)"),
         ("b2", (16,), r"b2 must have shape \(196,\), got \(16,\)"),
-        ("w3", (32, 25), "built for 25 channels, got 24"),
+        ("w3", (32, 25), r"w3 has shape \(32, 25\): built for 25 channels, x has 24$"),
         ("w3", (32, 24, 1), r"w3 must be \(D_C, channels\), got shape \(32, 24, 1\)"),
         ("b3", (1,), r"b3 must have shape \(32,\), got \(1,\)"),
         ("w4", (24, 33), r"w4 must have shape \(24, 32\), got \(24, 33\)"),

@@ -16,17 +16,17 @@ PACKAGE = Path(mixer_kernels.__file__).parent
 
 # From the bottom up: a module imports from its own group and from groups below it.
 GROUPS = (
-    {"shapes", "tracing"},
+    {"shapes", "tracing", "words"},
     {"tuning"},
     {"backends"},
     {"ops"},
     {"functional"},
-    {"modules", "models", "adapters", "patch", "timm"},
+    {"layers", "coverage", "modules", "models", "adapters", "patch", "timm"},
     {"bench", "compile_check", "info", "__main__", "__init__"},
 )
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 # Modules off that line, with everything of the package that they may import.
-ONLY = {"convert": {"convert", "shapes"}}
+ONLY = {"convert": {"convert", "shapes", "words"}}
 # Imported when a module is; what is optional is imported where it is used.
 AT_IMPORT = {
     "torch": None,

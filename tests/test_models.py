@@ -21,7 +21,7 @@ from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
 
 from mixer_kernels import FusedMixer, FusedMixerBlock, functional
-from mixer_kernels.modules import why_not_fused
+from mixer_kernels.coverage import why_not_fused
 from mixer_kernels.shapes import SPECS
 
 ENTRY_POINTS = {

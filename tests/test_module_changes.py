@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 from mixer_kernels import FusedMixerBlock
-from mixer_kernels.modules import why_not_fused
+from mixer_kernels.coverage import why_not_fused
 
 PARTS = ["norm1", "mlp_tokens", "mlp_tokens.fc1", "mlp_tokens.act", "mlp_tokens.drop1", "drop_path", "norm2",
          "mlp_channels.norm", "mlp_channels.fc2", "mlp_channels.drop2"]  # fmt: skip

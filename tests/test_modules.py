@@ -16,7 +16,8 @@ from timm.models.mlp_mixer import MixerBlock
 from torch import Tensor, nn
 
 from mixer_kernels import FusedMixerBlock, functional, use_backend
-from mixer_kernels.modules import DropPath, Mlp, why_not_fused
+from mixer_kernels.coverage import why_not_fused
+from mixer_kernels.layers import DropPath, Mlp
 
 DIM, SEQ_LEN, BATCH = 24, 10, 3
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -373,9 +374,9 @@ def test_autocast_is_timms() -> None:
 
 def test_wrong_input_is_named() -> None:
     _, block = twins()
-    with pytest.raises(ValueError, match="built for 10 tokens, got 11"):
+    with pytest.raises(ValueError, match=r"w1 has shape \(12, 10\): built for 10 tokens, x has 11"):
         block(torch.randn(BATCH, SEQ_LEN + 1, DIM))
-    with pytest.raises(ValueError, match="built for 24 channels, got 25"):
+    with pytest.raises(ValueError, match=r"gamma1 has shape \(24,\), expected \(25,\)"):
         block(torch.randn(BATCH, SEQ_LEN, DIM + 1))
     with pytest.raises(ValueError, match=r"\(batch, tokens, channels\)"):
         block(torch.randn(SEQ_LEN, DIM))

@@ -130,7 +130,7 @@ def test_compile_reads_the_autocast_dtype(device):
 def test_errors_are_the_same_while_compiling(device):
     block = make_block(SHAPE, torch.float32, device)
     compiled = torch.compile(lambda x: run(block, x, "triton"), backend="aot_eager")
-    with pytest.raises(Exception, match="built for 20 tokens, got 21"):
+    with pytest.raises(Exception, match="built for 20 tokens, x has 21"):
         compiled(torch.zeros(1, 21, 24, device=device))
 
 

@@ -370,7 +370,7 @@ BAD = {
         {"w": torch.zeros(20, 19)},
         r"w must be \(tokens, tokens\), got shape \(20, 19",
     ),
-    "other tokens": ("resmlp tokens", {}, {"w": torch.zeros(19, 19)}, "built for 19 tokens, got 20"),
+    "other tokens": ("resmlp tokens", {}, {"w": torch.zeros(19, 19)}, "built for 19 tokens, x has 20"),
     "other channels": ("resmlp tokens", {}, {"scale": torch.zeros(23)}, r"scale must have shape \(24,\), got \(23,\)"),
     "gate's norm": ("gmlp", {}, {"gate_gamma": torch.zeros(3)}, r"gate_gamma must have shape \(33,\), got \(3,\)"),
     "gate's eps": ("gmlp", {"gate_eps": 0.0}, {}, "eps must be > 0 and finite, got 0.0"),

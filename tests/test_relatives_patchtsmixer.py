@@ -233,7 +233,7 @@ def test_only_what_is_wanted(mixer, wanted, device):
     ("options", "changed", "message"),
     (
         ({"axis": 0}, {}, "axis must be -1, -2 or -3, got 0"),
-        ({"axis": -1}, {}, "built for 6 along axis -1, got 20"),
+        ({"axis": -1}, {}, "built for 6 along axis -1, x has 20"),
         ({"axis": -2}, {"w_gate": torch.zeros(6, 5)}, r"w_gate must have shape \(6, 6\), got \(6, 5\)"),
         ({"axis": -2}, {"w_gate": None}, "b_gate is given without w_gate"),
         ({"axis": -2}, {"x": torch.zeros(20)}, r"x must have 2 axes or more to mix axis -2, got shape \(20,\)"),

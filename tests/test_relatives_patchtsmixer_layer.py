@@ -257,9 +257,9 @@ def test_torch_backend_is_what_it_says_it_is():
     ("changed", "message"),
     (
         ({"x": torch.zeros(20)}, r"x must have 2 axes or more, patches and features, got shape \(20,\)"),
-        ({"x": torch.zeros(2, 5, 7, 20)}, "built for 6 along axis -2, got 7"),
-        ({"w3": torch.zeros(40, 19)}, "built for 19 along axis -1, got 20"),
-        ({"gamma2": torch.zeros(19)}, "gamma2: built for 19 channels, got 20"),
+        ({"x": torch.zeros(2, 5, 7, 20)}, "built for 6 along axis -2, x has 7"),
+        ({"w3": torch.zeros(40, 19)}, r"w3 has shape \(40, 19\): built for 19 along axis -1, x has 20"),
+        ({"gamma2": torch.zeros(19)}, r"gamma2 has shape \(19,\), expected \(20,\): x has 20 channels"),
         ({"w_gate1": torch.zeros(6, 5)}, r"w_gate1 must have shape \(6, 6\), got \(6, 5\)"),
         ({"w_gate2": None}, "b_gate2 is given without w_gate2"),
         ({"memory": "most"}, "memory must be one of 'fast', 'min', got 'most'"),

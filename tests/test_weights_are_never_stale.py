@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import assert_accurate
+from accuracy import GRADIENT_FACTOR, assert_accurate, reference
 from torch import nn
 from written_weights import BLOCKS, DTYPES, WRITERS, Mixer, PatchTSMixerLayer, alive_bytes, images, on_torch
 
@@ -39,7 +39,8 @@ def evaluate(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def assert_as_unfused(model: nn.Module, x: torch.Tensor, got: torch.Tensor) -> None:
     eager = on_torch(model)
-    assert_accurate(got, evaluate(eager, x), evaluate(eager.double(), x.double()))
+    expected, wide = evaluate(eager, x), copy.deepcopy(eager).double()
+    assert_accurate(got, expected, reference(lambda: evaluate(wide, x.double()), x.dtype))
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
@@ -54,6 +55,14 @@ def test_a_write_is_seen(backend, kind, write, device):
         assert not torch.equal(after, before)
         assert_as_unfused(model, x, after)
         before = after
+
+
+def with_gradient(model: nn.Module, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and one vector of the gradients of all parameters."""
+    gradients = torch.autograd.grad(
+        y.to(torch.promote_types(y.dtype, torch.float32)).square().mean(), list(model.parameters())
+    )
+    return y, torch.cat([gradient.flatten() for gradient in gradients])
 
 
 @pytest.mark.parametrize("memory", ("fast", "min"))
@@ -72,15 +81,13 @@ def test_flat_master_weights(backend, kind, memory, device):
     for _ in range(2):
         y = model(x)
         unfused = on_torch(model)
-        eager, exact = unfused(x), copy.deepcopy(unfused).double()(x.double())
-        assert_accurate(y.detach(), eager.detach(), exact.detach())
-        y.float().square().mean().backward()
-        eager.float().square().mean().backward()
-        exact_model = on_torch(model).double()
-        exact_model(x.double()).square().mean().backward()
-        gradients = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, unfused, exact_model)]
-        assert_accurate(*gradients, factor=3.0, what="gradients")
-        master.grad = gradients[0].float()
+        wide = copy.deepcopy(unfused).double()
+        eager = unfused(x)
+        exact, exact_gradient = reference(lambda wide=wide: with_gradient(wide, wide(x.double())), dtype)
+        gradient = with_gradient(model, y)[1]
+        assert_accurate(y.detach(), eager.detach(), exact)
+        assert_accurate(gradient, with_gradient(unfused, eager)[1], exact_gradient, GRADIENT_FACTOR, "gradients")
+        master.grad = gradient.float()
         optimizer.step()
         model.zero_grad()
         flat.data.copy_(master.data)

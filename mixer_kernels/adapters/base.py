@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from ..modules import warn_once, why_not_traced
+from ..coverage import why_not_tensor, why_not_transformed
+from ..functional.checks import is_autocast_enabled
+from ..modules import memory_of
+from ..words import warn_once
 
 
 class Options(NamedTuple):
     """What ``fuse_`` was asked for, kept by each block."""
 
     backend: str | None = None
-    memory: str = "fast"
+    memory: str | None = "fast"
 
 
 class Fused:
     """Mixin that puts ``functional`` in front of a block's own forward, which it keeps for all that is not covered.
 
-    A subclass also derives from the original class, adds no state, and can be imported: a block changes to it and back
-    by its ``__class__`` alone. Whether the kernels compute what the block computes is asked on every forward, because
-    modes, hooks and submodules may change between two calls.
+    A subclass also derives from the original class and adds no state: a block changes to it and back by its
+    ``__class__`` alone. It takes the name of the original, by which tools find the blocks that they shard, wrap or
+    place (``no_split_module_classes``, ``transformer_cls_names_to_wrap``). Whether the kernels compute what the block
+    computes is asked on every forward, because modes, hooks and submodules may change between two calls.
     """
 
     dimensions: ClassVar[int] = 3
@@ -34,6 +38,29 @@ class Fused:
     """What a block has in the versions that the subclass was written for."""
 
     _fused_options: Options = Options()
+    _defined_as: ClassVar[str]
+    """The name of the class in its module."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if _is_for_blocks(cls) and not any(map(_is_for_blocks, cls.__bases__)):  # FSDP derives from it, and names that
+            cls._defined_as = cls.__name__
+            cls.__name__, cls.__qualname__ = cls.original().__name__, cls.original().__qualname__
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Pickle would look for the class by the name that it has taken."""
+        cls = type(self)
+        reduced = super().__reduce_ex__(protocol)
+        if "_defined_as" not in cls.__dict__:
+            return reduced
+        return _new, (cls.__module__, cls._defined_as), *reduced[2:]
+
+    def __prepare_scriptable__(self) -> None:
+        """What ``torch.jit.script`` calls before all else."""
+        raise RuntimeError(
+            f"torch.jit.script does not take a fused {self.original().__name__}: unfuse_ the model first, or use "
+            "torch.jit.trace"
+        )
 
     @classmethod
     def original(cls) -> type[nn.Module]:
@@ -86,23 +113,39 @@ class Fused:
 
     def forward(self, x: Tensor) -> Tensor:
         reason = (
-            why_not_traced() or self.why_not_covered(self) or self.why_not_this_noise(self) or self._why_not_input(x)
+            why_not_tensor(x)
+            or why_not_transformed()
+            or self.why_not_covered(self)
+            or self.why_not_this_noise(self)
+            or self._why_not_input(x)
         )
         if reason is None:
-            return self.compute(x, self._fused_options)
+            options = self._fused_options
+            return self.compute(x, options._replace(memory=memory_of(self, options.memory)))
         self.say_why(reason)
         return super().forward(x)
 
     @classmethod
     def say_why(cls, reason: str) -> None:
         """Why the block's own ``forward`` runs."""
-        warn_once(cls.original().__name__, reason)
+        warn_once(f"{cls.original().__name__}: computing eagerly, because {reason}")
 
     def _why_not_input(self, x: Tensor) -> str | None:
         if x.dim() != self.dimensions:
             return f"the input has {x.dim()} dimensions, not {self.dimensions}"
-        if not torch.is_autocast_enabled(x.device.type):
+        if not is_autocast_enabled(x):
             for parameter in self.norms(self):
                 if parameter is not None and parameter.dtype != x.dtype:
                     return f"the input is {x.dtype}, a norm {parameter.dtype}"
         return None
+
+
+def _is_for_blocks(cls: type) -> bool:
+    """Whether ``cls`` is a class that blocks can have, rather than one that several of those have in common."""
+    return issubclass(cls, Fused) and issubclass(cls, nn.Module)
+
+
+def _new(module: str, name: str) -> nn.Module:
+    """A fused block without its state: what a pickle or a copy of one starts from."""
+    cls = getattr(importlib.import_module(module), name)
+    return cls.__new__(cls)

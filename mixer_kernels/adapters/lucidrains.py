@@ -10,7 +10,7 @@ from mlp_mixer_pytorch import mlp_mixer_3d_pytorch, mlp_mixer_pytorch
 from torch import Tensor, nn
 
 from .. import functional
-from ..modules import (
+from ..coverage import (
     approximate_of,
     dropout_p_of,
     is_hooked,

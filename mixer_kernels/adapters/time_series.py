@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from .. import functional
-from ..modules import (
+from ..coverage import (
     dropout_p_of,
     is_hooked,
     why_not_dropout,

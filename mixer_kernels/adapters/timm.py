@@ -6,8 +6,8 @@ from timm.layers import GatedMlp
 from timm.models.mlp_mixer import Affine, MixerBlock, ResBlock, SpatialGatingBlock, SpatialGatingUnit
 from torch import Tensor, nn
 
-from .. import functional, modules
-from ..modules import (
+from .. import coverage, functional, modules
+from ..coverage import (
     activation_of,
     drop_path_p_of,
     dropout_p_of,
@@ -28,8 +28,8 @@ class FusedMixerBlock(Fused, MixerBlock):
     """MLP-Mixer's block, with ``Mlp``, or gMixer's, with ``GluMlp``."""
 
     submodules = frozenset({"norm1", "mlp_tokens", "drop_path", "norm2", "mlp_channels"})
-    why_not_covered = staticmethod(modules.why_not_covered)
-    why_not_this_noise = staticmethod(modules.why_not_this_noise)
+    why_not_covered = staticmethod(coverage.why_not_covered)
+    why_not_this_noise = staticmethod(coverage.why_not_this_noise)
 
     @staticmethod
     def function(block: nn.Module) -> str:

@@ -24,7 +24,6 @@ import contextlib
 import contextvars
 import functools
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -33,9 +32,8 @@ from types import ModuleType
 import torch
 
 from ..tracing import constant_while_tracing
+from ..words import one_of, warn_once
 from .measured import measured_gpus
-
-logger = logging.getLogger("mixer_kernels")
 
 BACKENDS = ("cuda", "cuda:sm90", "triton", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
@@ -52,7 +50,7 @@ def use_backend(name: str) -> Iterator[None]:
     Wins over ``MIXER_KERNELS_BACKEND``; a ``backend=`` argument wins over both. Holds for the current thread or task.
     A function compiled by ``torch.compile`` keeps the backend that it was compiled with.
     """
-    token = _requested.set(_checked(name, "use_backend"))
+    token = _requested.set(one_of("use_backend", name, CHOICES))
     try:
         yield
     finally:
@@ -61,7 +59,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def requested_backend() -> str:
     """The backend asked for by ``use_backend`` or else by ``MIXER_KERNELS_BACKEND``; "auto" if by neither."""
-    return _requested.get() or _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+    return _requested.get() or one_of(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto", CHOICES)
 
 
 @constant_while_tracing
@@ -77,7 +75,7 @@ def choose(
         ValueError: the name is not one of ``CHOICES``.
         RuntimeError: a backend was asked for by name and cannot run; the message says why.
     """
-    name = requested_backend() if backend is None else _checked(backend, "backend")
+    name = requested_backend() if backend is None else one_of("backend", backend, CHOICES)
     device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
     target = _exported_to()
     if target is not None and name != "torch":
@@ -91,7 +89,7 @@ def choose(
         return name
     if device.type != "cuda":
         where = "the CPU" if device.type == "cpu" else f"a device of type {device.type!r}"
-        _warn_once("auto", "torch", f"the tensors are on {where}; the kernels need a GPU")
+        warn_once(f"backend 'auto': running on 'torch', because the tensors are on {where}; the kernels need a GPU")
         return "torch"
     reasons = {}
     for candidate in preferred(device):
@@ -100,7 +98,7 @@ def choose(
             return candidate
         reasons[candidate] = reason
     for candidate, reason in reasons.items():
-        _warn_once(candidate, "torch", reason)
+        warn_once(f"backend {candidate!r}: running on 'torch', because {reason}")
     return "torch"
 
 
@@ -137,14 +135,3 @@ def _exported_to() -> str | None:
     if onnx is not None and onnx.is_in_onnx_export():
         return "ONNX"
     return "TorchScript" if torch.jit.is_tracing() else None
-
-
-def _checked(name: str, source: str) -> str:
-    if name not in CHOICES:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, CHOICES))}, got {name!r}")
-    return name
-
-
-@functools.cache
-def _warn_once(wanted: str, used: str, reason: str) -> None:
-    logger.warning("backend %r: running on %r, because %s", wanted, used, reason)

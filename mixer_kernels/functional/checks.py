@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..tracing import constant_while_tracing
-
-logger = logging.getLogger("mixer_kernels")
+from ..tracing import constant_while_tracing, transform
+from ..words import one_of, warn_once
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 APPROXIMATIONS = ("none", "tanh")
@@ -30,9 +28,24 @@ def choose(
     kernel can take these sizes.
     """
     name = backends.choose(backend, x.device.type, x.device.index, dtype)
-    if name == "torch" or (unfit is None and (relative is None or name.partition(":")[0] != "cuda")):
+    if name == "torch":
+        return name
+    reason = transform()
+    if reason is not None:
+        return _choose_torch(backend, reason)
+    if unfit is None and (relative is None or name.partition(":")[0] != "cuda"):
         return name
     return _choose_for_relative(backend, x.device.type, x.device.index, dtype, relative, unfit)
+
+
+@constant_while_tracing
+def _choose_torch(backend: str | None, reason: str) -> str:
+    """ "torch" for ``reason``, unless another one was asked for by name."""
+    asked = backends.requested_backend() if backend is None else backend
+    if asked != "auto":
+        raise RuntimeError(f"backend={asked!r} cannot run: {reason}; use backend='torch'")
+    warn_once(f"backend 'auto': running on 'torch', because {reason}")
+    return "torch"
 
 
 @constant_while_tracing
@@ -53,13 +66,8 @@ def _choose_for_relative(
     reason = unfit or backends.why_not("triton", torch.device(device_type, device_index), dtype)
     if reason is None:
         return "triton"
-    _warn_once(f"{relative}: running on 'torch', because {reason}")
+    warn_once(f"{relative}: running on 'torch', because {reason}")
     return "torch"
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def seed_for(x: Tensor, noise: tuple[float, float], number: int = 1) -> Tensor | None:
@@ -81,13 +89,14 @@ def check(
     approximate: str = "none",
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
-    memory: str = "fast",
+    memory: str | None = "fast",
     activation: str = "gelu",
     norm: str = "layer",
     name: str = "x",
     dim: int = 3,
 ) -> tuple[Tensor, torch.dtype]:
     """Check what does not depend on the function; return ``x`` in the result's dtype, and the dtype of the products."""
+    check_is_tensor(name, x)
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"{name} must be a dense strided tensor, got layout {'nested' if x.is_nested else x.layout}")
     if x.dim() != dim:
@@ -97,10 +106,11 @@ def check(
     for value in eps:
         if not 0 < value < math.inf:
             raise ValueError(f"eps must be > 0 and finite, got {value}")
-    _check_choice("approximate", approximate, APPROXIMATIONS)
-    _check_choice("memory", memory, MEMORY_MODES)
-    _check_choice("activation", activation, ACTIVATIONS)
-    _check_choice("norm", norm, NORMS)
+    one_of("approximate", approximate, APPROXIMATIONS)
+    if memory is not None:
+        one_of("memory", memory, MEMORY_MODES)
+    one_of("activation", activation, ACTIVATIONS)
+    one_of("norm", norm, NORMS)
     if activation != "gelu" and approximate != "none":
         raise ValueError(f"approximate={approximate!r} is a form of GELU, but activation is {activation!r}")
     for option, p in (("dropout_p", dropout_p), ("drop_path_p", drop_path_p)):
@@ -108,10 +118,10 @@ def check(
             raise ValueError(f"{option} must be a probability, from 0 to 1, got {p}")
     present = [(label, parameter) for label, parameter in parameters.items() if parameter is not None]
     for label, parameter in present:
+        check_is_tensor(label, parameter)
         if parameter.device != x.device:
             raise ValueError(f"{label} is on {parameter.device}, but {name} is on {x.device}: move one of them")
-    # Autocast leaves float64 alone, and does not exist for meta tensors.
-    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
+    autocast = is_autocast_enabled(x) and x.dtype is not torch.float64  # which autocast leaves alone
     for label, parameter in present:
         if parameter.dtype != x.dtype and not autocast:
             raise TypeError(
@@ -126,14 +136,22 @@ def check(
     return x.to(torch.promote_types(x.dtype, dtype)), dtype
 
 
+def check_is_tensor(name: str, value: Any) -> None:
+    """``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__module__}.{type(value).__qualname__}")
+
+
+def is_autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for ``x``'s device; it does not exist for meta tensors."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def check_token_shapes(x: Tensor, parameters: dict[str, Tensor | None], activation: str, half: str = "") -> None:
     """Shapes of the parameters of token mixing, named ``gamma<half>`` and so on."""
     tokens, w1 = x.shape[1], parameters["w1"]
-    if w1.dim() != 2:
-        raise ValueError(f"w1 must be (D_S, tokens), got shape {tuple(w1.shape)}")
-    rows, built_for = w1.shape
-    if built_for != tokens:
-        raise ValueError(f"built for {built_for} tokens, got {tokens}")
+    check_columns("w1", w1, ("D_S", "tokens"), x, second=parameters["w2"])
+    rows = w1.shape[0]
     check_norm(x, parameters, half)
     check_shape("w2", parameters["w2"], (tokens, _hidden_units("w1", rows, activation)))
     check_shape("b1", parameters["b1"], (rows,))
@@ -142,24 +160,43 @@ def check_token_shapes(x: Tensor, parameters: dict[str, Tensor | None], activati
 
 def check_channel_shapes(u: Tensor, parameters: dict[str, Tensor | None], activation: str, half: str = "") -> None:
     """Shapes of the parameters of channel mixing, named ``gamma<half>`` and so on."""
-    channels, w3 = u.shape[2], parameters["w3"]
-    if w3.dim() != 2:
-        raise ValueError(f"w3 must be (D_C, channels), got shape {tuple(w3.shape)}")
-    rows, built_for = w3.shape
-    if built_for != channels:
-        raise ValueError(f"built for {built_for} channels, got {channels}")
-    check_norm(u, parameters, half)
+    channels, w3, name = u.shape[2], parameters["w3"], "x" if half else "u"
+    check_columns("w3", w3, ("D_C", "channels"), u, name, parameters["w4"])
+    rows = w3.shape[0]
+    check_norm(u, parameters, half, name)
     check_shape("w4", parameters["w4"], (channels, _hidden_units("w3", rows, activation)))
     check_shape("b3", parameters["b3"], (rows,))
     check_shape("b4", parameters["b4"], (channels,))
 
 
-def check_norm(x: Tensor, parameters: dict[str, Tensor | None], half: str = "") -> None:
+def check_columns(
+    name: str, weight: Tensor, axes: tuple[str, str], x: Tensor, x_name: str = "x", second: Tensor | None = None
+) -> None:
+    """``weight`` multiplies along ``axes[1]``, "tokens" or "channels", of ``x``. ``second`` is the weight behind it,
+    whose shape is the other way round: it may have been given in its place."""
+    if weight.dim() != 2:
+        raise ValueError(f"{name} must be ({axes[0]}, {axes[1]}), got shape {tuple(weight.shape)}")
+    rows, columns = weight.shape
+    extent = x.shape[1 if axes[1] == "tokens" else 2]
+    if columns == extent:
+        return
+    hint = ""
+    if rows == extent:
+        hint = f"; expected ({axes[0]}, {extent}): is it transposed"
+        swapped = second is not None and second.dim() == 2 and second.shape[1] == extent
+        hint += ", or swapped with the weight behind it?" if swapped else "?"
+    raise ValueError(
+        f"{name} has shape {tuple(weight.shape)}: built for {columns} {axes[1]}, {x_name} has {extent}{hint}"
+    )
+
+
+def check_norm(x: Tensor, parameters: dict[str, Tensor | None], half: str = "", x_name: str = "x") -> None:
     """Shapes of gamma and beta."""
     for name in (f"gamma{half}", f"beta{half}"):
         parameter = parameters[name]
         if parameter is not None and tuple(parameter.shape) != (x.shape[-1],):
-            raise ValueError(f"{name}: built for {parameter.numel()} channels, got {x.shape[-1]}")
+            shape, channels = tuple(parameter.shape), x.shape[-1]
+            raise ValueError(f"{name} has shape {shape}, expected ({channels},): {x_name} has {channels} channels")
 
 
 def check_shape(name: str, parameter: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -174,8 +211,3 @@ def _hidden_units(name: str, rows: int, activation: str) -> int:
     if rows % 2 != 0:
         raise ValueError(f"{name} must have an even number of rows for swiglu, values and gates, got {rows}")
     return rows // 2
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

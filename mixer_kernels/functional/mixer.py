@@ -75,7 +75,7 @@ def channel_mixing(
     approximate: str = "none",
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
-    memory: str = "fast",
+    memory: str | None = "fast",
     backend: str | None = None,
     activation: str = "gelu",
     norm: str = "layer",
@@ -97,14 +97,14 @@ def channel_mixing(
         w3, b3: ``[D_C, C]`` and ``[D_C]`` or None; for SwiGLU ``[2 * D_C, C]`` and ``[2 * D_C]``.
         w4, b4: ``[C, D_C]`` and ``[C]`` or None.
         eps, approximate, dropout_p, drop_path_p, backend, activation: as for ``token_mixing``.
-        memory: "fast" or "min", what training keeps.
+        memory: "fast" or "min", what training keeps; None for nothing, where no gradient will be asked for.
         norm: "layer", or "affine", which the cuda backend does not have.
 
     Returns:
         ``y [B, S, C]`` in ``u``'s dtype.
     """
     parameters = {"gamma": gamma, "beta": beta, "w3": w3, "b3": b3, "w4": w4, "b4": b4}
-    u, dtype = check(u, parameters, (eps,), approximate, dropout_p, drop_path_p, memory, activation, norm)
+    u, dtype = check(u, parameters, (eps,), approximate, dropout_p, drop_path_p, memory, activation, norm, "u")
     check_channel_shapes(u, parameters, activation)
     name = choose(backend, u, dtype, _relative(activation, norm))
     noise = (dropout_p, drop_path_p)
@@ -131,11 +131,13 @@ def mixer_block(
     approximate: str = "none",
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
-    memory: str = "fast",
+    memory: str | None = "fast",
     backend: str | None = None,
     activation: str = "gelu",
 ) -> Tensor:
     """A whole Mixer block: ``channel_mixing(token_mixing(x, ...), ...)``; as one operator where no gradient is needed.
+
+    With ``memory=None`` that is taken for granted: autograd then raises where it is asked for one.
 
     Args:
         x: ``[B, S, C]``, any strides.
@@ -158,7 +160,7 @@ def mixer_block(
     name = choose(backend, x, dtype, _relative(activation))
     noise = (dropout_p, drop_path_p)
     tokens, channels = (gamma1, beta1, w1, b1, w2, b2), (gamma2, beta2, w3, b3, w4, b4)
-    if name != "torch" and noise == (0, 0) and not needs_grad(x, *tokens, *channels):
+    if name != "torch" and noise == (0, 0) and (memory is None or not needs_grad(x, *tokens, *channels)):
         return ops.mixer_block(x, *tokens, *channels, eps1, eps2, approximate, dtype, name, activation)
     u = _token_mixing(x, tokens, eps1, approximate, dtype, noise, name, activation)
     return _channel_mixing(u, channels, eps2, approximate, dtype, noise, name, memory, activation, "layer")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import torch as torch_backend
-from .checks import check, check_norm, check_shape, choose, needs_grad, seed_for
+from .checks import check, check_columns, check_norm, check_shape, choose, needs_grad, seed_for
 
 
 def token_linear(
@@ -43,7 +43,7 @@ def token_linear(
     """
     parameters = {"alpha": alpha, "beta": beta, "w": w, "b": b, "scale": scale}
     x, dtype = check(x, parameters, drop_path_p=drop_path_p)
-    _check_square("w", w, x.shape[1])
+    _check_square("w", w, x)
     check_shape("b", b, (x.shape[1],))
     for vector in ("alpha", "beta", "scale"):
         check_shape(vector, parameters[vector], (x.shape[2],))
@@ -110,7 +110,7 @@ def gated_channel_mixing(
     approximate: str = "none",
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
-    memory: str = "fast",
+    memory: str | None = "fast",
     backend: str | None = None,
 ) -> Tensor:
     """A whole gMLP block: a channel MLP with ``spatial_gating`` between its products.
@@ -133,7 +133,8 @@ def gated_channel_mixing(
         approximate: "none" for the erf form of GELU (timm), "tanh" for the tanh form (Flax).
         dropout_p: probability of dropping an element after GELU and after the second product, in [0, 1].
         drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
-        memory: "fast" or "min", what training keeps: x, its row statistics and, "fast", the hidden units z.
+        memory: "fast" or "min", what training keeps: x, its row statistics and, "fast", the hidden units z;
+            None for nothing, where no gradient will be asked for.
         backend: "auto", "triton" or "torch"; the cuda backend does not have it.
 
     Returns:
@@ -145,11 +146,10 @@ def gated_channel_mixing(
     }  # fmt: skip
     x, dtype = check(x, parameters, (eps, gate_eps), approximate, dropout_p, drop_path_p, memory)
     channels = x.shape[2]
-    if w1.dim() != 2 or w1.shape[0] % 2 != 0:
-        raise ValueError(f"w1 must be (F, channels) with an even F, got shape {tuple(w1.shape)}")
+    check_columns("w1", w1, ("F", "channels"), x, second=w2)
     hidden = w1.shape[0]
-    if w1.shape[1] != channels:
-        raise ValueError(f"built for {w1.shape[1]} channels, got {channels}")
+    if hidden % 2 != 0:
+        raise ValueError(f"w1 must be (F, channels) with an even F, got shape {tuple(w1.shape)}")
     check_norm(x, parameters)
     check_shape("b1", b1, (hidden,))
     names = ("gate_gamma", "gate_beta", "w_gate", "b_gate")
@@ -174,12 +174,11 @@ def _check_gate(x, gamma, beta, w, b, names: tuple[str, ...], channels: int) -> 
     tokens = x.shape[1]
     check_shape(names[0], gamma, (channels,))
     check_shape(names[1], beta, (channels,))
-    _check_square(names[2], w, tokens)
+    _check_square(names[2], w, x)
     check_shape(names[3], b, (tokens,))
 
 
-def _check_square(name: str, w: Tensor, tokens: int) -> None:
+def _check_square(name: str, w: Tensor, x: Tensor) -> None:
     if w.dim() != 2 or w.shape[0] != w.shape[1]:
         raise ValueError(f"{name} must be (tokens, tokens), got shape {tuple(w.shape)}")
-    if w.shape[0] != tokens:
-        raise ValueError(f"built for {w.shape[0]} tokens, got {tokens}")
+    check_columns(name, w, ("tokens", "tokens"), x)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import torch as torch_backend
 from ..tuning.configs import MAX_GATED_EXTENT
-from .checks import check, check_norm, check_shape, choose, needs_grad, seed_for
+from .checks import check, check_is_tensor, check_norm, check_shape, choose, needs_grad, seed_for
 
 
 def gated_mixing(
@@ -59,6 +59,7 @@ def gated_mixing(
     """
     if axis not in (-1, -2, -3):
         raise ValueError(f"axis must be -1, -2 or -3, got {axis}")
+    check_is_tensor("x", x)
     if x.layout is torch.strided and x.dim() < max(2, -axis):
         raise ValueError(f"x must have {max(2, -axis)} axes or more to mix axis {axis}, got shape {tuple(x.shape)}")
     shape = x.shape
@@ -104,7 +105,7 @@ def gated_mixer_layer(
     eps: float | tuple[float, float] = 1e-5,
     approximate: str = "none",
     dropout_p: float = 0.0,
-    memory: str = "fast",
+    memory: str | None = "fast",
     backend: str | None = None,
 ) -> Tensor:
     """A PatchTSMixer layer: patches mixed, then features; one kernel where the layer is small.
@@ -130,13 +131,14 @@ def gated_mixer_layer(
         eps: added to the variance; > 0; one, or one for each LayerNorm.
         approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
         dropout_p: probability of dropping an element after each GELU and each MLP, in [0, 1].
-        memory: what training keeps: "fast" ``x`` and u, "min" ``x`` alone.
+        memory: what training keeps: "fast" ``x`` and u, "min" ``x`` alone; None where no gradient will be asked for.
         backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernels take a P and an F up
             to 256.
 
     Returns:
         ``y`` in ``x``'s shape and dtype.
     """
+    check_is_tensor("x", x)
     if x.layout is torch.strided and x.dim() < 2:
         raise ValueError(f"x must have 2 axes or more, patches and features, got shape {tuple(x.shape)}")
     shape = x.shape
@@ -181,7 +183,9 @@ def _check_mixer(x: Tensor, parameters: dict[str, Tensor | None], axis: int, hal
         raise ValueError(f"{w1} must be (H, K), got shape {tuple(weight.shape)}")
     hidden = weight.shape[0]
     if weight.shape[1] != extent:
-        raise ValueError(f"built for {weight.shape[1]} along axis {axis}, got {extent}")
+        raise ValueError(
+            f"{w1} has shape {tuple(weight.shape)}: built for {weight.shape[1]} along axis {axis}, x has {extent}"
+        )
     check_norm(x, parameters, half)
     for name, expected in (
         (b1, (hidden,)), (w2, (extent, hidden)), (b2, (extent,)), (w_gate, (extent, extent)), (b_gate, (extent,)),
