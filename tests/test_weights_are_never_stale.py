@@ -61,8 +61,6 @@ def with_gradient(model: nn.Module, y: torch.Tensor) -> tuple[torch.Tensor, torc
     """y, and one vector of the gradients of all parameters."""
     y_wide = y.to(torch.promote_types(y.dtype, torch.float32))
     gradients = torch.autograd.grad(y_wide.square().mean(), list(model.parameters()))
-        y.to(torch.promote_types(y.dtype, torch.float32)).square().mean(), list(model.parameters())
-    )
     return y, torch.cat([gradient.flatten() for gradient in gradients])
 
 
