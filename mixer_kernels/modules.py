@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import functional
+from .freeze import Freezable
 from .tracing import constant_while_tracing
 
 logger = logging.getLogger("mixer_kernels")
@@ -90,7 +91,7 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.norm(x)))
 
 
-class FusedMixerBlock(nn.Module):
+class FusedMixerBlock(Freezable, nn.Module):
     """One MLP-Mixer block, ``x [B, S, C] -> [B, S, C]``: timm's ``MixerBlock`` through the fused kernels.
 
     Equivalent to::
@@ -149,17 +150,40 @@ class FusedMixerBlock(nn.Module):
         self.norm2 = norm_layer(dim, **factory)
         self.mlp_channels = mlp_layer(dim, channels_dim, act_layer=act_layer, drop=drop, **factory)
 
+    def example(self) -> Tensor:
+        weight = self.mlp_tokens.fc1.weight
+        return torch.zeros(1, *image_shape(self), dtype=weight.dtype, device=weight.device)
+
+    def why_not_kernels(self, x: Tensor) -> str | None:
+        return why_not_fused(self)
+
     def forward(self, x: Tensor) -> Tensor:
+        packs = None
+        if isinstance(self, Freezable):
+            self.check_frozen()
+            packs = self.packs()
         # Needs nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
         reason = why_not_fused(self)
         if reason is not None:
             warn_once("FusedMixerBlock", reason)
             x = x + self.drop_path(self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
             return x + self.drop_path(self.mlp_channels(self.norm2(x)))
-        return fused(self, x, memory=getattr(self, "memory", "fast"))
+        return fused(self, x, memory=getattr(self, "memory", "fast"), packs=packs)
 
 
-def fused(block: nn.Module, x: Tensor, *, memory: str, backend: str | None = None) -> Tensor:
+def image_shape(block: nn.Module) -> tuple[int, int]:
+    """Tokens and channels of what a ``MixerBlock`` takes."""
+    return block.mlp_tokens.fc1.in_features, block.mlp_channels.fc1.in_features
+
+
+def fused(
+    block: nn.Module,
+    x: Tensor,
+    *,
+    memory: str,
+    backend: str | None = None,
+    packs: dict[str, Tensor] | None = None,
+) -> Tensor:
     """A ``MixerBlock`` through ``functional.mixer_block``; right if ``why_not_fused(block)`` is None."""
     norm1, tokens, norm2, channels = block.norm1, block.mlp_tokens, block.norm2, block.mlp_channels
     w1, w2, w3, w4 = tokens.fc1, tokens.fc2, channels.fc1, channels.fc2
@@ -173,6 +197,7 @@ def fused(block: nn.Module, x: Tensor, *, memory: str, backend: str | None = Non
         drop_path_p=drop_path_p_of(block.drop_path),
         memory=memory,
         backend=backend,
+        packs=packs,
     )
 
 

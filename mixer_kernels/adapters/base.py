@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..freeze import Freezable
 from ..modules import warn_once, why_not_traced
 
 
@@ -18,7 +19,7 @@ class Options(NamedTuple):
     memory: str = "fast"
 
 
-class Fused:
+class Fused(Freezable):
     """Mixin that puts ``functional`` in front of a block's own forward, which it keeps for all that is not covered.
 
     A subclass also derives from the original class, adds no state, and can be imported: a block changes to it and back
@@ -38,7 +39,11 @@ class Fused:
     @classmethod
     def original(cls) -> type[nn.Module]:
         """The class that a block had, and gets back."""
-        return cls.__mro__[cls.__mro__.index(Fused) + 1]  # also for a class that FSDP has derived since
+        return cls.__mro__[cls.__mro__.index(Freezable) + 1]  # also for a class that FSDP has derived since
+
+    @classmethod
+    def name_of_class(cls) -> str:
+        return cls.original().__name__
 
     @staticmethod
     def function(block: nn.Module) -> str:
@@ -84,10 +89,20 @@ class Fused:
             return f"its submodules or parameters are not those of a {name}"
         return None
 
+    def why_not_kernels(self, x: Tensor) -> str | None:
+        return why_not_traced() or self.why_not_covered(self) or self.why_not_this_noise(self) or self._why_not_input(x)
+
+    def example(self) -> Tensor:
+        norm = next(parameter for parameter in self.parameters())
+        return torch.zeros(1, *self.image_shape(), dtype=norm.dtype, device=norm.device)
+
+    def image_shape(self) -> tuple[int, ...]:
+        """Of one image that the block takes."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
-        reason = (
-            why_not_traced() or self.why_not_covered(self) or self.why_not_this_noise(self) or self._why_not_input(x)
-        )
+        self.check_frozen()
+        reason = self.why_not_kernels(x)
         if reason is None:
             return self.compute(x, self._fused_options)
         self.say_why(reason)

@@ -6,6 +6,7 @@ a backend with kernels; they return new contiguous tensors.
 """
 
 from .mixer import channel_mixing, channel_mixing_backward, mixer_block, token_mixing, token_mixing_backward
+from .packed import NewPacks, packed, takes_packs
 from .relatives import (
     gated_channel_mixing,
     gated_channel_mixing_backward,
@@ -22,6 +23,7 @@ from .time_series import (
 )
 
 __all__ = [
+    "NewPacks",
     "channel_mixing",
     "channel_mixing_backward",
     "gated_channel_mixing",
@@ -31,8 +33,10 @@ __all__ = [
     "gated_mixing",
     "gated_mixing_backward",
     "mixer_block",
+    "packed",
     "spatial_gating",
     "spatial_gating_backward",
+    "takes_packs",
     "token_linear",
     "token_linear_backward",
     "token_mixing",
