@@ -7,17 +7,21 @@ Triton and no timm, and does not initialise CUDA.
 
 from . import functional
 from .backends import use_backend
+from .freeze import freeze_, unfreeze_
 from .models import FusedMixer
 from .modules import FusedMixerBlock
-from .patch import Report, fuse_, unfuse_
+from .patch import fuse_, unfuse_
+from .report import Report
 
 __version__ = "0.1.0"
 __all__ = [
     "FusedMixer",
     "FusedMixerBlock",
     "Report",
+    "freeze_",
     "functional",
     "fuse_",
+    "unfreeze_",
     "unfuse_",
     "use_backend",
     "__version__",

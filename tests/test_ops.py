@@ -33,7 +33,7 @@ def arguments(block, x, name, noise=NO_NOISE, keep_z=True, wanted=(True,) * 7, b
         z = torch.randn(x.shape[0] * tokens, hidden, device=x.device).to(x.dtype)
         kept.append(z if keep_z else x.new_empty(0))
     present = [want and t is not None for want, t in zip(wanted, (x, *half), strict=True)]
-    return (torch.randn_like(x), kept, x, *half, "none", x.dtype, *noise, backend, "gelu", present)
+    return (torch.randn_like(x), *kept, x, *half, "none", x.dtype, *noise, backend, "gelu", present)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "transposed", "channel slice"))

@@ -283,13 +283,13 @@ def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
         options = (dtype, noise[1], seed, "triton")
         return [
             (ops.token_linear, (*tensors, *options)),
-            (ops.token_linear_backward, (torch.randn_like(x), [], *fixed, *options, [True] * 6)),
+            (ops.token_linear_backward, (torch.randn_like(x), *fixed, *options, [True] * 6)),
         ]
     if name == "spatial gating":
         ds = torch.randn(2, 20, 12, device=device).to(dtype)
         return [
             (ops.spatial_gating, (*tensors, 1e-5, dtype, "triton")),
-            (ops.spatial_gating_backward, (ds, [], *fixed, 1e-5, dtype, "triton", [True] * 5)),
+            (ops.spatial_gating_backward, (ds, *fixed, 1e-5, dtype, "triton", [True] * 5)),
         ]
     mean, rstd = (torch.rand(40, device=device) for _ in range(2))
     if name == "gmlp":
@@ -300,7 +300,7 @@ def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
             (ops.gated_channel_mixing, (*tensors, *options, False)),
             (
                 ops.gated_channel_mixing_backward,
-                (torch.randn_like(x), [mean, rstd, z], *fixed, *options[1:], [True] * 11),
+                (torch.randn_like(x), mean, rstd, z, *fixed, *options[1:], [True] * 11),
             ),
         ]
     if name == "resmlp channels":
@@ -309,7 +309,7 @@ def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
         kept = [x.new_empty(0), x.new_empty(0), z]
         return [
             (ops.channel_mixing, (*tensors, 1e-6, *shared, True, "gelu", "affine")),
-            (ops.channel_mixing_backward, (torch.randn_like(x), kept, *fixed, *shared, "gelu", [True] * 7)),
+            (ops.channel_mixing_backward, (torch.randn_like(x), *kept, *fixed, *shared, "gelu", [True] * 7)),
         ]
     tokens, channels, fixed_tokens, fixed_channels = tensors[1:7], tensors[7:], fixed[1:7], fixed[7:]
     z = torch.randn(40, 2, parameters["w4"].shape[1], device=device).to(dtype)
@@ -319,8 +319,8 @@ def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
     return [
         (ops.token_mixing, (tensors[0], *tokens, 1e-6, *shared, kind)),
         (ops.channel_mixing, (tensors[0], *channels, 1e-6, *shared, True, kind)),
-        (backward[0], (du, [mean, rstd], x, *fixed_tokens, *shared, kind, [True] * 7)),
-        (backward[1], (du, [mean, rstd, z], x, *fixed_channels, *shared, kind, [True] * 7)),
+        (backward[0], (du, mean, rstd, x, *fixed_tokens, *shared, kind, [True] * 7)),
+        (backward[1], (du, mean, rstd, z, x, *fixed_channels, *shared, kind, [True] * 7)),
     ]
 
 

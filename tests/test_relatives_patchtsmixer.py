@@ -171,7 +171,7 @@ def test_opcheck(mixer, device):
     tensors = [t.detach().requires_grad_(i % 2 == 0) for i, t in enumerate(fixed)]
     torch.library.opcheck(ops.gated_mixing, (*tensors, *options, *noise, "triton"))
     torch.library.opcheck(
-        ops.gated_mixing_backward, (torch.randn_like(x), [], *fixed, *options, *noise, "triton", [True] * 9)
+        ops.gated_mixing_backward, (torch.randn_like(x), *fixed, *options, *noise, "triton", [True] * 9)
     )
 
 

@@ -215,7 +215,7 @@ def test_opcheck(device):
     for keep_u in (True, False):
         torch.library.opcheck(ops.gated_mixer_layer, (*tensors, *options, keep_u))
     torch.library.opcheck(
-        ops.gated_mixer_layer_backward, (torch.randn_like(x), [torch.randn_like(x)], *fixed, *options, [True] * 17)
+        ops.gated_mixer_layer_backward, (torch.randn_like(x), torch.randn_like(x), *fixed, *options, [True] * 17)
     )
 
 

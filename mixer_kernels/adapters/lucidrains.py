@@ -61,10 +61,15 @@ class _FusedPreNormResidual(Fused):
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
         return (block.norm.weight,)
 
+    def image_shape(self) -> tuple[int, ...]:
+        dense1 = self.fn[0]
+        tokens = dense1.in_channels if type(dense1) is nn.Conv1d else 1  # any number
+        return tokens, self.norm.normalized_shape[0]
+
     def compute(self, x: Tensor, options: Options) -> Tensor:
         norm = self.norm
         dense1, act, drop, dense2, _ = self.fn
-        noise = {"approximate": approximate_of(act), "dropout_p": dropout_p_of(drop)}
+        noise = {"approximate": approximate_of(act), "dropout_p": dropout_p_of(drop), "packs": self.packs()}
         if type(dense1) is nn.Linear:
             return functional.channel_mixing(
                 x,

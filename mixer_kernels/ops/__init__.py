@@ -22,8 +22,10 @@ from .operators import (
     token_mixing,
     token_mixing_backward,
 )
+from .packed import NewPacks, packed, takes_packs
 
 __all__ = [
+    "NewPacks",
     "channel_mixing",
     "channel_mixing_backward",
     "gated_channel_mixing",
@@ -33,8 +35,10 @@ __all__ = [
     "gated_mixing",
     "gated_mixing_backward",
     "mixer_block",
+    "packed",
     "spatial_gating",
     "spatial_gating_backward",
+    "takes_packs",
     "token_linear",
     "token_linear_backward",
     "token_mixing",

@@ -1,6 +1,7 @@
 """An operator of this package, its fake, its backward and its gradient, from one declaration.
 
-``Library.define`` rather than ``custom_op``: a call costs a third.
+``torch.library.define`` rather than ``custom_op``: a call costs a third. Backward operators take and return tensors
+rather than lists of them: PyTorch then calls them once for each element under ``is_grads_batched`` and ``vmap``.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from .. import backends
 
-_library = torch.library.Library("mixer_kernels", "DEF")
+_defined: set[str] = set()  # by this import of the module: what an earlier one has defined stays
 
 
 @dataclass
 class Operator:
-    """``name(inputs, options) -> (result, *kept)`` and ``name_backward(dy, kept, inputs, options, wanted)``."""
+    """``name(inputs, options) -> (result, *kept)`` and ``name_backward(dy, *kept, inputs, options, wanted)``."""
 
     name: str  # <name>_forward is the function of a backend that computes it
     inputs: str  # schema of the tensors that have gradients, x first
@@ -44,7 +45,9 @@ class Operator:
             _differentiate(self.name, _no_gradient)
             return call, _no_gradient
         options = ", ".join(schemas[name].partition("=")[0] for name in self.backward_names)
-        schema = f"(Tensor dy, Tensor[] kept, {self.inputs}, {options}, bool[] wanted) -> Tensor[]"
+        kept = "".join(f"Tensor kept{i}, " for i in range(self.kept))
+        gradients = ", ".join(["Tensor"] * self.count)
+        schema = f"(Tensor dy, {kept}{self.inputs}, {options}, bool[] wanted) -> ({gradients})"
         self.call_backward = _define(f"{self.name}_backward", schema, self._backward, self._backward_fake)
         _differentiate(self.name, self._differentiate, self._save)
         _differentiate(f"{self.name}_backward", _no_gradient)
@@ -63,16 +66,17 @@ class Operator:
         inputs, options = self._split(arguments)
         return self._without_none(self.fake(*inputs, **options), inputs[0])
 
-    def _backward(self, dy: Tensor, kept: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    def _backward(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        kept, arguments = arguments[: self.kept], arguments[self.kept :]
         (x, *parameters), options = self._split(arguments[:-1], self.backward_names)
         kernels = getattr(backends.load(options.pop("backend")), self.kernels)(options["dtype"])
         kept = (None if t.numel() == 0 else t for t in kept)
         gradients = self.backward(kernels, dy, x, *kept, *parameters, **options, wanted=arguments[-1])
-        return [_absent(x) if gradient is None else gradient.contiguous() for gradient in gradients]
+        return tuple(_absent(x) if gradient is None else gradient.contiguous() for gradient in gradients)
 
-    def _backward_fake(self, dy: Tensor, kept: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-        inputs, wanted = arguments[: self.count], arguments[-1]
-        return [new_like(t) if want else _absent(dy) for t, want in zip(inputs, wanted, strict=True)]
+    def _backward_fake(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        inputs, wanted = arguments[self.kept : self.kept + self.count], arguments[-1]
+        return tuple(new_like(t) if want else _absent(dy) for t, want in zip(inputs, wanted, strict=True))
 
     def _save(self, ctx: Any, inputs: tuple, output: Any) -> None:
         tensors, options = self._split(inputs)
@@ -90,7 +94,7 @@ class Operator:
         kept, inputs = tensors[: self.kept], tensors[self.kept :]
         options = ctx.options if seed is None else {**ctx.options, "seed": seed}
         wanted = ctx.needs_input_grad[: self.count]
-        gradients = self.call_backward(dy, kept, *inputs, *options.values(), wanted)
+        gradients = self.call_backward(dy, *kept, *inputs, *options.values(), wanted)
         return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *not_inputs
 
     def _split(self, arguments: Sequence[Any], names: Iterable[str] | None = None) -> tuple[Sequence, dict[str, Any]]:
@@ -108,14 +112,23 @@ def new_like(x: Tensor) -> Tensor:
 
 
 def _define(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
-    _library.define(f"{name}{schema}")
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mixer_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.mixer_kernels, name).default
+    """PyTorch registers a name once, for as long as the process lives, and models may hold the operator when this
+    package is removed from ``sys.modules`` and imported again: one that is there stays."""
+    qualified = f"mixer_kernels::{name}"
+    if not hasattr(torch.ops.mixer_kernels, name):
+        torch.library.define(qualified, schema)
+        torch.library.impl(qualified, "default", implementation)
+        torch.library.register_fake(qualified, fake)
+        _defined.add(name)
+    operator = getattr(torch.ops.mixer_kernels, name).default
+    if operator._schema != torch._C.parse_schema(qualified + schema):
+        raise ImportError(f"{qualified} was registered with another schema by another version: start Python anew")
+    return operator
 
 
 def _differentiate(name: str, gradient: Callable, save: Callable | None = None) -> None:
-    torch.library.register_autograd(f"mixer_kernels::{name}", gradient, setup_context=save, lib=_library)
+    if name in _defined:
+        torch.library.register_autograd(f"mixer_kernels::{name}", gradient, setup_context=save)
 
 
 def _no_gradient(ctx: Any, *_: Any) -> None:

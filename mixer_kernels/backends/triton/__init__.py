@@ -30,6 +30,7 @@ from .token_mixing import token_mixing_fused, token_tile
 from .token_products import padded_sizes, token_mixing_products
 
 __all__ = [
+    "Packing",
     "backward_kernels",
     "channel_mixing_forward",
     "gated_channel_mixing_forward",
