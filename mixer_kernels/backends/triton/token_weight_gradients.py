@@ -112,10 +112,11 @@ def _token_weight_gradient_kernel(
     partial_ptr += tl.cast(split, tl.int64) * D_S * S
     mask = mask_d[:, None] & mask_s[None, :]
     tl.store(partial_ptr + far_d[:, None] * S + offs_s[None, :], acc, mask=mask)
+    # Blocks compared with blocks: Triton's own interpreter has no mask that is a block & a scalar.
     if IS_W1:
-        tl.store(bias_ptr + split * D_S + offs_d, left_sum, mask=mask_d & (s_tile == 0))
+        tl.store(bias_ptr + split * D_S + offs_d, left_sum, mask=mask_d & (s_tile == tl.zeros_like(offs_d)))
     else:
-        tl.store(bias_ptr + split * S + offs_s, right_sum, mask=mask_s & (d_tile == 0))
+        tl.store(bias_ptr + split * S + offs_s, right_sum, mask=mask_s & (d_tile == tl.zeros_like(offs_s)))
 
 
 def weight_gradient(
