@@ -18,6 +18,12 @@ SHAPE = MixerShape(S=20, C=24, D_S=16, D_C=32)
 
 
 @pytest.fixture
+def backend():
+    """The one that keeps packs; for cuda's, made in every call, see test_cuda_packs.py."""
+    return "triton"
+
+
+@pytest.fixture
 def block(device):
     return make_block(SHAPE, torch.bfloat16, device)
 
