@@ -20,6 +20,8 @@ from .modules import FusedMixerBlock
 from .report import FUSED, LEFT, RESTORED, Entry, Report
 from .words import one_of
 
+BUILT_FUSED = "it was built to run through the kernels"
+
 
 def fuse_(model: nn.Module, *, backend: str | None = None, memory: str = "fast") -> Report:
     """Let the kernels compute the blocks of ``model`` that they cover, in place; ``unfuse_`` undoes it exactly.
@@ -84,13 +86,17 @@ def unfuse_(model: nn.Module) -> Report:
 
     Returns:
         What was restored; and what was left and why: blocks whose class or ``forward`` something else has changed
-        since (FSDP, parametrizations on the block itself, accelerate's hooks).
+        since (FSDP, parametrizations on the block itself, accelerate's hooks), and ``FusedMixerBlock``, which has no
+        other class to go back to.
 
     Raises:
         TypeError: ``model`` is not a module.
     """
     entries = []
     for name, module, _ in _walk(_checked(model)):
+        if isinstance(module, FusedMixerBlock):
+            reason = f"{BUILT_FUSED}: for plain modules load its state_dict into timm's MlpMixer"
+            entries.append(Entry(name, type(module).__name__, LEFT, reason))
         if not isinstance(module, Fused):
             continue
         reason, original = None, type(module).original()
@@ -144,7 +150,7 @@ def _name_of_block(module: nn.Module, classes: dict[type, type[Fused]]) -> str |
 
 def _why_left(module: nn.Module, classes: dict[type, type[Fused]]) -> str | None:
     if isinstance(module, FusedMixerBlock):
-        return "it was built to run through the kernels"
+        return BUILT_FUSED
     cls = type(module)
     if cls not in classes and not isinstance(module, Fused):
         parent = next(base.__name__ for base in cls.__mro__ if base in classes)

@@ -231,11 +231,98 @@ def test_timm_models_of_another_kind_are_refused() -> None:
     from timm.models.mlp_mixer import Affine, ResBlock
 
     resmlp = MlpMixer(**CONFIG, mlp_ratio=4, block_layer=ResBlock, norm_layer=Affine)
-    with pytest.raises(ValueError, match="missing: .*mlp_tokens.fc1.weight.*not expected: .*linear_tokens"):
+    with pytest.raises(ValueError, match="missing: .*mlp_tokens.fc1.weight.*not expected: .*linear_tokens.*a ResMLP"):
         convert.from_timm(resmlp.state_dict())
     gmixer = MlpMixer(**CONFIG, mlp_ratio=(1.0, 4.0), mlp_layer=GluMlp)
-    with pytest.raises(ValueError, match=r"blocks.0.mlp_tokens.fc2.weight has shape \(6, 5\), expected \(6, 10\)"):
+    with pytest.raises(ValueError, match=r"blocks.0.mlp_tokens.fc2.weight has shape \(6, 5\), .* \(6, 10\).*a gMixer"):
         convert.from_timm(gmixer.state_dict())
+
+
+# Keys that one layer of a model that is no Mixer, or is one in another format, adds; a part of what is said of them.
+KINDS = {
+    "LoRA": ("blocks.0.mlp_tokens.fc1.lora_A.default.weight", "merge them first"),
+    "gMLP": ("blocks.0.mlp_channels.gate.proj.weight", "a gMLP: build it by timm"),
+    "ResMLP of its authors": ("blocks.0.gamma_1", "a ResMLP: build it by timm"),
+    "ViT": ("blocks.0.attn.qkv.weight", "a transformer: it has attention"),
+}
+
+
+@pytest.mark.parametrize(("key", "kind"), KINDS.values(), ids=KINDS)
+def test_what_weights_are_is_said_where_their_keys_tell(key: str, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"not expected: {key}.*; .*{kind}"):
+        convert.from_timm(mixer().state_dict() | {key: torch.zeros(1)})
+
+
+def test_another_format_is_named() -> None:
+    with pytest.raises(ValueError, match="this is lucidrains' MLPMixer: from_lucidrains"):
+        convert.from_timm(lucidrains().state_dict())
+    with pytest.raises(ValueError, match="this is timm's MlpMixer: from_timm"):
+        convert.from_lucidrains(mixer().state_dict())
+    with pytest.raises(ValueError, match="this is Google's Mixer: give its .npz file to from_google_npz"):
+        convert.from_timm({"MixerBlock_0/token_mixing/Dense_0/kernel": torch.zeros(6, 5)})
+
+
+PREFIXES = ["model.", "net.", "base_model.model.", "module.", "model._orig_mod.", "module.module."]
+
+
+@pytest.mark.parametrize("entry", [None, "state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_weights_as_trainers_save_them(prefix: str, entry: str | None) -> None:
+    """Lightning, PEFT, DistributedDataParallel, torch.compile; DeiT, MAE and plain PyTorch."""
+    for from_it, weights in (
+        (convert.from_timm, mixer().state_dict()),
+        (convert.from_lucidrains, lucidrains().state_dict()),
+    ):
+        wrapped = {prefix + name: tensor for name, tensor in weights.items()}
+        expected = from_it(weights)
+        got = from_it(wrapped if entry is None else {entry: wrapped, "epoch": 3, "optimizer": {"state": {}}})
+        assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_blocks_that_were_wrapped_one_by_one() -> None:
+    weights = mixer().state_dict()
+    wrapped = {name.replace("blocks.0.", "blocks.0._orig_mod."): tensor for name, tensor in weights.items()}
+    assert wrapped.keys() != weights.keys() == convert.from_timm(wrapped).keys()
+
+
+def test_ambiguous_prefixes_are_named() -> None:
+    weights = mixer().state_dict()
+    two = {prefix + name: tensor for name, tensor in weights.items() for prefix in ("student.", "teacher.")}
+    with pytest.raises(ValueError, match="the weights of 2 Mixers, under the prefixes 'student.', 'teacher.': keep"):
+        convert.from_timm(two)
+    with pytest.raises(ValueError, match="norm.bias is in it twice, with and without a prefix"):
+        convert.from_timm({f"net.{name}": tensor for name, tensor in weights.items()} | {"norm.bias": torch.zeros(10)})
+    with pytest.raises(ValueError, match="not expected: criterion.weight"):
+        convert.from_timm(
+            {f"net.{name}": tensor for name, tensor in weights.items()} | {"criterion.weight": torch.ones(1)}
+        )
+
+
+def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
+    weights = mixer().state_dict()
+    checkpoint = {"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, "epoch": 1}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    assert convert.from_timm(convert.load_state_dict(tmp_path / "last.ckpt")).keys() == weights.keys()
+
+
+def test_files_and_folders_that_are_not_there_are_said(tmp_path: Path) -> None:
+    for load, name in ((convert.load_state_dict, "a.pth"), (convert.load_state_dict, "a.safetensors")):
+        with pytest.raises(FileNotFoundError, match=f"^No such file: .*{name}$"):
+            load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="^No such file: .*a.npz$"):
+        convert.from_google_npz(tmp_path / "a.npz")
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder.pth is a folder, expected a file"):
+        convert.load_state_dict(tmp_path / "folder.pth")
+    for name in ("a.pth", "a.safetensors"):
+        with pytest.raises(FileNotFoundError, match="nowhere: no such folder to write"):
+            convert.save_state_dict(mixer().state_dict(), tmp_path / "nowhere" / name)
+
+
+def test_a_pickled_model_is_told_from_its_weights(tmp_path: Path) -> None:
+    torch.save(mixer(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"holds objects of other kinds.*Save model.state_dict\(\) alone$"):
+        convert.load_state_dict(tmp_path / "model.pth")
 
 
 def test_to_timm_names_what_is_wrong() -> None:
@@ -353,7 +440,7 @@ def test_files_that_are_not_what_they_seem(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a list, expected a dictionary"):
         convert.load_state_dict(tmp_path / "list.pth")
     with pytest.raises(ValueError, match="must end in one of .safetensors, .pth"):
-        convert.load_state_dict(tmp_path / "a.ckpt")
+        convert.load_state_dict(tmp_path / "a.h5")
     with pytest.raises(ValueError, match="must end in one of .safetensors, .pth"):
         convert.save_state_dict({}, tmp_path / "a.npz")
 
@@ -415,7 +502,8 @@ def test_command_lucidrains(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--from", "google", "missing.npz", "out.pth"], "No such file"),
+        (["--from", "google", "missing.npz", "out.pth"], "No such file: missing.npz"),
+        (["--from", "timm", "missing.pth", "out.pth"], "No such file: missing.pth"),
         (["--from", "google", str(DATA / "google_mixer_expected.npz"), "out.pth"], "missing: stem/kernel"),
         (["--from", "timm", str(DATA / GENERATIONS[0]), "out.pth"], "must end in one of .safetensors, .pth"),
         (["--from", "jax", "in.npz", "out.pth"], "invalid choice: 'jax'"),

@@ -145,6 +145,9 @@ def test_a_model_that_was_built_fused() -> None:
     report = fuse_(FusedMixer(**SMALL))
     assert len(report) == 0 and len(report.left) == 3
     assert "built to run through the kernels" in str(report)
+    report = unfuse_(FusedMixer(**SMALL))
+    assert not report and len(report.left) == 3
+    assert "load its state_dict into timm's MlpMixer" in str(report)
 
 
 # ----------------------------------------------------------------------------------------- left alone, with a reason

@@ -1,5 +1,8 @@
-"""What other tools do with a fused model: trace it by torch.fx, run it on the meta device, export it, script it, find its
-blocks by the names of their classes, pickle it, import this package twice, interpret its kernels."""
+"""What other tools do with a fused model and with this package.
+
+They trace it by torch.fx, run it on the meta device, export it, script it, find its blocks by the names of their
+classes, pickle it; import the package twice; interpret its kernels.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,7 @@ def test_what_is_no_tensor_is_the_blocks_own_affair() -> None:
         FusedMixer(5, 16, 3, 8, 1, 24)(x)
 
 
-# ---------------------------------------------------------------------------------------------------------- the meta device
+# ---------------------------------------------------------------------------------------------------- the meta device
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -130,6 +133,7 @@ def exported(program: torch.export.ExportedProgram) -> list[tuple[str, object]]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # in PyTorch's run_decompositions
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("kind", KINDS)

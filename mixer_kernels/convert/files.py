@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 SAFETENSORS = (".safetensors",)
-TORCH = (".pth", ".pt", ".bin", ".tar")  # timm names its training checkpoints .pth.tar
+TORCH = (".pth", ".pt", ".bin", ".tar", ".ckpt")  # .pth.tar is timm's, .ckpt Lightning's
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
-    """What a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.pth.tar`` file holds, on the CPU.
+    """What a ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.pth.tar`` or ``.ckpt`` file holds, on the CPU.
 
     ``torch.load`` with ``weights_only=True``: nothing in the file is executed.
 
@@ -27,7 +28,9 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    if _suffix(path) in SAFETENSORS:
+    suffix = _suffix(path)
+    check_is_file(path)
+    if suffix in SAFETENSORS:
         safetensors = _safetensors()
         try:
             return safetensors.torch.load_file(path)
@@ -38,6 +41,13 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" not in str(error):
+            raise ValueError(f"{path} is not a file of weights that torch.load takes: {error}") from error
+        raise ValueError(
+            f"{path} is not a file of weights that torch.load takes: it holds objects of other kinds, which are not "
+            "loaded, as that runs code of theirs. Save model.state_dict() alone"
+        ) from error
     except Exception as error:  # of any kind, where bytes that are no pickle are read as one
         raise ValueError(f"{path} is not a file of weights that torch.load takes: {error}") from error
     if not isinstance(loaded, Mapping):
@@ -54,11 +64,21 @@ def save_state_dict(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -
         OSError: the file cannot be written.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} to")
     tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
     if _suffix(path) in SAFETENSORS:
         _safetensors().torch.save_file(tensors, path, metadata={"format": "pt"})
     else:
         torch.save(tensors, path)
+
+
+def check_is_file(path: Path) -> None:
+    """Raise an OSError that says so unless there is a file."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected a file of weights")
+    if not path.is_file():
+        raise FileNotFoundError(f"No such file: {path}")
 
 
 def _suffix(path: Path) -> str:

@@ -20,12 +20,14 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .files import check_is_file
 from .layout import Rename, StateDict, rename
 
 # Training checkpoints hold more than the parameters: those are under one of these.
@@ -122,6 +124,8 @@ def _without_unit_axes(tensor: Tensor, dims: int) -> Tensor:
 
 def _read(file: str | os.PathLike | IO[bytes]) -> dict[str, np.ndarray]:
     what = getattr(file, "name", "the file") if hasattr(file, "read") else os.fspath(file)
+    if not hasattr(file, "read"):
+        check_is_file(Path(file))
     try:
         archive = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:

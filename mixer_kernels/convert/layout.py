@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..words import one_of
+from .checkpoints import kind_of, unwrapped
+
 StateDict = dict[str, Tensor]
 
 # What the models of each origin are built with, where FusedMixer's defaults, which are timm's, are not it.
@@ -21,7 +24,6 @@ ORIGINS: dict[str, dict[str, Any]] = {
 }
 NAMED_AT_MOST = 20
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,16 @@ def from_timm(checkpoint: Mapping[str, Any]) -> StateDict:
     """The state_dict of a timm ``mixer_*`` model, checked; the keys stay.
 
     Args:
-        checkpoint: a state_dict, or what timm's ``train.py`` saves: of that the averaged weights
-            (``state_dict_ema``), if there are any, else ``state_dict``, as ``timm.models.load_checkpoint`` does. The
-            prefixes of DistributedDataParallel and torch.compile are dropped.
+        checkpoint: a state_dict, or what a trainer saves: of that the averaged weights (``state_dict_ema``), if there
+            are any, else ``state_dict``, ``model`` or ``model_state_dict``, as ``timm.models.load_checkpoint`` does.
+            The prefixes of DistributedDataParallel and torch.compile are dropped, and one that a Mixer has inside
+            another module: ``model.`` and ``net.`` of Lightning, ``base_model.model.`` of PEFT.
 
     Raises:
         ValueError: keys are missing or left over, or shapes do not fit; the message names them.
         TypeError: something is not a tensor of floating-point numbers.
     """
-    for name in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(checkpoint.get(name), Mapping):
-            checkpoint = checkpoint[name]
-            break
-    return to_timm({_WRAPPERS.sub("", name): value for name, value in checkpoint.items()})
+    return to_timm(unwrapped(checkpoint, anchor="stem.proj.weight"))
 
 
 def to_timm(state_dict: Mapping[str, Tensor]) -> StateDict:
@@ -115,8 +114,7 @@ def model_arguments(
     Raises:
         ValueError: unknown ``origin``; a grid of another number of tokens; no grid, and S is not a square.
     """
-    if origin not in ORIGINS:
-        raise ValueError(f"origin must be one of {', '.join(map(repr, ORIGINS))}, got {origin!r}")
+    one_of("origin", origin, tuple(ORIGINS))
     sizes = sizes_of(state_dict)
     grid = square_grid(sizes.S) if grid is None else checked_grid(grid, sizes.S)
     rows, columns = sizes.patch_size
@@ -168,7 +166,9 @@ def sizes_of(state_dict: Mapping[str, Tensor], theirs: Mapping[str, str] | None 
         if tuple(state_dict[name].shape) != shape
     ]
     if wrong:
-        raise ValueError(f"shapes do not fit a Mixer of {sizes}: {_listed(wrong, '; ')}")
+        gated = sizes.D_S == 2 * state_dict["blocks.0.mlp_tokens.fc2.weight"].shape[1]
+        hint = "; this is a gMixer: build it by timm (gmixer_*) and give that to fuse_" if gated else ""
+        raise ValueError(f"shapes do not fit a Mixer of {sizes}: {_listed(wrong, '; ')}{hint}")
     return sizes
 
 
@@ -179,6 +179,8 @@ def check_keys(what: str, expected: Mapping[str, Any] | Sequence[str], got: Mapp
     if missing or extra:
         parts = [f"missing: {_listed(missing)}"] if missing else []
         parts += [f"not expected: {_listed(extra)}"] if extra else []
+        kind = kind_of(extra, nothing_fits=len(missing) == len(expected))
+        parts += [kind] if kind else []
         raise ValueError(f"not the weights of a {what}; {'; '.join(parts)}")
 
 

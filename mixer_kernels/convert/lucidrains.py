@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from .checkpoints import unwrapped
 from .layout import Rename, StateDict, check_tensor, rename
 
 _BLOCK_PART = re.compile(r"(\d+)\.[01]\.")
@@ -23,7 +24,7 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], *, in_chans: int = 3) -> S
     paper's models have (0.5, 4). LayerNorm's eps is 1e-5: ``model_arguments(state_dict, origin="lucidrains")``.
 
     Args:
-        state_dict: of the model, as of version 0.3.
+        state_dict: of the model, as of version 0.3, or what a trainer saves, as for ``from_timm``.
         in_chans: ``channels`` of the model; patches are square, so it gives their size.
 
     Raises:
@@ -32,6 +33,7 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], *, in_chans: int = 3) -> S
     """
     if in_chans < 1:
         raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+    state_dict = unwrapped(state_dict, anchor="2.0.fn.0.weight")
     blocks = {int(match[1]) for match in map(_BLOCK_PART.match, state_dict) if match}
     num_blocks = max(max(blocks, default=_FIRST_BLOCK) - _FIRST_BLOCK + 1, 1)
     if "1.weight" in state_dict:
