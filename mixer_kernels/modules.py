@@ -392,7 +392,7 @@ def warn_once(block: str, reason: str) -> None:
     _warn_once_per_process(block, reason)
 
 
-@functools.cache
+@functools.cache  # only what has been said
 def _warn_once_per_process(block: str, reason: str) -> None:
     logger.warning("%s: computing eagerly, because %s", block, reason)
 

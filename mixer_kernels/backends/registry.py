@@ -42,6 +42,7 @@ KERNEL_BACKENDS = ("cuda", "triton")
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
+# Set and put back by use_backend.
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mixer_kernels_backend", default=None)
 
 
@@ -104,7 +105,7 @@ def choose(
     return "torch"
 
 
-@functools.cache
+@functools.cache  # a tensor's device has an index, and stays what it is while the process lives
 def preferred(device: torch.device) -> tuple[str, ...]:
     """The backends with kernels in the order in which "auto" tries them on the GPU ``device``."""
     name = torch.cuda.get_device_name(device)
@@ -145,6 +146,6 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-@functools.cache
+@functools.cache  # only what has been said
 def _warn_once(wanted: str, used: str, reason: str) -> None:
     logger.warning("backend %r: running on %r, because %s", wanted, used, reason)

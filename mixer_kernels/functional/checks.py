@@ -57,7 +57,7 @@ def _choose_for_relative(
     return "torch"
 
 
-@functools.cache
+@functools.cache  # only what has been said
 def _warn_once(message: str) -> None:
     logger.warning(message)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+# Operators, registered once; no state of any call.
 _library = torch.library.Library("mixer_kernels", "DEF")
 
 HALF = "Tensor? gamma, Tensor? beta, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out"
