@@ -217,8 +217,8 @@ def _freeze(name: str, block: Freezable) -> Entry:
     frozen.new = NewPacks()
     try:
         with torch.no_grad():
-            for strided in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):  # tiles may differ, and their padding
-                block.forward(strided)
+            for one in _variants(x):
+                block.forward(one)
     except BaseException:
         del block._frozen
         raise
@@ -232,6 +232,14 @@ def _freeze(name: str, block: Freezable) -> Entry:
     frozen.names = tuple(packs)
     size = sum(pack.nbytes for pack in packs.values())
     return Entry(name, block.name_of_class(), FROZEN, f"{', '.join(backends)}: {len(packs)} packs, {size:,} bytes")
+
+
+def _variants(x: Tensor) -> list[Tensor]:
+    """``x`` as it may come: its strides decide on tiles, and so on padding; its dtype on how LayerNorm is applied."""
+    dtypes = [x.dtype]
+    if torch.is_autocast_enabled(x.device.type):
+        dtypes.append(torch.get_autocast_dtype(x.device.type))
+    return [y for dtype in dtypes for y in (x.to(dtype), x.transpose(1, 2).to(dtype).contiguous().transpose(1, 2))]
 
 
 def _blocks(model: Any) -> list[tuple[str, Freezable]]:

@@ -40,6 +40,7 @@ KERNEL_BACKENDS = ("cuda", "triton")
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
+# Set and put back by use_backend.
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mixer_kernels_backend", default=None)
 
 
@@ -102,7 +103,7 @@ def choose(
     return "torch"
 
 
-@functools.cache
+@functools.cache  # a tensor's device has an index, and stays what it is while the process lives
 def preferred(device: torch.device) -> tuple[str, ...]:
     """The backends with kernels in the order in which "auto" tries them on the GPU ``device``."""
     name = torch.cuda.get_device_name(device)

@@ -19,7 +19,7 @@ from .token_products_backward import token_products_backward
 from .token_weight_gradients import weight_gradient
 
 
-@cache
+@cache  # functions and a word, no tensor
 def kernels_with(precision: str) -> Kernels:
     """All of them with ``precision``, tl.dot's input_precision."""
     return Kernels(
@@ -33,7 +33,7 @@ def kernels_with(precision: str) -> Kernels:
     )
 
 
-@cache
+@cache  # likewise
 def relatives_kernels_with(precision: str) -> RelativesKernels:
     """Those of the relatives, likewise."""
     return RelativesKernels(
