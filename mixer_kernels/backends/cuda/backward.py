@@ -16,7 +16,7 @@ from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, sm90_t
 from .prepack import ChannelBackward, TokenBackward, channel_backward_weights, token_backward_weights
 
 
-@cache
+@cache  # functions, no tensor
 def backward_kernels(dtype: torch.dtype, sm90: bool | None = None) -> Kernels:
     """All of them: the same for every ``dtype`` of the products. ``sm90`` as for the forward pass."""
     return Kernels(
