@@ -18,7 +18,7 @@ OLDEST_TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
 CSRC = $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench cuda cuda-gates compile-check compile-check-oldest gpu-day dist clean
+.PHONY: help demo test lint format bench cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day dist clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ cuda: $(VENV)/.installed ## compile the CUDA kernels for the tree: mixer_kernels
 
 cuda-gates: $(VENV)/.installed ## nvcc on every CUDA kernel for every GPU: warnings, spills, matrix instructions
 	$(BIN)/python tools/cuda_gates.py --arch $(ARCH) $(ARGS)
+
+accuracy-by-chance: $(VENV)/.installed ## how often a right kernel misses the accuracy rule; about an hour on 2 cores
+	$(BIN)/python tools/accuracy_by_chance.py $(ARGS)
 
 compile-check: $(VENV)/.installed ## compile every tile config for every GPU, without one
 	$(BIN)/python -m mixer_kernels compile-check --arch $(ARCH) $(ARGS)

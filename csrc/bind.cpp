@@ -10,6 +10,7 @@
 #include <optional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "block.h"
 #include "build_info.h"
@@ -71,6 +72,14 @@ struct type_caster<FirstWeights>
     : fields_caster<FirstWeights, int, Bytes, Floats, Floats, Floats, Floats, Floats, Floats> {};
 template <>
 struct type_caster<SecondWeights> : fields_caster<SecondWeights, Bytes, Floats> {};
+template <>
+struct type_caster<mk_packing>
+    : fields_caster<mk_packing, Bytes, mk_type, int, int, int64_t, int64_t, void*, mk_type, int, int> {};
+template <>
+struct type_caster<mk_vector> : fields_caster<mk_vector, Bytes, mk_type, int64_t> {};
+template <>
+struct type_caster<mk_folding>
+    : fields_caster<mk_folding, mk_packing, mk_vector, mk_vector, mk_vector, float*, float*, float*> {};
 template <>
 struct type_caster<mk_sm90_schedule> : fields_caster<mk_sm90_schedule, mk_sm90_tile, int> {};
 
@@ -320,11 +329,10 @@ void norm_backward(mk_input x, mk_size size, mk_norm norm, mk_type type, Address
     check(mk_norm_backward(&arguments, at(stream)), "mk_norm_backward");
 }
 
-void pack_weight(Address w, mk_type w_type, int64_t rows, int64_t columns, bool transposed, Address packed,
-                 mk_type type, int64_t rows_padded, int64_t columns_padded, Address stream) {
-    check(mk_pack_weight(at(w), w_type, rows, columns, transposed, at(packed), type, rows_padded, columns_padded,
-                         at(stream)),
-          "mk_pack_weight");
+void pack_weights(const std::vector<mk_packing>& packings, const std::optional<mk_folding>& folding, Address stream) {
+    check(
+        mk_pack_weights(packings.data(), static_cast<int>(packings.size()), folding ? &*folding : nullptr, at(stream)),
+        "mk_pack_weights");
 }
 
 }  // namespace
@@ -354,7 +362,7 @@ PYBIND11_MODULE(_C, module) {
     define("token_mixing_forward", &token_forward);
     define("channel_mixing_forward", &channel_forward);
     define("mixer_block_forward", &block_forward);
-    define("pack_weight", &pack_weight);
+    define("pack_weights", &pack_weights);
 
     define("token_data_gradient", token_data_gradient, "x"_a, "size"_a, "norm"_a, "type"_a, "S_pad"_a, "D"_a, "D_S"_a,
            "g"_a, "w1"_a, "b1"_a, "w2t"_a, "noise"_a, "tanh"_a, "device"_a, "dn"_a, "a"_a, "dz"_a, "stream"_a);

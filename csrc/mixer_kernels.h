@@ -225,12 +225,40 @@ typedef struct {
 int mk_norm_backward_parts(mk_size size, int multiprocessors);
 int mk_norm_backward(const mk_norm_backward_arguments* arguments, mk_stream stream);
 
-// ---------------------------------------------------------------------------------------------------- prepacking
+// ------------------------------------------------------------------------------------------------------- packing
 
-// packed [rows_padded, columns_padded] = w [rows, columns] cast to type and zero-padded; transposed if asked:
-// packed [columns padded to rows_padded, rows padded to columns_padded]. w is contiguous.
-int mk_pack_weight(const void* w, mk_type w_type, int64_t rows, int64_t columns, int transposed, void* packed,
-                   mk_type type, int64_t rows_padded, int64_t columns_padded, mk_stream stream);
+// packed [rows_padded, columns_padded] = w [rows, columns] cast to type and zero-padded. A transpose is a matter of
+// strides. Vectors are matrices of one row.
+typedef struct {
+    const void* w;  // null: zeros, with rows = 0
+    mk_type w_type;
+    int rows, columns;
+    int64_t stride_row, stride_column;
+    void* packed;  // contiguous
+    mk_type type;
+    int rows_padded, columns_padded;
+} mk_packing;
+
+typedef struct {
+    const void* data;  // or null
+    mk_type type;
+    int64_t stride;
+} mk_vector;
+
+// LayerNorm folded into fc1: equation (8). W' = round(W3 * gamma * 2^k), wg = the sum of W' over the channels,
+// wb = W3 . beta + b3.
+typedef struct {
+    mk_packing w3;          // to W', 16 bits, rows_padded = rows
+    mk_vector gamma, beta;  // [columns]; null for ones and zeros
+    mk_vector b3;           // [rows]; null for zeros
+    float* wg;              // [rows]
+    float* wb;              // [rows]
+    float* scale;           // [rows]: 2^-k, k by the row's largest element; null for k = 0
+} mk_folding;
+
+// All of `packings`, and `folding` if it is not null, in one launch.
+enum { MK_MOST_PACKINGS = 12 };
+int mk_pack_weights(const mk_packing* packings, int count, const mk_folding* folding, mk_stream stream);
 
 #ifdef __cplusplus
 }

@@ -6,19 +6,22 @@ Triton and no timm, and does not initialise CUDA.
 """
 
 from . import functional
-from .backends import forget_packs, use_backend
+from .backends import use_backend
+from .freeze import freeze_, unfreeze_
 from .models import FusedMixer
 from .modules import FusedMixerBlock
-from .patch import Report, fuse_, unfuse_
+from .patch import fuse_, unfuse_
+from .report import Report
 
 __version__ = "0.1.0"
 __all__ = [
     "FusedMixer",
     "FusedMixerBlock",
     "Report",
-    "forget_packs",
+    "freeze_",
     "functional",
     "fuse_",
+    "unfreeze_",
     "unfuse_",
     "use_backend",
     "__version__",

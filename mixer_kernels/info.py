@@ -226,7 +226,7 @@ def _installed(distribution: str) -> str | None:
         return None
 
 
-@functools.cache
+@functools.cache  # a processor stays what it is
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from . import functional
 from .coverage import activation_of, drop_path_p_of, dropout_p_of, why_not_fused, why_not_tensor
+from .freeze import Freezable
 from .layers import DropPath, Mlp, factory_kwargs, pair
 from .tracing import is_exporting
 from .words import one_of, warn_once
@@ -21,7 +23,7 @@ from .words import one_of, warn_once
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # timm's and Flax's default; PyTorch's own eps is 1e-5
 
 
-class FusedMixerBlock(nn.Module):
+class FusedMixerBlock(Freezable, nn.Module):
     """One MLP-Mixer block, ``x [B, S, C] -> [B, S, C]``: timm's ``MixerBlock`` through the fused kernels.
 
     Equivalent to::
@@ -80,14 +82,25 @@ class FusedMixerBlock(nn.Module):
         self.norm2 = norm_layer(dim, **factory)
         self.mlp_channels = mlp_layer(dim, channels_dim, act_layer=act_layer, drop=drop, **factory)
 
+    def example(self) -> Tensor:
+        weight = self.mlp_tokens.fc1.weight
+        return torch.zeros(1, *image_shape(self), dtype=weight.dtype, device=weight.device)
+
+    def why_not_kernels(self, x: Tensor) -> str | None:
+        return why_not_fused(self)
+
     def forward(self, x: Tensor) -> Tensor:
+        packs = None
+        if isinstance(self, Freezable):
+            self.check_frozen()
+            packs = self.packs()
         # Needs nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
         reason = why_not_tensor(x) or why_not_fused(self)
         if reason is not None:
             warn_once(f"FusedMixerBlock: computing eagerly, because {reason}")
             x = x + self.drop_path(self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
             return x + self.drop_path(self.mlp_channels(self.norm2(x)))
-        return fused(self, x, memory=memory_of(self, getattr(self, "memory", "fast")))
+        return fused(self, x, memory=memory_of(self, getattr(self, "memory", "fast")), packs=packs)
 
     def __prepare_scriptable__(self) -> None:
         """What ``torch.jit.script`` calls before all else."""
@@ -97,7 +110,19 @@ class FusedMixerBlock(nn.Module):
         )
 
 
-def fused(block: nn.Module, x: Tensor, *, memory: str | None, backend: str | None = None) -> Tensor:
+def image_shape(block: nn.Module) -> tuple[int, int]:
+    """Tokens and channels of what a ``MixerBlock`` takes."""
+    return block.mlp_tokens.fc1.in_features, block.mlp_channels.fc1.in_features
+
+
+def fused(
+    block: nn.Module,
+    x: Tensor,
+    *,
+    memory: str | None,
+    backend: str | None = None,
+    packs: dict[str, Tensor] | None = None,
+) -> Tensor:
     """A ``MixerBlock`` through ``functional.mixer_block``; right if ``why_not_fused(block)`` is None."""
     norm1, tokens, norm2, channels = block.norm1, block.mlp_tokens, block.norm2, block.mlp_channels
     w1, w2, w3, w4 = tokens.fc1, tokens.fc2, channels.fc1, channels.fc2
@@ -111,6 +136,7 @@ def fused(block: nn.Module, x: Tensor, *, memory: str | None, backend: str | Non
         drop_path_p=drop_path_p_of(block.drop_path),
         memory=memory,
         backend=backend,
+        packs=packs,
     )
 
 

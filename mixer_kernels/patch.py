@@ -8,7 +8,6 @@ they are, and so do ``isinstance``, ``copy.deepcopy`` and ``pickle``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,69 +17,10 @@ from .adapters import Fused, Options, fused_classes
 from .backends import CHOICES
 from .functional import MEMORY_MODES
 from .modules import FusedMixerBlock
+from .report import FUSED, LEFT, RESTORED, Entry, Report
 from .words import one_of
 
-FUSED, RESTORED, LEFT = "fused", "restored", "left"
 BUILT_FUSED = "it was built to run through the kernels"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One block of a model, and what became of it."""
-
-    name: str
-    """Its name in the model, as in ``model.get_submodule(name)``; "" for the model itself."""
-    block: str
-    """The class that it had before it was fused."""
-    outcome: str
-    """"fused", "restored" or "left"."""
-    detail: str
-    """Of a fused block the function of ``mixer_kernels.functional`` that computes it; of one that was left, why."""
-
-
-@dataclass(frozen=True, repr=False)
-class Report:
-    """What ``fuse_`` or ``unfuse_`` did to the blocks of a model. Printing it gives a table.
-
-    ``len`` counts the blocks that were fused or restored; a report of none is false. Iterating gives each ``Entry``.
-    """
-
-    entries: tuple[Entry, ...]
-
-    @property
-    def fused(self) -> tuple[Entry, ...]:
-        """The blocks that the kernels now compute, those of an earlier ``fuse_`` among them."""
-        return self._with(FUSED)
-
-    @property
-    def restored(self) -> tuple[Entry, ...]:
-        """The blocks that ``unfuse_`` gave their own class back."""
-        return self._with(RESTORED)
-
-    @property
-    def left(self) -> tuple[Entry, ...]:
-        """The blocks that stay as they were."""
-        return self._with(LEFT)
-
-    def _with(self, outcome: str) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self.entries if entry.outcome == outcome)
-
-    def as_dicts(self) -> list[dict[str, str]]:
-        """The entries as dictionaries of strings, for JSON."""
-        return [asdict(entry) for entry in self.entries]
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries) - len(self.left)
-
-    def __repr__(self) -> str:
-        counts = [f"{len(self._with(outcome))} {outcome}" for outcome in (FUSED, RESTORED, LEFT)]
-        summary = ", ".join(count for count in counts if not count.startswith("0 "))
-        if not summary:
-            return "no block that fuse_ knows: see its documentation for those that it does"
-        return "\n".join((*_table(self.entries), summary))
 
 
 def fuse_(model: nn.Module, *, backend: str | None = None, memory: str = "fast") -> Report:
@@ -165,6 +105,7 @@ def unfuse_(model: nn.Module) -> Report:
         elif "forward" in module.__dict__:
             reason = "its forward was replaced since it was fused: undo that first"
         else:
+            module.unfreeze()
             module.__class__ = original
             module.__dict__.pop("_fused_options", None)
         entries.append(Entry(name, original.__name__, LEFT if reason else RESTORED, reason or ""))
@@ -226,34 +167,3 @@ def _checked(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return model
-
-
-def _table(entries: tuple[Entry, ...]) -> Iterator[str]:
-    """A line for each group of entries that differ only in the numbers in their names."""
-    groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for entry in entries:
-        parts = entry.name.split(".")
-        pattern = ".".join("*" if part.isdecimal() else part for part in parts)
-        groups.setdefault((pattern, entry.block, entry.outcome, entry.detail), []).append(parts)
-    rows = [
-        (
-            ".".join(_range(values) for values in zip(*names, strict=True)) or "(the model)",
-            f"{len(names)} x {block}",
-            outcome,
-            detail,
-        )
-        for (_, block, outcome, detail), names in groups.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def _range(values: tuple[str, ...]) -> str:
-    """One part of several names: "3", "[0-7]" or "[0,2,5]"."""
-    if len(set(values)) == 1:
-        return values[0]
-    numbers = sorted(set(map(int, values)))
-    if len(numbers) == numbers[-1] - numbers[0] + 1:
-        return f"[{numbers[0]}-{numbers[-1]}]"
-    return f"[{','.join(map(str, numbers))}]"

@@ -24,6 +24,6 @@ def warn_once(message: str) -> None:
     _warn(message)
 
 
-@functools.cache
+@functools.cache  # only what has been said
 def _warn(message: str) -> None:
     logger.warning(message)

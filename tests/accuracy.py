@@ -1,36 +1,29 @@
-"""The accuracy rule, the only one: a kernel may be off by at most twice what eager PyTorch is off.
-
-Errors are measured against the same computation in float64, as the largest and as the root mean square. Eager runs in
-the kernel's dtype. The floor is half a unit in the last place of the output's largest (or RMS) value: a result that
-is only rounded once may be that far off, even where eager happens to be exact.
-"""
+"""The accuracy rule, ``mixer_kernels.accuracy``, as assertions."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-FORWARD_FACTOR = 2.0
-GRADIENT_FACTOR = 3.0
+from torch import Tensor
+
+from mixer_kernels.accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, Reference, reference, why_inaccurate
+
+__all__ = ["FORWARD_FACTOR", "GRADIENT_FACTOR", "Reference", "assert_accurate", "assert_all_accurate", "reference"]
 
 
 def assert_accurate(
-    actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, factor: float = FORWARD_FACTOR, what: str = "output"
+    actual: Tensor, eager: Tensor, exact: Reference, factor: float = FORWARD_FACTOR, what: str = "output"
 ) -> None:
-    """Fail unless ``actual`` is within the rule. All three are the same computation; ``exact`` is in float64."""
-    assert exact.dtype is torch.float64, f"the reference must be float64, got {exact.dtype}"
-    assert actual.shape == exact.shape == eager.shape
-    assert actual.dtype is eager.dtype, f"{what} is {actual.dtype}, eager's is {eager.dtype}"
-    finite = exact.isfinite()
-    assert torch.equal(actual.isfinite(), eager.isfinite()), f"{what} is not finite where eager's is, or the reverse"
-    if not finite.any():
-        return
-    finite &= eager.isfinite()
-    reference = exact[finite]
-    ours = actual.double()[finite] - reference
-    theirs = eager.double()[finite] - reference
-    ulp = torch.finfo(actual.dtype).eps
-    for name, norm in (("max", lambda t: t.abs().max()), ("rms", lambda t: t.square().mean().sqrt())):
-        error, allowed = norm(ours).item(), factor * norm(theirs).item() + 0.5 * ulp * norm(reference).item()
-        assert error <= allowed, (
-            f"{name} error of {what} is {error:.3g}, allowed {allowed:.3g} (eager's {norm(theirs):.3g})"
-        )
+    """Fail unless ``actual`` is within the rule. All three are the same computation."""
+    reason = why_inaccurate(actual, eager, exact, factor)
+    assert reason is None, f"{what}: {reason}"
+
+
+def assert_all_accurate(
+    actual: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping[str, Reference]
+) -> None:
+    """``assert_accurate`` of results by name: "output" is one, all others are gradients."""
+    assert actual.keys() == exact.keys() == eager.keys()
+    for name in actual:
+        factor = FORWARD_FACTOR if name == "output" else GRADIENT_FACTOR
+        assert_accurate(actual[name], eager[name], exact[name], factor, name)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import mixer_kernels.functional as F
+from mixer_kernels.accuracy import Reference, reference
 from mixer_kernels.shapes import MixerShape
 
 TOKEN_NAMES = ("gamma1", "beta1", "w1", "b1", "w2", "b2")
@@ -133,6 +134,9 @@ def run(block: Block, x: Tensor, backend: str, **options) -> Tensor:
         return F.mixer_block(x, **block.parameters, backend=backend, **options)
 
 
-def run_exact(block: Block, x: Tensor, **options) -> Tensor:
-    """The block in float64 on the torch backend."""
-    return run(block.to(torch.float64), x.double(), "torch", **options)
+def run_exact(
+    block: Block, x: Tensor, dtype: torch.dtype | None = None, products: torch.dtype | None = None, **options
+) -> Reference:
+    """The block in float64 on the torch backend, to judge results in ``dtype`` (default: that of ``x``)."""
+    wide = block.to(torch.float64)
+    return reference(lambda: run(wide, x.double(), "torch", **options), dtype or x.dtype, products)

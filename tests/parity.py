@@ -6,14 +6,10 @@ import copy
 from collections.abc import Callable
 
 import torch
-from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
+from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate, reference
 from torch import Tensor, nn
 
 from mixer_kernels import Report, fuse_, unfuse_
-
-FEW = 64
-"""Gradients of fewer elements are judged together: chance decides how their errors compare, of which some are all that
-there is. (That of a token bias is zero where LayerNorm follows.)"""
 
 
 def run(model: nn.Module, x: Tensor, output: Callable = lambda y: y) -> list[Tensor]:
@@ -30,24 +26,15 @@ def check_fused(model: nn.Module, x: Tensor, output: Callable = lambda y: y, **o
     """Fuse ``model`` and unfuse it; ``output`` picks the tensor out of what it returns. Returns fuse_'s report."""
     model.to(x.device, x.dtype).eval()
     eager = run(model, x, output)
-    exact = run(copy.deepcopy(model).double(), x.double(), output)
+    wide = copy.deepcopy(model).double()
+    exact = reference(lambda: run(wide, x.double(), output), x.dtype)
     report = fuse_(model, **options)
     fused = run(model, x, output)
     assert_accurate(fused[0], eager[0], exact[0], FORWARD_FACTOR)
-    _assert_gradients_accurate(fused[1:], eager[1:], exact[1:])
+    for i, gradients in enumerate(zip(fused[1:], eager[1:], exact[1:], strict=True)):
+        assert_accurate(*gradients, GRADIENT_FACTOR, f"gradient {i}")
     with torch.no_grad():
         assert_accurate(output(model(x)), eager[0], exact[0], FORWARD_FACTOR, "inference")
     assert len(unfuse_(model)) == len(report)
     assert all(torch.equal(before, after) for before, after in zip(eager, run(model, x, output), strict=True))
     return report
-
-
-def _assert_gradients_accurate(fused: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:
-    few = []
-    for i, gradients in enumerate(zip(fused, eager, exact, strict=True)):
-        if gradients[0].numel() < FEW:
-            few.append([gradient.flatten() for gradient in gradients])
-        else:
-            assert_accurate(*gradients, GRADIENT_FACTOR, f"gradient {i}")
-    if few:
-        assert_accurate(*(torch.cat(column) for column in zip(*few, strict=True)), GRADIENT_FACTOR, "small gradients")

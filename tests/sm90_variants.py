@@ -8,7 +8,7 @@ from blocks import Block
 from torch import Tensor
 
 from mixer_kernels.backends.cuda.library import TYPES, layout, limits_of, loaded, noise_of, pointer, stream_of
-from mixer_kernels.backends.cuda.prepack import fc1_weights, fc2_weights, token_weights, transposed_weight
+from mixer_kernels.backends.cuda.prepack import channel_backward_weights, channel_weights, token_weights
 from mixer_kernels.backends.noise import Noise
 from mixer_kernels.backends.rounding import round_up
 
@@ -46,13 +46,13 @@ class TokenMixing:
         self.parameters = block.token()
         self.mean, self.rstd = statistics_of(x)
         gamma, beta, *rest = self.parameters
-        self.weights = token_weights(gamma, beta, *rest, x.dtype, sm90=True)
+        self.weights, self.packed = token_weights(gamma, beta, *rest, x.dtype, sm90=True)
         self.variants = {**TOKEN_VARIANTS, **(TOKEN_VARIANTS_TO_64 if x.shape[1] <= 64 else {})}
 
     def run(self, variant: str, noise: Noise = Noise()) -> Tensor:  # noqa: B008  it is frozen
         u = torch.empty_like(self.x)
         loaded().sm90_token_mixing_forward(
-            x=layout(self.x), size=self.x.shape, weights=self.weights.arguments, type=TYPES[u.dtype],
+            x=layout(self.x), size=self.x.shape, weights=self.weights, type=TYPES[u.dtype],
             noise=noise_of(noise), tanh=self.approximate == "tanh", variant=self.variants[variant],
             device=limits_of(u), mean=pointer(self.mean), rstd=pointer(self.rstd), u=pointer(u), partial=0,
             stream=stream_of(u),
@@ -79,9 +79,10 @@ class ChannelProducts:
         self.g = torch.randn_like(u)
         self.z = self._rows().copy_(torch.randn(len(self.mean), self.hidden, device=u.device))
         self.a = self._rows().copy_(F.gelu(self.z.float(), approximate=approximate))
-        self.first = fc1_weights(gamma, beta, w3, b3, dtype, folded=True)
-        self.second = fc2_weights(w4, b4, dtype)
-        self.w4t = transposed_weight(w4, dtype, self.hidden, round_up(u.shape[2], loaded().K_MULTIPLE))
+        self.first, self.second, self.packed = channel_weights(gamma, beta, w3, b3, w4, b4, dtype, folded=True)
+        _, self.backward = channel_backward_weights(
+            gamma, beta, w3, b3, w4, dtype, folded=True, keeps_z=True, norm=False
+        )  # fmt: skip
 
     def _rows(self) -> Tensor:
         rows = self.u.shape[0] * self.u.shape[1]
@@ -105,14 +106,14 @@ class ChannelProducts:
         if product == "fc1":
             results = {"a": self._rows(), "z": self._rows()}
             loaded().sm90_channel_fc1(
-                u=layout(u), weights=self.first.arguments, tanh=self.approximate == "tanh", mean=pointer(self.mean),
+                u=layout(u), weights=self.first, tanh=self.approximate == "tanh", mean=pointer(self.mean),
                 rstd=pointer(self.rstd), row=self.z.stride(0), a=pointer(results["a"]), z=pointer(results["z"]),
                 **shared,
             )  # fmt: skip
         elif product == "fc2":
             results = {"y": torch.empty_like(u)}
             loaded().sm90_channel_fc2(
-                u=layout(u), D_C=self.hidden, weights=self.second.arguments, a=pointer(self.a), row=self.a.stride(0),
+                u=layout(u), D_C=self.hidden, weights=self.second, a=pointer(self.a), row=self.a.stride(0),
                 y=pointer(results["y"]), **shared,
             )  # fmt: skip
         else:
@@ -120,7 +121,7 @@ class ChannelProducts:
             dz, a = (torch.empty(rows, self.hidden, dtype=u.dtype, device=u.device) for _ in range(2))
             sums = torch.empty(loaded().sm90_gelu_backward_tiles(rows), self.hidden, device=u.device)
             loaded().sm90_channel_gelu_backward(
-                D_C=self.hidden, g=pointer(self.g), w4t=pointer(self.w4t), z=pointer(self.z), row=self.z.stride(0),
+                D_C=self.hidden, g=pointer(self.g), w4t=self.backward.w4, z=pointer(self.z), row=self.z.stride(0),
                 tanh=self.approximate == "tanh", dz=pointer(dz), a=pointer(a), sums=pointer(sums), **shared,
             )  # fmt: skip
             results = {"dz": dz, "a": a, "db3": sums.sum(0)}

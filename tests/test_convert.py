@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_accurate
+from accuracy import assert_accurate, reference
 from mlp_mixer_pytorch import MLPMixer
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
@@ -73,12 +73,18 @@ def test_google_gives_flaxs_logits(name: str) -> None:
     images = flax["images"].permute(0, 3, 1, 2)
     state_dict = convert.from_google_npz(DATA / name)
     model = loaded(state_dict, grid=(3, 2), origin="google")
+    wide = loaded(state_dict, grid=(3, 2), origin="google").double()
     with torch.no_grad():
-        assert_accurate(tokens_of(model, images), flax["tokens"], flax["tokens_float64"], what="tokens")
-        assert_accurate(model(images), flax["logits"], flax["logits_float64"], what="logits")
+        tokens, logits = (
+            reference(lambda f=f: f(wide, images.double()), torch.float32) for f in (tokens_of, nn.Module.__call__)
+        )
+        torch.testing.assert_close(tokens.value, flax["tokens_float64"], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(logits.value, flax["logits_float64"], rtol=1e-12, atol=1e-12)
+        assert_accurate(tokens_of(model, images), flax["tokens"], tokens, what="tokens")
+        assert_accurate(model(images), flax["logits"], logits, what="logits")
         with_erf = loaded(state_dict, grid=(3, 2))(images)
     with pytest.raises(AssertionError, match="error"):
-        assert_accurate(with_erf, flax["logits"], flax["logits_float64"])  # what the tanh form of GELU is for
+        assert_accurate(with_erf, flax["logits"], logits)  # what the tanh form of GELU is for
 
 
 def test_google_generations_are_the_same_weights() -> None:
@@ -173,7 +179,8 @@ def test_lucidrains_gives_the_same_logits() -> None:
     ours = loaded(state_dict, grid=(3, 2), origin="lucidrains")
     with torch.no_grad():
         actual, eager = (tokens_of(ours, images), ours(images)), (theirs[:4](images), theirs(images))
-        exact = theirs.double()[:4](images.double()), theirs(images.double())
+        wide = theirs.double()
+        exact = reference(lambda: (wide[:4](images.double()), wide(images.double())), torch.float32)
     for name, *results in zip(("tokens", "logits"), actual, eager, exact, strict=True):
         assert_accurate(*results, what=name)
 
@@ -386,7 +393,8 @@ def test_resize_14_to_28() -> None:
     image = torch.cat([torch.cat([parts[0], parts[1]], 2), torch.cat([parts[2], parts[3]], 2)], 1)[None]
     with torch.no_grad():
         tokens = tokens_of(large, image).view(2, 14, 2, 14, 16).transpose(1, 2).reshape(4, 196, 16)
-        expected, exact = tokens_of(small, parts), tokens_of(small.double(), parts.double())
+        expected, wide = tokens_of(small, parts), small.double()
+        exact = reference(lambda: tokens_of(wide, parts.double()), torch.float32)
     assert_accurate(tokens, expected, exact, what="tokens of the parts")
     kept = {name for name, tensor in small.state_dict().items() if "mlp_tokens" not in name}
     assert kept and all(torch.equal(resized[name].double(), small.state_dict()[name]) for name in kept)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accuracy import GRADIENT_FACTOR, assert_accurate
 from blocks import LAYOUTS, Watched, make_block, make_x, run
-from test_backward import gradients
+from test_backward import exact_gradients, gradients
 from test_ops import NAMES, arguments
 
 import mixer_kernels.functional as F
@@ -38,17 +38,15 @@ def watched(cuda_kernels):
 
 
 @pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
-def test_a_block_is_one_call(shape, watched, device):
+def test_a_block_is_a_pack_and_a_call(shape, watched, device):
     block, x = make_block(shape, BF16, device), make_x(2, shape, BF16, device)
-    run(block, x, "cuda")  # prepacks the weights
-    watched.calls.clear()
     run(block, x, "cuda")
-    assert watched.calls == ["mixer_block_forward"]
+    assert watched.calls == ["pack_weights", "mixer_block_forward"]
     for half, parameters in ((F.token_mixing, block.token()), (F.channel_mixing, block.channel())):
         watched.calls.clear()
         with torch.no_grad():
             half(x, *parameters, backend="cuda")
-        assert watched.calls == [f"{half.__name__}_forward"]
+        assert watched.calls == ["pack_weights", f"{half.__name__}_forward"]
 
 
 def test_the_block_is_its_two_halves_bit_for_bit(cuda_kernels, device):
@@ -67,13 +65,12 @@ def test_an_empty_batch_is_no_call(watched, device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: counts on the model")
-@pytest.mark.parametrize(("shape", "launches"), ((SHAPE, 5), (LONG, 6)), ids=("fused", "long"))
-def test_a_block_is_five_launches(shape, launches, cuda_kernels):
-    """Row statistics twice, token mixing (two products for more than 256 tokens), fc1, fc2."""
+@pytest.mark.parametrize(("shape", "launches"), ((SHAPE, 6), (LONG, 7)), ids=("fused", "long"))
+def test_a_block_is_six_launches(shape, launches, cuda_kernels):
+    """The pack, row statistics twice, token mixing (two products for more than 256 tokens), fc1, fc2."""
     from cuda_on_host import build
 
     block, x = make_block(shape, BF16, "cpu"), make_x(2, shape, BF16, "cpu")
-    run(block, x, "cuda")  # prepacks the weights
     before = build.launches()
     run(block, x, "cuda")
     assert build.launches() - before == launches
@@ -98,16 +95,6 @@ def test_padding_at_196_tokens_is_below_7_percent(cuda_kernels):
     before = build.matrix_products()
     u.sum().backward()  # of x alone: no weight gradients
     assert 1 <= (build.matrix_products() - before) / (3 * useful) <= 1.07
-
-
-def test_training_packs_each_weight_once_a_step(watched, device):
-    """Backward takes the packs of the forward pass, and makes the transposed ones."""
-    block, x = make_block(SHAPE, BF16, device), make_x(2, SHAPE, BF16, device)
-    gradients(block, x, torch.randn_like(x), "cuda")
-    first = watched.calls.count("pack_weight")
-    watched.calls.clear()
-    gradients(block, x, torch.randn_like(x), "cuda")
-    assert watched.calls.count("pack_weight") <= first
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: limits the model")
@@ -192,25 +179,9 @@ def test_layer_norm_gradients_of_rows_of_any_length(channels, layout, cuda_kerne
     block, x = make_block(shape, torch.float16, device), make_x(2, shape, torch.float16, device, layout)
     dy = torch.randn(x.shape, device=device).to(x.dtype)
     actual, eager = (gradients(block, x, dy, backend) for backend in ("cuda", "torch"))
-    exact = gradients(block.to(torch.float64), x.double(), dy.double(), "torch")
+    exact = exact_gradients(block, x, dy)
     for name in ("x", "gamma1", "beta1", "gamma2", "beta2", "b4"):
         assert_accurate(actual[name], eager[name], exact[name], GRADIENT_FACTOR, what=f"gradient of {name}")
-
-
-@pytest.mark.parametrize("transposed", (False, True))
-@pytest.mark.parametrize("size", ((1, 1), (7, 5), (33, 64), (100, 31)))
-@pytest.mark.parametrize("dtype", (torch.float16, BF16, torch.float32), ids=str)
-@pytest.mark.usefixtures("poisoned_memory")
-def test_pack_weight(dtype, size, transposed, cuda_kernels, device):
-    """Equals a cast, a transpose and a copy into zeros."""
-    from mixer_kernels.backends.cuda.prepack import pack_weight
-
-    w = torch.randn(size, device=device)
-    source = w.t() if transposed else w
-    rows, columns = source.shape[0] + 9, source.shape[1] + 33
-    expected = torch.zeros(rows, columns, dtype=dtype, device=device)
-    expected[: source.shape[0], : source.shape[1]] = source.to(dtype)
-    assert torch.equal(pack_weight(w, dtype, rows, columns, transposed), expected)
 
 
 @pytest.mark.skipif(

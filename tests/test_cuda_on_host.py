@@ -286,7 +286,14 @@ PLANTED = {  # file of csrc/, what is there, what is planted, what the driver sa
         "(a|dz): a write at byte"),
     "rows stored past the last": (
         "product.cuh", "row >= rows_left) continue", "row > rows_left) continue", "a write at byte"),
-    "rows packed past the last": ("pack.cu", "there = row < p.rows ?", "there = row <= p.rows ?", "w1 .* is -?nan"),
+    "rows packed past the last": (
+        "pack_weights.cu", "there = row < p.rows && column", "there = row <= p.rows && column", "w1 .* is -?nan"),
+    "vectors packed past the last row": (
+        "pack_weights.cu", "if (row < p.rows && column < p.columns) {", "if (column < p.columns) {", "w. .* is -?nan"),
+    "tiles read before they are there": (
+        "pack_weights.cu", f"{BARRIER}#pragma unroll", "#pragma unroll", "w.t .* is -?(nan|inf)"),
+    "columns folded past the last": (
+        "pack_weights.cu", "if (column >= f.w3.columns) return;", "", "w[3gb] .* is -?nan"),
     "dropped images read": ("token_weight_gradient.cu", "if (!noise_.drop_path()) return;", "return;", "is -?nan"),
     "token mixing waits for one copy less": (
         "token_mixing.cu", "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>", "u .* is -?nan"),

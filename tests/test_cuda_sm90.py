@@ -13,11 +13,11 @@ import test_backward
 import test_kernels
 import test_noise
 import torch
-from accuracy import GRADIENT_FACTOR, assert_accurate
+from accuracy import GRADIENT_FACTOR, assert_accurate, assert_all_accurate, reference
 from blocks import make_block, make_x, run, run_exact
 from cuda_on_host import build
 from sm90_variants import PRODUCTS, SCHEDULES, ChannelProducts, TokenMixing
-from test_backward import gradients
+from test_backward import exact_gradients, gradients
 
 import mixer_kernels.functional as F
 from mixer_kernels.backends.noise import Noise
@@ -83,9 +83,7 @@ def test_gradients_match_eager(shape, dtype, landing, device):
     with order(landing, device):
         actual = gradients(block, x, dy, BACKEND, memory=memory)
     eager = gradients(block, x, dy, "torch")
-    exact = gradients(block.to(torch.float64), x.double(), dy.double(), "torch")
-    for name in exact:
-        assert_accurate(actual[name], eager[name], exact[name], GRADIENT_FACTOR, what=f"gradient of {name}")
+    assert_all_accurate(actual, eager, exact_gradients(block, x, dy))
 
 
 @kernels
@@ -215,7 +213,8 @@ def test_token_mixing_in_every_variant(tokens, multiprocessors, device):
             results = [mixing.run(variant, noise) for variant in mixing.variants]
             assert all(torch.equal(each, results[0]) for each in results)
             if not noise.on_branch:
-                assert_accurate(results[0], mixing.expected(BF16), mixing.expected(torch.float64))
+                exact = reference(lambda mixing=mixing: mixing.expected(torch.float64), BF16)
+                assert_accurate(results[0], mixing.expected(BF16), exact)
 
 
 def test_a_variant_that_there_is_not_is_refused(hopper_kernels, device):
@@ -237,7 +236,8 @@ def test_channel_products_on_every_schedule(product, dtype, multiprocessors, dev
     block, u = make_block(shape, dtype, device), make_x(3, shape, dtype, device)
     with assume_target(Target("sm_90", 232_448, multiprocessors)):
         products = ChannelProducts(block, u)
-        eager, exact = (products.expected(product, each) for each in (dtype, torch.float64))
+        eager = products.expected(product, dtype)
+        exact = reference(lambda: products.expected(product, torch.float64), dtype)
         results = {schedule: products.run(product, schedule) for schedule in SCHEDULES}
     first = next(iter(results.values()))
     for name in first:

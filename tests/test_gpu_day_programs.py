@@ -70,7 +70,7 @@ def test_what_is_missing_to_build_is_named():
 def test_why_a_build_failed():
     why_it_failed = module("build").why_it_failed
     log = """\
-[1/14] Building CUDA object CMakeFiles/kernels.dir/csrc/pack.cu.o
+[1/14] Building CUDA object CMakeFiles/kernels.dir/csrc/pack_weights.cu.o
 FAILED: CMakeFiles/kernels.dir/csrc/token_mixing.cu.o
 /x/csrc/token_mixing.cu(40): error: identifier "foo" is undefined
 
@@ -92,7 +92,7 @@ gpu_day.sanitized: calls: 15
 MEMCHECK = """\
 ========= COMPUTE-SANITIZER
 ========= Invalid __global__ read of size 16 bytes
-=========     at void mixer_kernels::<unnamed>::pack_kernel<mixer_kernels::bfloat16>(mixer_kernels::Packing)+0x1b0
+=========     at void mixer_kernels::<unnamed>::pack_weights_kernel(mixer_kernels::Table)+0x1b0
 =========     by thread (3,0,0) in block (5,0,0)
 =========     Access at 0x7f1c0e200780 is out of bounds
 =========     and is 1 bytes after the nearest allocation at 0x7f1c0e200000 of size 1,920 bytes
@@ -197,11 +197,9 @@ def test_sanitizers_watch_every_launcher(cuda_kernels, device):
     """The program that they watch, here on the model of a GPU, calls all functions of the module that launch."""
     from blocks import Watched
 
-    from mixer_kernels.backends import forget_packs
     from mixer_kernels.backends.cuda import library
 
     launchers = {name for name in dir(cuda_kernels) if callable(getattr(cuda_kernels, name))} - {*Watched.SIZES}
-    forget_packs()
     watched = Watched(cuda_kernels)
     library.install(watched)
     results = [result for backend in ("cuda", "cuda:sm90") for result in module("sanitized").calls(device, backend)]

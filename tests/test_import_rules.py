@@ -16,12 +16,12 @@ PACKAGE = Path(mixer_kernels.__file__).parent
 
 # From the bottom up: a module imports from its own group and from groups below it.
 GROUPS = (
-    {"shapes", "tracing", "words"},
+    {"accuracy", "shapes", "tracing", "words"},
     {"tuning"},
     {"backends"},
     {"ops"},
     {"functional"},
-    {"layers", "coverage", "modules", "models", "adapters", "patch", "timm"},
+    {"report", "freeze", "layers", "coverage", "modules", "models", "adapters", "patch", "timm"},
     {"bench", "compile_check", "info", "__main__", "__init__"},
 )
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}

@@ -28,12 +28,12 @@ def arguments(block, x, name, noise=NO_NOISE, keep_z=True, wanted=(True,) * 7, b
     if name == "channel_mixing":
         return (x, *half, 1e-6, "none", x.dtype, *noise, backend, keep_z)
     mean, rstd = (torch.rand(x.shape[0] * tokens, device=x.device) for _ in range(2))
-    saved = (mean, rstd)
+    kept = [mean, rstd]
     if name == "channel_mixing_backward":
         z = torch.randn(x.shape[0] * tokens, hidden, device=x.device).to(x.dtype)
-        saved = (mean, rstd, z if keep_z else None)
+        kept.append(z if keep_z else x.new_empty(0))
     present = [want and t is not None for want, t in zip(wanted, (x, *half), strict=True)]
-    return (torch.randn_like(x), x, *saved, *half, "none", x.dtype, *noise, backend, present)
+    return (torch.randn_like(x), *kept, x, *half, "none", x.dtype, *noise, backend, "gelu", present)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "transposed", "channel slice"))
@@ -94,15 +94,17 @@ def test_compiled_training_equals_eager(memory, device):
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_compile_without_graph_breaks(backend, dynamic, device):
-    block = make_block(SHAPE, torch.float32, device)
+    # The kernels are one operator, compiled or not; of PyTorch's operators the compiler may choose others.
+    dtype, tolerance = (torch.float64, 1e-12) if backend == "torch" else (torch.float32, 0.0)
+    block = make_block(SHAPE, dtype, device)
 
     def f(x):
         return F.mixer_block(x, **block.parameters, backend=backend) * 2
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch_size in (2, 3):
-        x = make_x(batch_size, SHAPE, torch.float32, device, "transposed")
-        assert torch.equal(compiled(x), f(x))
+        x = make_x(batch_size, SHAPE, dtype, device, "transposed")
+        torch.testing.assert_close(compiled(x), f(x), rtol=tolerance, atol=tolerance)
 
 
 def test_compile_with_inductor(device):

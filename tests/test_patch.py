@@ -278,15 +278,16 @@ def test_compiled_is_left_alone(model, calls) -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
-    "make", [torch.jit.script, lambda model: torch.jit.trace(model, images())], ids=["script", "trace"]
+    "make", [torch.jit.script, lambda model: torch.jit.trace(model, images().double())], ids=["script", "trace"]
 )
 def test_torchscript_is_left_alone(make, model) -> None:
-    x = images()
-    scripted = make(model.eval())
+    x = images().double()
+    scripted = make(model.double().eval())
     expected = scripted(x)
     report = fuse_(scripted)
     assert not report and len(report.left) == 3 and "TorchScript" in report.left[0].detail
-    assert torch.equal(scripted(x), expected)
+    # A second call is other code: TorchScript optimizes it by what it saw in the first.
+    torch.testing.assert_close(scripted(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_changed_class_of_timm_is_left_alone(model, monkeypatch) -> None:

@@ -175,24 +175,8 @@ def test_lucidrains_on_the_kernels(dtype, device) -> None:
     check(model, torch.randn(2, 1, 16, 16, device=device).to(dtype), backend="triton")
 
 
-def test_lucidrains_weights_are_packed_once(device) -> None:
-    """The kernels' packs are kept per tensor, so that the views of Conv1d's weights have to be kept too."""
-    from mixer_kernels.adapters.lucidrains import _matrix
-
-    block = MLPMixer(image_size=16, channels=1, patch_size=8, dim=24, depth=1, num_classes=5).to(device)[2][0]
-    weight = block.fn[0].weight
-    with torch.no_grad():
-        first = _matrix(weight)
-        assert _matrix(weight) is first and torch.equal(first, weight[..., 0])
-        weight.add_(1)
-        assert torch.equal(_matrix(weight), weight[..., 0])
-        weight.data = weight.data.clone() + 1
-        assert torch.equal(_matrix(weight), weight[..., 0])
-    assert _matrix(weight).requires_grad
-
-
 def test_lucidrains_ensembles_by_vmap() -> None:
-    """Weights that a transform of functions puts in the place of parameters are not kept."""
+    """Weights that a transform of functions puts in the place of parameters."""
     models = [MLPMixer(image_size=16, channels=1, patch_size=8, dim=24, depth=1, num_classes=5) for _ in range(2)]
     fuse_(models[0])
     weights = {name: torch.stack((a, models[1].state_dict()[name])) for name, a in models[0].state_dict().items()}

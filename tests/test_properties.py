@@ -6,11 +6,11 @@ import contextlib
 
 import pytest
 import torch
-from accuracy import GRADIENT_FACTOR, assert_accurate
+from accuracy import assert_accurate, assert_all_accurate
 from blocks import LAYOUTS, PRODUCTS, make_block, make_x, run, run_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_backward import gradients
+from test_backward import exact_gradients, gradients
 
 import mixer_kernels.functional as F
 from mixer_kernels.shapes import MixerShape
@@ -96,6 +96,4 @@ def test_any_gradient_matches_eager(
         with on(target, backend, device):
             actual = gradients(block, x, dy, backend, approximate=approximate, memory=memory)
         eager = gradients(block, x, dy, "torch", approximate=approximate)
-    exact = gradients(block.to(torch.float64), x.double(), dy.double(), "torch", approximate=approximate)
-    for name in actual:
-        assert_accurate(actual[name], eager[name], exact[name], GRADIENT_FACTOR, what=f"gradient of {name}")
+    assert_all_accurate(actual, eager, exact_gradients(block, x, dy, approximate=approximate))

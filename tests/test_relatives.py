@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
+from accuracy import assert_all_accurate, reference
 from blocks import LAYOUTS, make_x
 from test_kernels import on_target
 
@@ -112,11 +112,9 @@ def assert_matches_eager(name, x, parameters, device, target="sm_80", backward=T
         actual = evaluate(name, x, parameters, "triton", dy, **kept, **options)
     eager = evaluate(name, x, parameters, "torch", dy, **options)
     wide = {k: None if t is None else t.double() for k, t in parameters.items()}
-    exact = evaluate(name, x.double(), wide, "torch", None if dy is None else dy.double(), **options)
-    assert actual.keys() == exact.keys()
-    for what in actual:
-        factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
-        assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+    wide_dy = None if dy is None else dy.double()
+    exact = reference(lambda: evaluate(name, x.double(), wide, "torch", wide_dy, **options), x.dtype)
+    assert_all_accurate(actual, eager, exact)
 
 
 def inputs(name, shape, dtype, device, batch_size=2, layout="contiguous"):
@@ -176,12 +174,10 @@ def test_autocast(name, stream, device):
                 results[target] = evaluate(name, x, parameters, "triton", dy)
         eager = evaluate(name, x, parameters, "torch", dy)
     wide = {k: t.double() for k, t in parameters.items()}
-    exact = evaluate(name, x.double(), wide, "torch", dy.double())
+    exact = reference(lambda: evaluate(name, x.double(), wide, "torch", dy.double()), dtype, torch.bfloat16)
     for actual in results.values():
         assert actual["output"].dtype is dtype
-        for what in actual:
-            factor = FORWARD_FACTOR if what == "output" else GRADIENT_FACTOR
-            assert_accurate(actual[what], eager[what], exact[what], factor, what=what)
+        assert_all_accurate(actual, eager, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -302,14 +298,18 @@ def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
         return [
             (ops.gated_channel_mixing, (*tensors, *options, True)),
             (ops.gated_channel_mixing, (*tensors, *options, False)),
-            (ops.gated_channel_mixing_backward, (torch.randn_like(x), mean, rstd, z, *fixed, *options, [True] * 11)),
+            (
+                ops.gated_channel_mixing_backward,
+                (torch.randn_like(x), mean, rstd, z, *fixed, *options[1:], [True] * 11),
+            ),
         ]
     if name == "resmlp channels":
         z = torch.randn(40, parameters["w3"].shape[0], device=device).to(dtype)
         shared = ("none", dtype, *noise, seed, "triton")
+        kept = [x.new_empty(0), x.new_empty(0), z]
         return [
             (ops.channel_mixing, (*tensors, 1e-6, *shared, True, "gelu", "affine")),
-            (ops.channel_mixing_backward, (torch.randn_like(x), x, None, None, z, *fixed[1:], *shared, [True] * 7)),
+            (ops.channel_mixing_backward, (torch.randn_like(x), *kept, *fixed, *shared, "gelu", [True] * 7)),
         ]
     tokens, channels, fixed_tokens, fixed_channels = tensors[1:7], tensors[7:], fixed[1:7], fixed[7:]
     z = torch.randn(40, 2, parameters["w4"].shape[1], device=device).to(dtype)
@@ -319,8 +319,8 @@ def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
     return [
         (ops.token_mixing, (tensors[0], *tokens, 1e-6, *shared, kind)),
         (ops.channel_mixing, (tensors[0], *channels, 1e-6, *shared, True, kind)),
-        (backward[0], (du, x, mean, rstd, *fixed_tokens, *shared, [True] * 7, kind)),
-        (backward[1], (du, x, mean, rstd, z, *fixed_channels, *shared, [True] * 7, kind)),
+        (backward[0], (du, mean, rstd, x, *fixed_tokens, *shared, kind, [True] * 7)),
+        (backward[1], (du, mean, rstd, z, x, *fixed_channels, *shared, kind, [True] * 7)),
     ]
 
 

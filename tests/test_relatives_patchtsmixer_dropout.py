@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as nnf
-from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
+from accuracy import assert_all_accurate, reference
 from test_relatives_patchtsmixer import MIXERS, each_mixer, make
 
 import mixer_kernels.functional as F
@@ -66,7 +66,8 @@ def gradients(function, x, parameters, dy):
     leaves = {k: t.detach().requires_grad_() for k, t in {"x": x, **parameters}.items()}
     named = dict(leaves)
     y = function(named.pop("x"), named)
-    return y.detach(), dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -75,14 +76,14 @@ def test_forward_and_backward_have_the_same_masks(mixer, dtype, device):
     masks = masks_of(mixer, SHAPE, device)
     x, parameters = make(mixer, SHAPE, dtype, device)
     dy = torch.randn_like(x)
-    y, ours = gradients(lambda x, p: run(mixer, x, p), x, parameters, dy)
-    y_eager, eager = gradients(lambda x, p: with_masks(mixer, x, p, *masks), x, parameters, dy)
+    ours = gradients(lambda x, p: run(mixer, x, p), x, parameters, dy)
+    eager = gradients(lambda x, p: with_masks(mixer, x, p, *masks), x, parameters, dy)
     # A mask's 1 / (1 - p) is float32's, so that the exact result has its rounding too.
     wide = {k: t.double() for k, t in parameters.items()}
-    y_exact, exact = gradients(lambda x, p: with_masks(mixer, x, p, *masks), x.double(), wide, dy.double())
-    assert_accurate(y, y_eager, y_exact, FORWARD_FACTOR)
-    for k in ours:
-        assert_accurate(ours[k], eager[k], exact[k], GRADIENT_FACTOR, what=f"gradient of {k}")
+    exact = reference(
+        lambda: gradients(lambda x, p: with_masks(mixer, x, p, *masks), x.double(), wide, dy.double()), dtype
+    )
+    assert_all_accurate(ours, eager, exact)
 
 
 @each_mixer

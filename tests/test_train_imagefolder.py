@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "train_imagefolder.py"
 CLASSES = ("blue", "green", "red")
 TRAIN, VAL = 43, 11  # of each class: odd in total, so neither the batches nor the processes come out even
+ONE_IMAGE = 1.01 / (VAL * len(CLASSES))  # of the accuracy
 SHIFT = 16  # of the class's channel; the noise has a range of 240
 OPTIONS = [
     *("--img-size", "16", "--patch-size", "4", "--num-blocks", "2", "--embed-dim", "32", "--mlp-ratio", "0.5", "2"),
@@ -125,7 +126,7 @@ def test_learns(one_process, data) -> None:
     with torch.no_grad():
         logits = model(torch.stack([image for image, _ in images]))
     accuracy = (logits.argmax(dim=1) == torch.tensor(images.targets)).double().mean().item()
-    assert accuracy == pytest.approx(checkpoint["history"][-1]["accuracy"]) and accuracy >= 0.9
+    assert accuracy == pytest.approx(checkpoint["history"][-1]["accuracy"], abs=ONE_IMAGE) and accuracy >= 0.9
 
 
 def test_two_processes_draw_the_loss_curve_of_one(train, one_process, two_sharded) -> None:
@@ -165,10 +166,10 @@ def test_killed_and_resumed_in_shards(train, one_process, two_sharded, tmp_path)
 
 
 def assert_same_curve(got: dict[str, Any], expected: dict[str, Any]) -> None:
-    """To the last digits of float32: sums over images are taken in another order."""
+    """To the last digits of float32, which may decide one image: sums over images are taken in another order."""
     for ours, theirs in zip(got["history"], expected["history"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["accuracy"] == theirs["accuracy"]
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=ONE_IMAGE)
 
 
 def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.prepack import packed
 from ..coverage import why_not_tensor, why_not_transformed
+from ..freeze import Freezable
 from ..functional.checks import is_autocast_enabled
 from ..modules import memory_of
 from ..words import warn_once
@@ -24,7 +23,7 @@ class Options(NamedTuple):
     memory: str | None = "fast"
 
 
-class Fused:
+class Fused(Freezable):
     """Mixin that puts ``functional`` in front of a block's own forward, which it keeps for all that is not covered.
 
     A subclass also derives from the original class and adds no state: a block changes to it and back by its
@@ -68,7 +67,11 @@ class Fused:
     @classmethod
     def original(cls) -> type[nn.Module]:
         """The class that a block had, and gets back."""
-        return cls.__mro__[cls.__mro__.index(Fused) + 1]  # also for a class that FSDP has derived since
+        return cls.__mro__[cls.__mro__.index(Freezable) + 1]  # also for a class that FSDP has derived since
+
+    @classmethod
+    def name_of_class(cls) -> str:
+        return cls.original().__name__
 
     @staticmethod
     def function(block: nn.Module) -> str:
@@ -114,14 +117,26 @@ class Fused:
             return f"its submodules or parameters are not those of a {name}"
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
-        reason = (
+    def why_not_kernels(self, x: Tensor) -> str | None:
+        return (
             why_not_tensor(x)
             or why_not_transformed()
             or self.why_not_covered(self)
             or self.why_not_this_noise(self)
             or self._why_not_input(x)
         )
+
+    def example(self) -> Tensor:
+        norm = next(parameter for parameter in self.parameters())
+        return torch.zeros(1, *self.image_shape(), dtype=norm.dtype, device=norm.device)
+
+    def image_shape(self) -> tuple[int, ...]:
+        """Of one image that the block takes."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_frozen()
+        reason = self.why_not_kernels(x)
         if reason is None:
             options = self._fused_options
             return self.compute(x, options._replace(memory=memory_of(self, options.memory)))
@@ -152,19 +167,3 @@ def _new(module: str, name: str) -> nn.Module:
     """A fused block without its state: what a pickle or a copy of one starts from."""
     cls = getattr(importlib.import_module(module), name)
     return cls.__new__(cls)
-
-
-def derived(key: str, sources: tuple[Tensor | None, ...], make: Callable[[], Tensor]) -> Tensor:
-    """``make()``, a tensor made of parameters: kept as long as they do not change, where no gradient is wanted.
-
-    Weights are prepacked once for each tensor; one that is new on every call would be packed on every call. What a
-    trace or a transform of functions puts in the place of parameters is never kept.
-    """
-    present = [source for source in sources if source is not None]
-    if (
-        torch.compiler.is_compiling()
-        or any(type(source) is not nn.Parameter for source in present)
-        or (torch.is_grad_enabled() and any(source.requires_grad for source in present))
-    ):
-        return make()
-    return packed((key,), sources, lambda: make().detach())

@@ -21,7 +21,7 @@ from ..coverage import (
     why_not_norm,
     why_not_same_dropout,
 )
-from .base import Fused, Options, derived
+from .base import Fused, Options
 
 
 class _FusedPreNormResidual(Fused):
@@ -61,10 +61,15 @@ class _FusedPreNormResidual(Fused):
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
         return (block.norm.weight,)
 
+    def image_shape(self) -> tuple[int, ...]:
+        dense1 = self.fn[0]
+        tokens = dense1.in_channels if type(dense1) is nn.Conv1d else 1  # any number
+        return tokens, self.norm.normalized_shape[0]
+
     def compute(self, x: Tensor, options: Options) -> Tensor:
         norm = self.norm
         dense1, act, drop, dense2, _ = self.fn
-        noise = {"approximate": approximate_of(act), "dropout_p": dropout_p_of(drop)}
+        noise = {"approximate": approximate_of(act), "dropout_p": dropout_p_of(drop), "packs": self.packs()}
         if type(dense1) is nn.Linear:
             return functional.channel_mixing(
                 x,
@@ -74,7 +79,7 @@ class _FusedPreNormResidual(Fused):
                 backend=options.backend,
                 **noise,
             )
-        w1, w2 = _matrix(dense1.weight), _matrix(dense2.weight)
+        w1, w2 = dense1.weight.squeeze(2), dense2.weight.squeeze(2)  # a pointwise Conv1d's are [out, in, 1]
         return functional.token_mixing(
             x,
             *(norm.weight, norm.bias, w1, dense1.bias, w2, dense2.bias),
@@ -93,11 +98,6 @@ class FusedPreNormResidual3D(_FusedPreNormResidual, mlp_mixer_3d_pytorch.PreNorm
 
 
 FUSED = (FusedPreNormResidual, FusedPreNormResidual3D)
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """A pointwise Conv1d's ``[out, in, 1]`` as ``[out, in]``."""
-    return derived("matrix", (weight,), lambda: weight.squeeze(2))
 
 
 def _why_not_pointwise(*layers: nn.Module) -> str | None:

@@ -76,6 +76,11 @@ class Mixing(Fused):
         of_gate = (None, None) if gate is None else (gate.weight, gate.bias)
         return norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, *of_gate
 
+    def image_shape(self) -> tuple[int, ...]:
+        shape = [1, 1, self.norm.norm.normalized_shape[-1]]
+        shape[self.axis] = self.mlp.fc1.in_features
+        return tuple(shape)
+
     def compute(self, x: Tensor, options: Options) -> Tensor:
         return functional.gated_mixing(
             x,
@@ -85,6 +90,7 @@ class Mixing(Fused):
             eps=self.norm.norm.eps,
             dropout_p=dropout_p_of(self.mlp.dropout1),
             backend=options.backend,
+            packs=self.packs(),
         )
 
 
@@ -156,6 +162,11 @@ class Layer(Fused):
         mlps = [getattr(layer, name).mlp for name in cls.mixers]
         return [dropout for mlp in mlps for dropout in (mlp.dropout1, mlp.dropout2)]
 
+    def image_shape(self) -> tuple[int, ...]:
+        patches, features = (getattr(self, name).mlp.fc1.in_features for name in self.mixers)
+        channels = self.channel_feature_mixer.mlp.fc1.in_features if self.mode == "mix_channel" else 1
+        return channels, patches, features
+
     def compute(self, x: Tensor, options: Options) -> Tensor:
         if self.mode == "mix_channel":
             x = self.channel_feature_mixer(x)
@@ -167,6 +178,7 @@ class Layer(Fused):
             dropout_p=dropout_p_of(self._dropouts(self)[0]),
             memory=options.memory,
             backend=options.backend,
+            packs=self.packs(),
         )
 
     def _why_not_input(self, x: Tensor) -> str | None:

@@ -21,7 +21,8 @@ from ..coverage import (
     why_not_rescaled,
     why_not_same_dropout,
 )
-from .base import Fused, Options, derived
+from ..freeze import kept
+from .base import Fused, Options
 
 
 class FusedMixerBlock(Fused, MixerBlock):
@@ -39,8 +40,10 @@ class FusedMixerBlock(Fused, MixerBlock):
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
         return block.norm1.weight, block.norm2.weight
 
+    image_shape = modules.image_shape
+
     def compute(self, x: Tensor, options: Options) -> Tensor:
-        return modules.fused(self, x, memory=options.memory, backend=options.backend)
+        return modules.fused(self, x, memory=options.memory, backend=options.backend, packs=self.packs())
 
 
 class FusedResBlock(Fused, ResBlock):
@@ -77,18 +80,22 @@ class FusedResBlock(Fused, ResBlock):
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
         return block.norm1.alpha, block.norm2.alpha
 
+    def image_shape(self) -> tuple[int, ...]:
+        return self.linear_tokens.in_features, self.mlp_channels.fc1.in_features
+
     def compute(self, x: Tensor, options: Options) -> Tensor:
         norm1, linear, norm2, mlp = self.norm1, self.linear_tokens, self.norm2, self.mlp_channels
-        drop_path_p = drop_path_p_of(self.drop_path)
+        drop_path_p, packs = drop_path_p_of(self.drop_path), self.packs()
         u = functional.token_linear(
             x,
             *(norm1.alpha.flatten(), norm1.beta.flatten(), linear.weight, linear.bias, self.ls1),
             drop_path_p=drop_path_p,
             backend=options.backend,
+            packs=packs,
         )
         w4, b4, scale = mlp.fc2.weight, mlp.fc2.bias, self.ls2
-        scaled_w4 = derived("layer scale", (w4, scale), lambda: scale[:, None] * w4)
-        scaled_b4 = None if b4 is None else scale * b4
+        scaled_w4 = kept(packs, "ls2 * w4", lambda: scale[:, None] * w4)
+        scaled_b4 = None if b4 is None else kept(packs, "ls2 * b4", lambda: scale * b4)
         return functional.channel_mixing(
             u,
             *(norm2.alpha.flatten(), norm2.beta.flatten(), mlp.fc1.weight, mlp.fc1.bias, scaled_w4, scaled_b4),
@@ -97,6 +104,7 @@ class FusedResBlock(Fused, ResBlock):
             drop_path_p=drop_path_p,
             memory=options.memory,
             backend=options.backend,
+            packs=packs,
             **activation_of(mlp),
         )
 
@@ -139,6 +147,10 @@ class FusedSpatialGatingBlock(Fused, SpatialGatingBlock):
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
         return block.norm.weight, block.mlp_channels.gate.norm.weight
 
+    def image_shape(self) -> tuple[int, ...]:
+        mlp = self.mlp_channels
+        return mlp.gate.proj.in_features, mlp.fc1.in_features
+
     def compute(self, x: Tensor, options: Options) -> Tensor:
         norm, mlp = self.norm, self.mlp_channels
         gate = mlp.gate
@@ -154,6 +166,7 @@ class FusedSpatialGatingBlock(Fused, SpatialGatingBlock):
             drop_path_p=drop_path_p_of(self.drop_path),
             memory=options.memory,
             backend=options.backend,
+            packs=self.packs(),
         )
 
 

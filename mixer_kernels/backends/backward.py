@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,9 +34,13 @@ class NormGradients(NamedTuple):
     dy_sum: Tensor  # [C]
 
 
+def _no_packs(x: Tensor, other: Tensor | None, gamma: Tensor | None, beta: Tensor | None, w: Tensor, *_: Any):
+    return w, {}
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """A backend's share. Tensors [B, D_S, C] may have padded rows; b2 is there for the pack of the forward pass.
+    """A backend's share. Tensors [B, D_S, C] may have padded rows; b2 is there for kernels that pack it too.
 
     With SwiGLU z and dz have the rows of w1 or w3, values and gates; only then is ``activation`` passed on. ``mean``
     and ``rstd`` None stand for an affine map in place of LayerNorm.
@@ -45,12 +49,16 @@ class Kernels:
     max_fused_tokens: int  # the most that token_data_gradient takes
     branch_gradient: Callable[..., Tensor]  # (dy, noise, dtype) -> g
     token_data_gradient: Callable[..., None]  # (x, g, mean, rstd, gamma, beta, w1, b1, w2, b2, dn, a, dz)
-    token_hidden: Callable[..., Tensor]  # (x, mean, rstd, gamma, beta, w1, b1, w2, b2) -> z
-    token_gelu_backward: Callable[..., tuple[Tensor, Tensor]]  # (g, w2, z) -> a, dz, which may be z
+    token_products_backward: Callable[..., tuple[Tensor, Tensor]]  # (g, x, mean, rstd, six parameters) -> a, dz
     weight_gradient: Callable[..., tuple[Tensor, Tensor]]  # (left, right, norm) -> dW1 or dW2', db1 or db2
-    channel_hidden: Callable[..., Tensor]  # (u, mean, rstd, gamma, beta, w3, b3) -> z
-    channel_gelu_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor]]  # (g, w4, z) -> dz, a, db3
+    channel_products_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor]]
+    """``(g, u, mean, rstd, z or None, gamma, beta, w3, b3, w4) -> dz, a, db3``"""
     norm_backward: Callable[..., NormGradients]  # (x, dn, dy, mean, rstd, gamma, beta, n_dtype)
+    # What the kernels above take in place of parameters, made all at once before the first of them and passed on to
+    # each: (x, g, gamma, beta, w1, b1, w2, dtype) -> w1 for the plain product, their further arguments
+    token_packs: Callable[..., tuple[Tensor, dict[str, Any]]] = _no_packs
+    # (u, z, gamma, beta, w3, b3, w4, dtype, whether LayerNorm's backward will run) -> w3, their further arguments
+    channel_packs: Callable[..., tuple[Tensor, dict[str, Any]]] = _no_packs
 
 
 def token_mixing_backward(
@@ -131,8 +139,10 @@ def _token_gradients(
     want_dz, want_a = want_w1 or want_b1, want_w2 or want_b2
     g = kernels.branch_gradient(du, noise, dtype)
     dn = a = dz = None
+    packs: dict[str, Any] = {}
     if want_dn or want_dz or want_a:
-        shared = {"approximate": approximate, "noise": noise, **kind}
+        w1, packs = kernels.token_packs(x, g, gamma, beta, w1, b1, w2, dtype)
+        shared = {"approximate": approximate, "noise": noise, **kind, **packs}
         if x.shape[1] <= kernels.max_fused_tokens and not kind:  # SwiGLU's values, gates and gradients do not fit
             hidden = (x.shape[0], w1.shape[0], x.shape[2])
             dn = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -142,18 +152,17 @@ def _token_gradients(
                 x, g, mean, rstd, gamma, beta, w1, b1, w2, b2, dn, a, dz, dtype=dtype, **shared
             )  # fmt: skip
         else:
-            z = kernels.token_hidden(x, mean, rstd, gamma, beta, w1, b1, w2, b2, dtype=dtype, **kind)
-            a, dz = kernels.token_gelu_backward(g, w2, z, **shared)
+            a, dz = kernels.token_products_backward(g, x, mean, rstd, gamma, beta, w1, b1, w2, b2, **shared)
             dn = w1.to(dtype).t() @ dz
     dw1 = db1 = dw2 = db2 = None
     if want_dz:
-        dw1, db1 = kernels.weight_gradient(dz, x, (mean, rstd, gamma, beta), noise=noise)
+        dw1, db1 = kernels.weight_gradient(dz, x, (mean, rstd, gamma, beta), noise=noise, **packs)
     if want_a:
-        dw2, db2 = kernels.weight_gradient(a, g, None, noise=noise)
+        dw2, db2 = kernels.weight_gradient(a, g, None, noise=noise, **packs)
         dw2 = dw2.t()
     dx = dgamma = dbeta = None
     if want_dn:
-        dx, _, dgamma, dbeta, _ = kernels.norm_backward(x, dn, du, mean, rstd, gamma, beta, None)
+        dx, _, dgamma, dbeta, _ = kernels.norm_backward(x, dn, du, mean, rstd, gamma, beta, None, **packs)
     return dx, dgamma, dbeta, dw1, db1, dw2, db2
 
 
@@ -164,11 +173,12 @@ def _channel_gradients(
     want_dn = want_u or want_gamma or want_beta
     g = kernels.branch_gradient(dy, noise, dtype)
     dw3 = db3 = dw4 = db4 = dz = None
+    packs: dict[str, Any] = {}
     if want_dn or want_w3 or want_b3 or want_w4:
-        if z is None:
-            z = kernels.channel_hidden(u, mean, rstd, gamma, beta, w3, b3, dtype=dtype, **kind)
-        dz, a, db3 = kernels.channel_gelu_backward(
-            g, w4, z, want_a=want_w4, approximate=approximate, noise=noise, **kind
+        w3, packs = kernels.channel_packs(u, z, gamma, beta, w3, b3, w4, dtype, want_dn or want_w3)
+        dz, a, db3 = kernels.channel_products_backward(
+            g, u, mean, rstd, z, gamma, beta, w3, b3, w4,
+            want_a=want_w4, approximate=approximate, noise=noise, **kind, **packs,
         )  # fmt: skip
         if want_w4:
             dw4 = g.flatten(0, 1).t() @ a
@@ -177,7 +187,7 @@ def _channel_gradients(
     if want_dn or want_w3:
         dn = dz @ w3.to(dtype)
         du, n, dgamma, dbeta, db4 = kernels.norm_backward(
-            u, dn, dy, mean, rstd, gamma, beta, dtype if want_w3 else None
+            u, dn, dy, mean, rstd, gamma, beta, dtype if want_w3 else None, **packs
         )  # fmt: skip
         if want_w3:
             dw3 = dz.t() @ n.flatten(0, 1)

@@ -22,7 +22,7 @@ def passed_on(backend: str, sources: str) -> list[str]:
     return [name for name, digest in dict(_measured().get(backend, {})).items() if digest == sources]
 
 
-@functools.cache
+@functools.cache  # a file of the installed package
 def _measured() -> dict[str, list[str] | dict[str, str]]:
     package = __package__.split(".")[0]
     return json.loads(importlib.resources.files(package).joinpath(MEASURED_FILE).read_text(encoding="utf-8"))

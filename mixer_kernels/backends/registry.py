@@ -40,6 +40,7 @@ KERNEL_BACKENDS = ("cuda", "triton")
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
+# Set and put back by use_backend.
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mixer_kernels_backend", default=None)
 
 
@@ -102,7 +103,7 @@ def choose(
     return "torch"
 
 
-@functools.cache
+@functools.cache  # a tensor's device has an index, and stays what it is while the process lives
 def preferred(device: torch.device) -> tuple[str, ...]:
     """The backends with kernels in the order in which "auto" tries them on the GPU ``device``."""
     name = torch.cuda.get_device_name(device)
@@ -127,18 +128,6 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def load(name: str) -> ModuleType:
     """The module of backend ``name``, imported on first use."""
     return importlib.import_module(f"{__package__}.{name.replace(':', '.')}")
-
-
-def forget_packs() -> None:
-    """Drop the weights that backends have prepacked for inference.
-
-    Packs follow every change that PyTorch counts: in-place writes, optimizer steps, ``load_state_dict``, ``.to()``.
-    Needed only after a write that PyTorch does not count: through ``.data``, by a replayed CUDA graph of a training
-    step, by a fused optimizer under ``torch.compile``.
-    """
-    from . import prepack
-
-    prepack.forget_packs()
 
 
 def _exported_to() -> str | None:

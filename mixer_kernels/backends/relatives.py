@@ -50,6 +50,7 @@ class RelativesKernels:
 
     mixer: Kernels
     row_statistics: Callable[..., tuple[Tensor, Tensor]]  # (x, eps) -> mean, rstd
+    channel_hidden: Callable[..., Tensor]  # (x, mean, rstd, gamma, beta, w1, b1) -> z
     token_linear_data_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]  # (du, x, w, factor) -> dx, sums
     spatial_gate_backward: Callable[..., tuple[Tensor, Tensor]]  # (ds, h, mean, rstd, gamma, beta, w, b, dh1) -> dv, s
     hidden_gelu: Callable[..., Tensor]  # (z, tokens) -> a
@@ -171,7 +172,7 @@ def gated_channel_mixing_backward(
         g = mixer.branch_gradient(dy, noise, dtype)
         if any(wanted[:10]):
             if z is None:
-                z = mixer.channel_hidden(x, mean, rstd, gamma, beta, w1, b1, dtype=dtype)
+                z = kernels.channel_hidden(x, mean, rstd, gamma, beta, w1, b1, dtype=dtype)
             hidden = {"approximate": approximate, "noise": noise}
             h = kernels.hidden_gelu(z, tokens, **hidden).unflatten(0, (-1, tokens))
             dh = torch.empty_like(h)
@@ -243,12 +244,11 @@ def gated_mixing_backward(
 def gated_mixer_layer_backward(
     kernels: RelativesKernels,
     dy: Tensor,
-    u: Tensor | None,
     x: Tensor,
-    of_patches: Sequence[Tensor | None],
-    of_features: Sequence[Tensor | None],
-    *,
-    eps: tuple[float, float],
+    u: Tensor | None,
+    *parameters: Tensor | None,
+    eps1: float,
+    eps2: float,
     approximate: str,
     dtype: torch.dtype,
     dropout_p: float,
@@ -256,23 +256,24 @@ def gated_mixer_layer_backward(
     wanted: Sequence[bool],
 ) -> Gradients:
     """Gradients of x and the parameters of both mixers, eight each, from ``dy``; ``u`` None: recompute it."""
+    of_patches, of_features = parameters[:8], parameters[8:]
     if x.numel() == 0:
-        return zero_gradients((x, *of_patches, *of_features), wanted)
+        return zero_gradients((x, *parameters), wanted)
     seeds = (None, None) if seed is None else seed.split(1)
     shared = {"gate_first": False, "approximate": approximate, "dtype": dtype}
     if u is None:
         with device_of(x), without_autocast(x):
             noise = Noise(dropout_p, seed=seeds[0])
-            u = kernels.gated_mixing(x, *of_patches, axis=2, eps=eps[0], noise=noise, **shared)
+            u = kernels.gated_mixing(x, *of_patches, axis=2, eps=eps1, noise=noise, **shared)
     shared["dropout_p"] = dropout_p
     want_first = any(wanted[:9])
     du, *gradients = gated_mixing_backward(
-        kernels, dy, u, *of_features, axis=3, eps=eps[1], seed=seeds[1], wanted=(want_first, *wanted[9:]), **shared
+        kernels, dy, u, *of_features, axis=3, eps=eps2, seed=seeds[1], wanted=(want_first, *wanted[9:]), **shared
     )
     first = (None,) * 9
     if want_first:
         first = gated_mixing_backward(
-            kernels, du, x, *of_patches, axis=2, eps=eps[0], seed=seeds[0], wanted=wanted[:9], **shared
+            kernels, du, x, *of_patches, axis=2, eps=eps1, seed=seeds[0], wanted=wanted[:9], **shared
         )
     return *first, *gradients
 

@@ -19,7 +19,6 @@ from .. import backends, functional
 from ..shapes import MixerShape
 from .bare import BareProducts, bare_function
 from .cases import Case
-from .check import COMPILED_GRADIENT_FACTOR, GRADIENT_FACTOR
 
 EPS = 1e-6  # timm's
 PROVIDERS = ("eager", "compile", *reversed(backends.BACKENDS), "bare")  # in the order of the rows
@@ -51,7 +50,6 @@ class Provider:
     name: str
     build: Callable[[], tuple[Callable[[Tensor], Any], str | None]]  # in mode "train" see training
     computes_case: bool = True  # False: it does less, so there is no result to compare with eager's
-    gradient_factor: float = GRADIENT_FACTOR  # see check
 
 
 @dataclass
@@ -199,7 +197,7 @@ def compiled(
         run = torch.compile(function, backend=compiler, mode=chosen, fullgraph=True, dynamic=False)
         return run, f"mode={mode}"
 
-    return Provider("compile", build, gradient_factor=COMPILED_GRADIENT_FACTOR)
+    return Provider("compile", build)
 
 
 def fused(

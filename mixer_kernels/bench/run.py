@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .check import why_wrong, why_wrong_in_training
+from .check import judged_by, why_wrong, why_wrong_in_training
 from .memory import memory_of
 from .providers import CannotRun, Provider
 from .report import Row, group_rows
@@ -92,9 +92,10 @@ def prepare_providers(
                 if provider.computes_case:
                     if eager_result is None:
                         eager_result = result
-                        expected = reference(inputs[0] if training else inputs[0][images].double())
+                        checked = inputs[0] if training else inputs[0][images].double()
+                        expected = judged_by(lambda checked=checked: reference(checked), case.dtype)
                     if training:
-                        wrong = why_wrong_in_training(result, eager_result, expected, provider.gradient_factor)
+                        wrong = why_wrong_in_training(result, eager_result, expected)
                     else:
                         wrong = why_wrong(result, eager_result, expected, images)
                     if wrong is not None:

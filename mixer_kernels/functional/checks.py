@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, ops
 from ..tracing import constant_while_tracing, transform
 from ..words import one_of, warn_once
 
@@ -80,6 +80,15 @@ def seed_for(x: Tensor, noise: tuple[float, float], number: int = 1) -> Tensor |
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of one of them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def takes_packs(
+    packs: dict[str, Tensor] | None, name: str, noise: tuple[float, float], *tensors: Tensor | None
+) -> bool:
+    """Whether a call on backend ``name`` can take the packs of a frozen block: without gradients, without noise."""
+    return (
+        packs is not None and name != "torch" and noise == (0, 0) and not needs_grad(*tensors) and ops.takes_packs(name)
+    )
 
 
 def check(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import torch as torch_backend
-from .checks import check, check_channel_shapes, check_token_shapes, choose, needs_grad, seed_for
+from .checks import check, check_channel_shapes, check_token_shapes, choose, needs_grad, seed_for, takes_packs
 
 
 def token_mixing(
@@ -24,6 +24,7 @@ def token_mixing(
     drop_path_p: float = 0.0,
     backend: str | None = None,
     activation: str = "gelu",
+    packs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """The token-mixing half of a Mixer block: ``x + W2 . GELU(W1 . LN(x) + b1) + b2`` along tokens.
 
@@ -50,6 +51,7 @@ def token_mixing(
         backend: "auto", "cuda", "cuda:sm90", "triton" or "torch"; None for what ``use_backend`` or
             ``MIXER_KERNELS_BACKEND`` says.
         activation: "gelu", or "swiglu", which the cuda backend does not have.
+        packs: the weights as kernels take them, of a block that ``freeze_`` froze.
 
     Returns:
         ``u [B, S, C]`` in ``x``'s dtype.
@@ -59,6 +61,9 @@ def token_mixing(
     check_token_shapes(x, parameters, activation)
     name = choose(backend, x, dtype, _relative(activation))
     noise = (dropout_p, drop_path_p)
+    if takes_packs(packs, name, noise, x, gamma, beta, w1, b1, w2, b2):
+        tensors = (gamma, beta, w1, b1, w2, b2)
+        return ops.packed("token_mixing", x, tensors, packs, dtype, name, (eps,), approximate, activation)
     return _token_mixing(x, (gamma, beta, w1, b1, w2, b2), eps, approximate, dtype, noise, name, activation)
 
 
@@ -79,6 +84,7 @@ def channel_mixing(
     backend: str | None = None,
     activation: str = "gelu",
     norm: str = "layer",
+    packs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """The channel-mixing half of a Mixer block: ``u + GELU(LN(u) . W3' + b3) . W4' + b4`` along channels.
 
@@ -96,7 +102,7 @@ def channel_mixing(
         gamma, beta: LayerNorm's weight and bias, ``[C]`` or None.
         w3, b3: ``[D_C, C]`` and ``[D_C]`` or None; for SwiGLU ``[2 * D_C, C]`` and ``[2 * D_C]``.
         w4, b4: ``[C, D_C]`` and ``[C]`` or None.
-        eps, approximate, dropout_p, drop_path_p, backend, activation: as for ``token_mixing``.
+        eps, approximate, dropout_p, drop_path_p, backend, activation, packs: as for ``token_mixing``.
         memory: "fast" or "min", what training keeps; None for nothing, where no gradient will be asked for.
         norm: "layer", or "affine", which the cuda backend does not have.
 
@@ -109,6 +115,8 @@ def channel_mixing(
     name = choose(backend, u, dtype, _relative(activation, norm))
     noise = (dropout_p, drop_path_p)
     parameters = (gamma, beta, w3, b3, w4, b4)
+    if takes_packs(packs, name, noise, u, *parameters):
+        return ops.packed("channel_mixing", u, parameters, packs, dtype, name, (eps,), approximate, activation, norm)
     return _channel_mixing(u, parameters, eps, approximate, dtype, noise, name, memory, activation, norm)
 
 
@@ -134,6 +142,7 @@ def mixer_block(
     memory: str | None = "fast",
     backend: str | None = None,
     activation: str = "gelu",
+    packs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """A whole Mixer block: ``channel_mixing(token_mixing(x, ...), ...)``; as one operator where no gradient is needed.
 
@@ -144,7 +153,7 @@ def mixer_block(
         gamma1, beta1, w1, b1, w2, b2: as for ``token_mixing``.
         gamma2, beta2, w3, b3, w4, b4: as for ``channel_mixing``.
         eps: of both LayerNorms, or of the first and the second.
-        approximate, dropout_p, drop_path_p, memory, backend, activation: as for ``channel_mixing``.
+        approximate, dropout_p, drop_path_p, memory, backend, activation, packs: as for ``channel_mixing``.
 
     Returns:
         ``y [B, S, C]`` in ``x``'s dtype.
@@ -160,6 +169,9 @@ def mixer_block(
     name = choose(backend, x, dtype, _relative(activation))
     noise = (dropout_p, drop_path_p)
     tokens, channels = (gamma1, beta1, w1, b1, w2, b2), (gamma2, beta2, w3, b3, w4, b4)
+    if takes_packs(packs, name, noise, x, *tokens, *channels):
+        tensors = (*tokens, *channels)
+        return ops.packed("mixer_block", x, tensors, packs, dtype, name, (eps1, eps2), approximate, activation)
     if name != "torch" and noise == (0, 0) and (memory is None or not needs_grad(x, *tokens, *channels)):
         return ops.mixer_block(x, *tokens, *channels, eps1, eps2, approximate, dtype, name, activation)
     u = _token_mixing(x, tokens, eps1, approximate, dtype, noise, name, activation)

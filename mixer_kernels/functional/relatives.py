@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import torch as torch_backend
-from .checks import check, check_columns, check_norm, check_shape, choose, needs_grad, seed_for
+from .checks import check, check_columns, check_norm, check_shape, choose, needs_grad, seed_for, takes_packs
 
 
 def token_linear(
@@ -22,6 +22,7 @@ def token_linear(
     *,
     drop_path_p: float = 0.0,
     backend: str | None = None,
+    packs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """The token half of a ResMLP block: ``x + scale * (W . (alpha * x + beta) + b)`` along tokens.
 
@@ -37,6 +38,7 @@ def token_linear(
         scale: LayerScale, ``[C]`` or None for 1.
         drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
         backend: "auto", "triton" or "torch"; the cuda backend does not have it.
+        packs: as for ``token_mixing``.
 
     Returns:
         ``u [B, S, C]`` in ``x``'s dtype.
@@ -50,6 +52,9 @@ def token_linear(
     name = choose(backend, x, dtype, "token_linear")
     if name == "torch":
         return torch_backend.token_linear_forward(x, alpha, beta, w, b, scale, dtype=dtype, drop_path_p=drop_path_p)
+    tensors = (alpha, beta, w, b, scale)
+    if takes_packs(packs, name, (0, drop_path_p), x, *tensors):
+        return ops.packed("token_linear", x, tensors, packs, dtype, name)
     seed = seed_for(x, (0, drop_path_p))
     return ops.token_linear(x, alpha, beta, w, b, scale, dtype, drop_path_p, seed, name)
 
@@ -112,6 +117,7 @@ def gated_channel_mixing(
     drop_path_p: float = 0.0,
     memory: str | None = "fast",
     backend: str | None = None,
+    packs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """A whole gMLP block: a channel MLP with ``spatial_gating`` between its products.
 
@@ -136,6 +142,7 @@ def gated_channel_mixing(
         memory: "fast" or "min", what training keeps: x, its row statistics and, "fast", the hidden units z;
             None for nothing, where no gradient will be asked for.
         backend: "auto", "triton" or "torch"; the cuda backend does not have it.
+        packs: as for ``token_mixing``.
 
     Returns:
         ``y [B, S, C]`` in ``x``'s dtype.
@@ -164,6 +171,8 @@ def gated_channel_mixing(
             dropout_p=dropout_p, drop_path_p=drop_path_p,
         )  # fmt: skip
     noise = (dropout_p, drop_path_p)
+    if takes_packs(packs, name, noise, x, *tensors):
+        return ops.packed("gated_channel_mixing", x, tensors, packs, dtype, name, (eps, gate_eps), approximate)
     keep_z = memory == "fast" and needs_grad(x, *tensors)
     return ops.gated_channel_mixing(
         x, *tensors, eps, gate_eps, approximate, dtype, *noise, seed_for(x, noise), name, keep_z

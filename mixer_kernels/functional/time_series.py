@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import torch as torch_backend
 from ..tuning.configs import MAX_GATED_EXTENT
-from .checks import check, check_is_tensor, check_norm, check_shape, choose, needs_grad, seed_for
+from .checks import check, check_is_tensor, check_norm, check_shape, choose, needs_grad, seed_for, takes_packs
 
 
 def gated_mixing(
@@ -28,6 +28,7 @@ def gated_mixing(
     approximate: str = "none",
     dropout_p: float = 0.0,
     backend: str | None = None,
+    packs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """One mixer of a PatchTSMixer layer: an MLP with a softmax gate, along any axis of ``x``; for short axes.
 
@@ -53,6 +54,7 @@ def gated_mixing(
         approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
         dropout_p: probability of dropping an element after GELU and after the second product, in [0, 1].
         backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernel takes a K up to 256.
+        packs: as for ``token_mixing``.
 
     Returns:
         ``y`` in ``x``'s shape and dtype.
@@ -77,6 +79,9 @@ def gated_mixing(
             x, *tensors, axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
             dropout_p=dropout_p,
         )  # fmt: skip
+    elif takes_packs(packs, name, (dropout_p, 0.0), x, *tensors):
+        mixed = {"axis": axis + 4, "gate_first": gate_first}
+        y = ops.packed("gated_mixing", x, tensors, packs, dtype, name, (eps,), approximate, **mixed)
     else:
         seed = seed_for(x, (dropout_p, 0.0))
         y = ops.gated_mixing(x, *tensors, axis + 4, gate_first, eps, approximate, dtype, dropout_p, seed, name)
@@ -107,6 +112,7 @@ def gated_mixer_layer(
     dropout_p: float = 0.0,
     memory: str | None = "fast",
     backend: str | None = None,
+    packs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """A PatchTSMixer layer: patches mixed, then features; one kernel where the layer is small.
 
@@ -134,6 +140,7 @@ def gated_mixer_layer(
         memory: what training keeps: "fast" ``x`` and u, "min" ``x`` alone; None where no gradient will be asked for.
         backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernels take a P and an F up
             to 256.
+        packs: as for ``token_mixing``.
 
     Returns:
         ``y`` in ``x``'s shape and dtype.
@@ -156,12 +163,14 @@ def gated_mixer_layer(
     _check_mixer(x, of_patches, axis=-2, half="1")
     _check_mixer(x, of_features, axis=-1, half="2")
     name = choose(backend, x, dtype, "gated_mixer_layer", _unfit(max(x.shape[2:])))
+    tensors = (*of_patches.values(), *of_features.values())
     if name == "torch":
         shared = {"gate_first": False, "approximate": approximate, "dtype": dtype, "dropout_p": dropout_p}
         u = torch_backend.gated_mixing_forward(x, *of_patches.values(), axis=-2, eps=eps1, **shared)
         y = torch_backend.gated_mixing_forward(u, *of_features.values(), axis=-1, eps=eps2, **shared)
+    elif takes_packs(packs, name, (dropout_p, 0.0), x, *tensors):
+        y = ops.packed("gated_mixer_layer", x, tensors, packs, dtype, name, (eps1, eps2), approximate)
     else:
-        tensors = (*of_patches.values(), *of_features.values())
         seed = seed_for(x, (dropout_p, 0.0), number=2)
         keep_u = memory == "fast" and needs_grad(x, *tensors)
         y = ops.gated_mixer_layer(x, *tensors, eps1, eps2, approximate, dtype, dropout_p, seed, name, keep_u)[0]

@@ -5,23 +5,27 @@ backend does inside. Operators take tensors that ``functional`` has checked, the
 a backend with kernels; they return new contiguous tensors.
 """
 
-from .mixer import channel_mixing, channel_mixing_backward, mixer_block, token_mixing, token_mixing_backward
-from .relatives import (
+from .operators import (
+    channel_mixing,
+    channel_mixing_backward,
     gated_channel_mixing,
     gated_channel_mixing_backward,
-    spatial_gating,
-    spatial_gating_backward,
-    token_linear,
-    token_linear_backward,
-)
-from .time_series import (
     gated_mixer_layer,
     gated_mixer_layer_backward,
     gated_mixing,
     gated_mixing_backward,
+    mixer_block,
+    spatial_gating,
+    spatial_gating_backward,
+    token_linear,
+    token_linear_backward,
+    token_mixing,
+    token_mixing_backward,
 )
+from .packed import NewPacks, packed, takes_packs
 
 __all__ = [
+    "NewPacks",
     "channel_mixing",
     "channel_mixing_backward",
     "gated_channel_mixing",
@@ -31,8 +35,10 @@ __all__ = [
     "gated_mixing",
     "gated_mixing_backward",
     "mixer_block",
+    "packed",
     "spatial_gating",
     "spatial_gating_backward",
+    "takes_packs",
     "token_linear",
     "token_linear_backward",
     "token_mixing",

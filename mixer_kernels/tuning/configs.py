@@ -8,6 +8,7 @@ the resource report; where a GPU has measured them, benchmarks/results says so.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 
@@ -64,6 +65,7 @@ def are_fused(tokens: int, dtype: torch.dtype, gated: bool) -> bool:
     return tokens <= MAX_FUSED_TOKENS and not (gated and dtype is torch.float32)
 
 
+@functools.cache  # of numbers alone
 def token_segments(tokens: int, longest: int = 128) -> tuple[int, int, int, int]:
     """Cut the token axis into at most four powers of two, the least that cover it; absent segments are 0.
 

@@ -45,6 +45,7 @@ KNOWN_TARGETS: dict[str, Target] = {
     )
 }
 
+# Set and put back by assume_target.
 _assumed: contextvars.ContextVar[Target | None] = contextvars.ContextVar("mixer_kernels_target", default=None)
 
 
@@ -66,7 +67,7 @@ def target_of(device: torch.device) -> Target:
     return _device_target(device.index) if device.type == "cuda" else KNOWN_TARGETS["sm_80"]
 
 
-@functools.cache
+@functools.cache  # a device stays what it is while the process lives
 def _device_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:

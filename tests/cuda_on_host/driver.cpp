@@ -57,13 +57,51 @@ class Block {
     }
 
     // Zero-padded to [rows_padded, columns_padded], of a weight of the other orientation if transposed.
-    void* packed(const char* name, int64_t rows, int64_t columns, int64_t rows_padded, int64_t columns_padded,
+    void* packed(const char* name, int rows, int columns, int64_t rows_padded, int64_t columns_padded,
                  bool transposed = false) {
         Array& result = add(name, p_.type, rows_padded, columns_padded);
-        if (transposed) std::swap(rows, columns);
-        check("mk_pack_weight", mk_pack_weight(random("weight", MK_FLOAT32, rows, columns), MK_FLOAT32, rows, columns,
-                                               transposed, result, p_.type, rows_padded, columns_padded, nullptr));
+        const mk_packing packing = packing_of(rows, columns, transposed, result, rows_padded, columns_padded);
+        check("mk_pack_weights", mk_pack_weights(&packing, 1, nullptr, nullptr));
         return result;
+    }
+    mk_packing packing_of(int rows, int columns, bool transposed, void* result, int64_t rows_padded,
+                          int64_t columns_padded) {
+        void* w = random("weight", p_.stream, transposed ? columns : rows, transposed ? rows : columns);
+        return {w,
+                p_.stream,
+                rows,
+                columns,
+                transposed ? 1 : columns,
+                transposed ? rows : 1,
+                result,
+                p_.type,
+                static_cast<int>(rows_padded),
+                static_cast<int>(columns_padded)};
+    }
+
+    // W' and what goes with it, and in the same launch a vector.
+    void fold(mk_channel_fc1_arguments& fc1) {
+        const int columns = static_cast<int>(padded(p_.C, MK_K_MULTIPLE));
+        Array& w = add("w3", p_.type, p_.D_C, columns);
+        float* wg = add("wg", MK_FLOAT32, 1, p_.D_C).floats();
+        float* wb = add("wb", MK_FLOAT32, 1, p_.D_C).floats();
+        float* scale = p_.type == MK_FLOAT16 ? add("scale", MK_FLOAT32, 1, p_.D_C).floats() : nullptr;
+        const auto affine = [&](const char* name, int64_t length) {
+            return p_.affine ? mk_vector{random(name, p_.stream, 1, length), p_.stream, 1} : mk_vector{};
+        };
+        const mk_folding folding{packing_of(p_.D_C, p_.C, false, w, p_.D_C, columns),
+                                 affine("gamma", p_.C),
+                                 affine("beta", p_.C),
+                                 affine("b3", p_.D_C),
+                                 wg,
+                                 wb,
+                                 scale};
+        const mk_packing vector = packing_of(1, p_.D_C, false, add("b", p_.type, 1, p_.D_C + 3), 1, p_.D_C + 3);
+        check("mk_pack_weights", mk_pack_weights(&vector, 1, &folding, nullptr));
+        fc1.w3 = w;
+        fc1.wg = wg;
+        fc1.wb = wb;
+        fc1.scale = scale;
     }
 
     mk_size size() const { return {p_.B, p_.S, p_.C}; }
@@ -160,16 +198,13 @@ class Block {
         const mk_norm norm = statistics(u_);
         Array& a = add("a", p_.type, rows, p_.D_C, row);
         Array& z = add("z", p_.type, rows, p_.D_C, row);
-        mk_channel_fc1_arguments fc1{
-            u_,      size(),  norm,    p_.type, p_.D_C, packed("w3", p_.D_C, p_.C, p_.D_C, C_pad),
-            nullptr, nullptr, nullptr, nullptr, noise_, p_.tanh,
-            row,     a,       z};
+        mk_channel_fc1_arguments fc1{u_,      size(),  norm,   p_.type, p_.D_C, nullptr, nullptr, nullptr,
+                                     nullptr, nullptr, noise_, p_.tanh, row,    a,       z};
         if (p_.folded) {
             fc1.norm.gamma = fc1.norm.beta = nullptr;
-            fc1.wg = vector("wg", p_.D_C);
-            fc1.wb = vector("wb", p_.D_C);
-            fc1.scale = p_.type == MK_FLOAT16 ? vector("scale", p_.D_C) : nullptr;
+            fold(fc1);
         } else {
+            fc1.w3 = packed("w3", p_.D_C, p_.C, p_.D_C, C_pad);
             fc1.b3 = vector("b3", p_.D_C);
         }
         check("mk_channel_fc1_forward", mk_channel_fc1_forward(&fc1, nullptr));

@@ -96,8 +96,17 @@ class Block {
     void* packed(void* w, int64_t rows, int64_t columns, int64_t rows_padded, int64_t columns_padded,
                  bool transposed = false) {
         Array& result = add("weight", p_.type, rows_padded, columns_padded);
-        check("mk_pack_weight", mk_pack_weight(w, MK_FLOAT32, rows, columns, transposed, result, p_.type, rows_padded,
-                                               columns_padded, nullptr));
+        const mk_packing packing{w,
+                                 MK_FLOAT32,
+                                 static_cast<int>(transposed ? columns : rows),
+                                 static_cast<int>(transposed ? rows : columns),
+                                 transposed ? 1 : columns,
+                                 transposed ? columns : 1,
+                                 result,
+                                 p_.type,
+                                 static_cast<int>(rows_padded),
+                                 static_cast<int>(columns_padded)};
+        check("mk_pack_weights", mk_pack_weights(&packing, 1, nullptr, nullptr));
         return result;
     }
 

@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from accuracy import assert_accurate
+from accuracy import assert_accurate, reference
 from blocks import PRODUCTS
 
 from mixer_kernels import FusedMixerBlock, use_backend
@@ -90,18 +90,19 @@ def _timm(settings: Settings, backend: str, dtype: torch.dtype) -> Task:
         import timm
 
         options = {"img_size": 64, "num_classes": 10} if settings.rehearse else {}
-        reference = timm.create_model(name, **options).eval().requires_grad_(False)
+        timms = timm.create_model(name, **options).eval().requires_grad_(False)
         model = timm.create_model(name, block_layer=FusedMixerBlock, **options).eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        for each in (reference, model):
+        for each in (timms, model):
             each.blocks = each.blocks[: 1 if settings.rehearse else 4]
-        for parameter in reference.parameters():  # timm's classifier starts as zeros
+        for parameter in timms.parameters():  # timm's classifier starts as zeros
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-        model.load_state_dict(reference.state_dict())
-        size = reference.stem.img_size[0]
+        model.load_state_dict(timms.state_dict())
+        size = timms.stem.img_size[0]
         images = torch.randn(2, 3, size, size, generator=generator).to(settings.device, dtype)
-        eager = reference.to(settings.device, dtype)(images)
-        exact = reference.double()(images.double())
+        eager = timms.to(settings.device, dtype)(images)
+        wide = timms.double()
+        exact = reference(lambda: wide(images.double()), dtype)
         model = model.to(settings.device, dtype)
         with on_target(settings), use_backend(backend):
             actual = model(images)

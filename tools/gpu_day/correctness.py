@@ -89,11 +89,9 @@ def forward_task(
             actual = run_watched(settings, case, sample, level, block, x, target)
         values["config"] = config_of(launches)
         assert torch.equal(x.nan_to_num(), before.nan_to_num()), "x was written to"
-        eager, exact = eager_and_exact(sample, level, block, x)
-        if sample.mean:  # the residual hides the error of what is added to it
-            wide = x.to(actual.dtype)
-            actual, eager, exact = actual - wide, eager - wide, exact - x.double()
-        compare(values, actual, eager, exact)
+        # The residual hides the error of what is added to it.
+        residual = x.to(actual.dtype) if sample.mean else 0.0
+        compare(values, actual - residual, *eager_and_exact(sample, level, block, x, residual))
 
     return sample.task(level, run, prefix)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accuracy import reference
 from blocks import make_block
 from sm90_variants import PRODUCTS, SCHEDULES, ChannelProducts, TokenMixing
 from torch import Tensor
@@ -115,10 +116,11 @@ def _task(settings: Settings, what: str, case: Case, functions_of: Callable[[Any
 
 def _check(values: dict[str, Any], what: str, first: Any, functions: Functions, dtype: torch.dtype) -> None:
     """A variant that is fast and wrong is neither."""
-    if what == "token mixing":
-        eager, exact = ({"u": first.expected(each)} for each in (dtype, torch.float64))
-    else:
-        eager, exact = (first.expected(what, each) for each in (dtype, torch.float64))
+
+    def expected(each: torch.dtype) -> dict[str, Tensor]:
+        return {"u": first.expected(each)} if what == "token mixing" else first.expected(what, each)
+
+    eager, exact = expected(dtype), reference(lambda: expected(torch.float64), dtype)
     for variant, function in functions.items():
         if variant != BARE:
             for name, actual in function(first).items():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accuracy import reference
 
 from mixer_kernels import info
 from mixer_kernels.shapes import MixerShape
@@ -65,7 +66,7 @@ def _wrong_element(device: str) -> None:
     block, x = sample.make(device)
     actual, (eager, exact) = ours(sample, "block", block, x), eager_and_exact(sample, "block", block, x)
     compare({}, actual, eager, exact)
-    ulps = 2.0**-4 * exact.abs().max()  # 8 units in the last place of the largest value
+    ulps = 2.0**-4 * exact.value.abs().max()  # 8 units in the last place of the largest value
     actual[1, 20, 30] += ulps.to(actual.dtype)
     _notices("a wrong element", lambda: compare({}, actual, eager, exact))
 
@@ -75,8 +76,8 @@ def _unwritten_element(device: str) -> None:
         t = torch.empty(2, 3, dtype=torch.bfloat16, device=device)
     t.view(-1)[:5] = 1
     watch.check(t)
-    exact = torch.ones(2, 3, dtype=torch.float64, device=device)
-    _notices("an unwritten element", lambda: compare({}, t, exact.bfloat16(), exact))
+    exact = reference(lambda: torch.ones(2, 3, dtype=torch.float64, device=device), t.dtype)
+    _notices("an unwritten element", lambda: compare({}, t, torch.ones_like(t), exact))
 
 
 def _write_beside(device: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate
+from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, Reference, assert_accurate, reference
 from blocks import CHANNEL_NAMES, PRODUCTS, TOKEN_NAMES, Block, make_block, make_x
 from torch import Tensor
 
@@ -120,28 +120,36 @@ def ours(sample: Sample, level: str, block: Block, x: Tensor) -> Tensor:
         return LEVELS[level](x, *parameters_of(block, level), **options)
 
 
-def eager_and_exact(sample: Sample, level: str, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The torch backend's results, in the sample's dtype and in float64."""
+def eager_and_exact(
+    sample: Sample, level: str, block: Block, x: Tensor, minus: Tensor | float = 0.0
+) -> tuple[Tensor, Reference]:
+    """The torch backend's results, less ``minus``, in the sample's dtype and in float64."""
     options = {"eps": EPS, "approximate": sample.approximate, "backend": "torch"}
     with arithmetic(sample, x.device.type):
         eager = LEVELS[level](x, *parameters_of(block, level), **options)
+    parameters = parameters_of(block.to(torch.float64), level)
     with torch.no_grad():
-        exact = LEVELS[level](x.double(), *parameters_of(block.to(torch.float64), level), **options)
-    return eager, exact
+        exact = judged(sample, lambda: LEVELS[level](x.double(), *parameters, **options) - minus)
+    return eager - minus, exact
+
+
+def judged(sample: Sample, compute: Callable[[], Any]) -> Any:
+    """``compute``, in float64, as what the sample's results are judged by."""
+    return reference(compute, sample.stream_dtype, TORCH_DTYPES[sample.dtype])
 
 
 def compare(
     values: dict[str, Any],
     actual: Tensor,
     eager: Tensor,
-    exact: Tensor,
+    exact: Reference,
     what: str = "output",
     factor: float = FORWARD_FACTOR,
 ) -> None:
     """Note the largest error and its ratio to eager's, the worst of the task so far; then the accuracy rule."""
-    finite = exact.isfinite() & eager.isfinite() & actual.isfinite()
+    finite = exact.value.isfinite() & eager.isfinite() & actual.isfinite()
     if bool(finite.any()):
-        error, theirs = ((t.double() - exact)[finite].abs().max().item() for t in (actual, eager))
+        error, theirs = ((t.double() - exact.value)[finite].abs().max().item() for t in (actual, eager))
         values["max_err"] = max(error, values.get("max_err", 0.0))
         if theirs:
             values["err_vs_eager"] = max(error / theirs, values.get("err_vs_eager", 0.0))
@@ -171,7 +179,8 @@ def compare_gradients(
 ) -> None:
     """``actual`` against eager's and float64's gradients, at most three times eager's own error."""
     eager = gradients_of(sample, level, block, x, dy, "torch")
-    exact = gradients_of(sample, level, block.to(torch.float64), x.double(), dy.double(), "torch")
+    wide = block.to(torch.float64)
+    exact = judged(sample, lambda: gradients_of(sample, level, wide, x.double(), dy.double(), "torch"))
     for name in actual:
         what, factor = ("output", FORWARD_FACTOR) if name == "output" else (f"gradient of {name}", GRADIENT_FACTOR)
         compare(values, actual[name], eager[name], exact[name], what, factor)

@@ -1,4 +1,4 @@
-"""Streams, CUDA graphs, threads: who orders a kernel behind what it reads, and a weight behind its packing."""
+"""Streams, CUDA graphs, threads: who orders a kernel behind what it reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixer_kernels.backends import forget_packs
 from mixer_kernels.shapes import SPECS, MixerShape
 
 from .kernels import on_each_backend
@@ -53,8 +52,7 @@ def _tasks(settings: Settings, backend: str) -> list[Task]:
     samples = samples_on(backend, samples)
     on_gpu: dict[str, Check] = {
         "side stream behind a sleep": _side_stream,
-        "weights packed on another stream": _packed_elsewhere,
-        "packs dropped while another stream reads them": _dropped_while_read,
+        "packs gone while their stream reads them": _gone_while_read,
         "graph, inputs change": _graph_inputs,
         "graph, weights change in place": _graph_weights,
         "graph, training step with dropout": _graph_training,
@@ -71,7 +69,6 @@ def _task(settings: Settings, name: str, check: Check, sample: Sample, needs_gpu
     def run(values: dict[str, Any]) -> None:
         if needs_gpu and settings.device != "cuda":
             raise Skip("needs a GPU")
-        forget_packs()
         check(settings, case, sample, values)
 
     return sample.task("block", run, prefix)
@@ -99,23 +96,7 @@ def _side_stream(settings: Settings, case: str, sample: Sample, values: dict[str
     _same(settings, case, actual, expected, "on the side stream")
 
 
-def _packed_elsewhere(settings: Settings, case: str, sample: Sample, values: dict[str, Any]) -> None:
-    block, x = sample.make("cuda")
-    expected = ours(sample, "block", block, x)
-    for _ in range(3):
-        forget_packs()
-        torch.cuda.synchronize()
-        packer, reader = torch.cuda.Stream(), torch.cuda.Stream()
-        with torch.cuda.stream(packer):
-            torch.cuda._sleep(SLEEP_CYCLES)
-            ours(sample, "block", block, x)
-        with torch.cuda.stream(reader):
-            actual = ours(sample, "block", block, x)
-        torch.cuda.synchronize()
-        _same(settings, case, actual, expected, "read right behind the packing")
-
-
-def _dropped_while_read(settings: Settings, case: str, sample: Sample, values: dict[str, Any]) -> None:
+def _gone_while_read(settings: Settings, case: str, sample: Sample, values: dict[str, Any]) -> None:
     block, x = sample.make("cuda")
     expected = ours(sample, "block", block, x)
     torch.cuda.synchronize()
@@ -123,7 +104,6 @@ def _dropped_while_read(settings: Settings, case: str, sample: Sample, values: d
     with torch.cuda.stream(reader):
         torch.cuda._sleep(SLEEP_CYCLES)
         actual = ours(sample, "block", block, x)
-    forget_packs()
     sizes = [2**exponent for exponent in range(26, 8, -1)]
     clobber = [torch.full((size // 4,), torch.nan, device="cuda") for size in sizes for _ in range(SIDE_BY_SIDE)]
     torch.cuda.synchronize()
@@ -223,12 +203,11 @@ def _second_gpu(settings: Settings, case: str, sample: Sample, values: dict[str,
 
 
 def _threads(settings: Settings, case: str, sample: Sample, values: dict[str, Any]) -> None:
-    """Four threads on one set of weights, each with its own stream and input; all start with the packing."""
+    """Four threads on one set of weights, each with its own stream and input."""
     block, _ = sample.make(settings.device)
     inputs = [sample.make(settings.device)[1] for _ in range(THREADS)]
     with on_target(settings):
         expected = [ours(sample, "block", block, x) for x in inputs]
-    forget_packs()
     if settings.device == "cuda":
         torch.cuda.synchronize()
     results: list[Any] = [[] for _ in inputs]

@@ -1,7 +1,8 @@
 """The ``cuda`` backend: kernels compiled by nvcc when the package was installed, for NVIDIA GPUs from sm_80 on.
 
-No compiler runs at the first call, and a whole block is one call into ``mixer_kernels._C``: five launches (six for more
-than 256 tokens) on PyTorch's current stream, in memory from PyTorch's allocator. The kernels are in csrc/.
+No compiler runs at the first call. A whole block is two calls into ``mixer_kernels._C``: one launch that packs its
+weights, five (six for more than 256 tokens) that compute it, on PyTorch's current stream, in memory from PyTorch's
+allocator. The kernels are in csrc/.
 
 On compute capability 9.0 there are kernels of that GPU's own instructions for the fused token half, forward and
 backward, and for the channel products: those of csrc/sm90. Functions use them for the tensors that they take
@@ -19,12 +20,14 @@ from ..noise import Noise
 from ..rounding import round_up
 from .backward import backward_kernels
 from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of, why_not
-from .prepack import fc1_weights, fc2_weights, token_weights
+from .prepack import BlockWeights, channel_weights, forward_weights, frozen_weights, token_weights
 
 SM90_STATISTICS_CHANNELS = 64  # see mk_sm90_token_mixing_arguments in csrc/sm90/launchers.h
 
 __all__ = [
+    "BlockWeights",
     "backward_kernels",
+    "block_weights",
     "channel_mixing_forward",
     "mixer_block_forward",
     "token_mixing_forward",
@@ -56,13 +59,14 @@ def token_mixing_forward(
         return u, mean, rstd
     with device_of(x):
         sm90 = sm90_takes(x, dtype, sm90, tokens=True)
-        weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90)
+        weights, packed = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90)
         a = _token_scratch(x, w1, dtype)
         loaded().token_mixing_forward(
-            layout(x), x.shape, eps, weights.arguments, TYPES[dtype], approximate == "tanh",
+            layout(x), x.shape, eps, weights, TYPES[dtype], approximate == "tanh",
             noise_of(Noise(dropout_p, drop_path_p, seed)), limits_of(x),
             pointer(mean), pointer(rstd), pointer(a), pointer(u), stream_of(x),
         )  # fmt: skip
+        del packed  # its memory is read until here
     return u, mean, rstd
 
 
@@ -90,14 +94,15 @@ def channel_mixing_forward(
     z = _hidden(u, w3, dtype) if keep_z else None
     if u.numel() > 0:
         with device_of(u):
-            first = fc1_weights(gamma, beta, w3, b3, dtype, folded=u.dtype is dtype)
-            second = fc2_weights(w4, b4, dtype)
+            folded = u.dtype is dtype
+            first, second, packed = channel_weights(gamma, beta, w3, b3, w4, b4, dtype, folded)
             a = _hidden(u, w3, dtype)
             loaded().channel_mixing_forward(
-                layout(u), u.shape, eps, first.arguments, second.arguments, TYPES[dtype], approximate == "tanh",
+                layout(u), u.shape, eps, first, second, TYPES[dtype], approximate == "tanh",
                 noise_of(Noise(dropout_p, drop_path_p, seed)), limits_of(u), sm90_takes(u, dtype, sm90),
                 pointer(mean), pointer(rstd), pointer(a), pointer(z), a.shape[1], pointer(y), stream_of(u),
             )  # fmt: skip
+            del packed  # its memory is read until here
     return y, mean, rstd, None if z is None else z[:, : w3.shape[0]]
 
 
@@ -121,26 +126,45 @@ def mixer_block_forward(
     approximate: str,
     dtype: torch.dtype,
     sm90: bool | None = None,
+    packs: BlockWeights | None = None,
 ) -> Tensor:
-    """``y [B, S, C]``, contiguous, of the whole block, without dropout and stochastic depth: one call."""
+    """``y [B, S, C]``, contiguous, of the whole block, without dropout and stochastic depth.
+
+    ``packs``: of ``block_weights``, of the same parameters as they are now. Where they were made for other kernels than
+    those that take ``x``, weights are packed as without.
+    """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
     with device_of(x):
         sm90_tokens = sm90_takes(x, dtype, sm90, tokens=True)
-        tokens = token_weights(gamma1, beta1, w1, b1, w2, b2, dtype, sm90_tokens)
-        first = fc1_weights(gamma2, beta2, w3, b3, dtype, folded=x.dtype is dtype)
-        second = fc2_weights(w4, b4, dtype)
+        kind = (dtype, x.dtype is dtype, sm90_tokens)
+        if packs is not None and packs.fit(*kind):
+            tokens, first, second = packs.addresses(w1.shape[0])
+        else:
+            token, channel = (gamma1, beta1, w1, b1, w2, b2), (gamma2, beta2, w3, b3, w4, b4)
+            tokens, first, second, packs = forward_weights(token, channel, *kind)
         statistics = torch.empty(4, x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
         u = torch.empty_like(y)
         partial = _partial_statistics(x) if sm90_tokens else None
         a_tokens, a_channels = _token_scratch(x, w1, dtype), _hidden(x, w3, dtype)
         loaded().mixer_block_forward(
-            layout(x), x.shape, eps1, eps2, tokens.arguments, first.arguments, second.arguments, TYPES[dtype],
-            approximate == "tanh", limits_of(x), sm90_takes(u, dtype, sm90), pointer(statistics), pointer(partial),
-            pointer(a_tokens), pointer(u), pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
+            layout(x), x.shape, eps1, eps2, tokens, first, second, TYPES[dtype], approximate == "tanh",
+            limits_of(x), sm90_takes(u, dtype, sm90), pointer(statistics), pointer(partial), pointer(a_tokens),
+            pointer(u), pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
         )  # fmt: skip
+        del packs  # their memory is read until here
     return y
+
+
+def block_weights(x: Tensor, *parameters: Tensor | None, dtype: torch.dtype, sm90: bool | None = None) -> BlockWeights:
+    """What ``mixer_block_forward`` makes of its ``parameters`` in every call on a tensor like ``x``, to be made once.
+
+    Right until a parameter changes, which the caller has to see. Tensors, or None: they can be moved and copied.
+    """
+    with device_of(x):
+        sm90_tokens = sm90_takes(x, dtype, sm90, tokens=True)
+        return frozen_weights(parameters[:6], parameters[6:], dtype, x.dtype is dtype, sm90_tokens)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,23 +13,59 @@ from ..backward import Kernels, NormGradients
 from ..noise import Noise
 from ..rounding import round_up
 from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of
-from .prepack import fc1_weights, float_vector, token_weights, transposed_weight
+from .prepack import ChannelBackward, TokenBackward, channel_backward_weights, token_backward_weights
 
 
-@cache
+@cache  # functions, no tensor
 def backward_kernels(dtype: torch.dtype, sm90: bool | None = None) -> Kernels:
     """All of them: the same for every ``dtype`` of the products. ``sm90`` as for the forward pass."""
     return Kernels(
         MAX_FUSED_TOKENS,
         branch_gradient,
-        partial(token_data_gradient, sm90=sm90),
-        token_hidden,
-        token_gelu_backward,
+        token_data_gradient,
+        token_products_backward,
         weight_gradient,
-        partial(channel_hidden, sm90=sm90),
-        partial(channel_gelu_backward, sm90=sm90),
+        partial(channel_products_backward, sm90=sm90),
         norm_backward,
+        partial(token_packs, sm90=sm90),
+        channel_packs,
     )
+
+
+def token_packs(
+    x: Tensor,
+    g: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    dtype: torch.dtype,
+    *,
+    sm90: bool | None,
+) -> tuple[Tensor, dict[str, TokenBackward]]:
+    """``w1`` for the plain product, and what all kernels of the half take as ``packs``."""
+    sm90 = sm90_takes(x, dtype, sm90, tokens=True) and sm90_takes(g, dtype, sm90, tokens=True)
+    w1, packs = token_backward_weights(gamma, beta, w1, b1, w2, dtype, sm90)
+    return w1, {"packs": packs}
+
+
+def channel_packs(
+    u: Tensor,
+    z: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    dtype: torch.dtype,
+    norm: bool,
+) -> tuple[Tensor, dict[str, ChannelBackward]]:
+    """``w3`` for the plain product, and what all kernels of the half take as ``packs``."""
+    w3, packs = channel_backward_weights(
+        gamma, beta, w3, b3, w4, dtype, folded=u.dtype is dtype, keeps_z=z is not None, norm=norm
+    )
+    return w3, {"packs": packs}
 
 
 def branch_gradient(dy: Tensor, noise: Noise, dtype: torch.dtype) -> Tensor:
@@ -61,28 +97,23 @@ def token_data_gradient(
     approximate: str,
     dtype: torch.dtype,
     noise: Noise,
-    sm90: bool | None,
+    packs: TokenBackward,
 ) -> None:
     """Write ``dn [B, S, C]``, and ``a`` and ``dz`` ``[B, D_S, C]`` where they are wanted; S up to 256."""
-    sm90 = sm90_takes(x, dtype, sm90, tokens=True) and sm90_takes(g, dtype, sm90, tokens=True)
-    weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90)
-    if sm90:
-        run, (padded_tokens, wide_hidden) = loaded().sm90_token_data_gradient, weights.w1.shape
-        matrices = {"w1t": pointer(weights.w1), "w2": pointer(weights.w2)}
+    if packs.sm90:
+        run, matrices = loaded().sm90_token_data_gradient, {"w1t": packs.w1, "w2": packs.w2}
     else:
-        run, (wide_hidden, padded_tokens) = loaded().token_data_gradient, weights.w1.shape
-        w2t = transposed_weight(w2, dtype, wide_hidden, padded_tokens)
-        matrices = {"w1": pointer(weights.w1), "w2t": pointer(w2t)}
+        run, matrices = loaded().token_data_gradient, {"w1": packs.w1, "w2t": packs.w2}
     run(
         x=layout(x),
         size=x.shape,
-        norm=(pointer(mean), pointer(rstd), pointer(weights.gamma), pointer(weights.beta)),
+        norm=(pointer(mean), pointer(rstd), packs.gamma, packs.beta),
         type=TYPES[dtype],
-        S_pad=padded_tokens,
-        D=wide_hidden,
+        S_pad=packs.padded_tokens,
+        D=packs.wide_hidden,
         D_S=w1.shape[0],
         g=pointer(g),
-        b1=pointer(weights.b1),
+        b1=packs.b1,
         **matrices,
         noise=noise_of(noise),
         tanh=approximate == "tanh",
@@ -94,7 +125,8 @@ def token_data_gradient(
     )
 
 
-def token_hidden(
+def token_products_backward(
+    g: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -105,37 +137,53 @@ def token_hidden(
     w2: Tensor,
     b2: Tensor | None,
     *,
+    approximate: str,
+    noise: Noise,
+    packs: TokenBackward,
+) -> tuple[Tensor, Tensor]:
+    """``(a, dz)`` ``[B, D_S, C]``, rows padded to 16 bytes, from ``g [B, S, C]``; z is recomputed."""
+    z = token_hidden(x, mean, rstd, w1, dtype=g.dtype, packs=packs)
+    return token_gelu_backward(g, z, approximate=approximate, noise=noise, packs=packs)
+
+
+def token_hidden(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w1: Tensor,
+    *,
     dtype: torch.dtype,
+    packs: TokenBackward,
 ) -> Tensor:
     """z ``[B, D_S, C]``, rows padded to 16 bytes, of more than 256 tokens."""
-    weights = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90=False)
     batch_size, _, channels = x.shape
     z = torch.empty(batch_size, w1.shape[0], round_up(channels, 8), dtype=dtype, device=x.device)
     loaded().token_hidden(
         x=layout(x),
         size=x.shape,
-        norm=(pointer(mean), pointer(rstd), pointer(weights.gamma), pointer(weights.beta)),
+        norm=(pointer(mean), pointer(rstd), packs.gamma, packs.beta),
         type=TYPES[dtype],
         D_S=w1.shape[0],
-        w1=pointer(weights.w1),
-        b1=pointer(weights.b1),
+        w1=packs.w1,
+        b1=packs.b1,
         z=pointer(z),
         stream=stream_of(x),
     )
     return z[..., :channels]
 
 
-def token_gelu_backward(g: Tensor, w2: Tensor, z: Tensor, *, approximate: str, noise: Noise) -> tuple[Tensor, Tensor]:
-    """``(a, dz)``, strided like ``z``, from ``g [B, S, C]``, ``w2 [S, D_S]`` and ``z``, which dz overwrites."""
+def token_gelu_backward(
+    g: Tensor, z: Tensor, *, approximate: str, noise: Noise, packs: TokenBackward
+) -> tuple[Tensor, Tensor]:
+    """``(a, dz)``, strided like ``z``, from ``g [B, S, C]`` and ``z``, which dz overwrites."""
     batch_size, hidden, channels = z.shape
     a = torch.empty(batch_size, hidden, z.stride(1), dtype=z.dtype, device=z.device)
-    columns = round_up(w2.shape[0], loaded().K_MULTIPLE)
     loaded().token_gelu_backward(
         size=g.shape,
         type=TYPES[g.dtype],
         D_S=hidden,
         g=pointer(g),
-        w2t=pointer(transposed_weight(w2, g.dtype, hidden, columns)),
+        w2t=packs.w2,
         z=pointer(z),
         noise=noise_of(noise),
         tanh=approximate == "tanh",
@@ -152,6 +200,7 @@ def weight_gradient(
     norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
     *,
     noise: Noise,
+    packs: TokenBackward,
 ) -> tuple[Tensor, Tensor]:
     """A weight's and its bias's gradient, float32: ``(dW1 [D_S, S], db1 [D_S])`` from ``left`` dz, ``right`` x and
     ``norm`` (mean, rstd, gamma, beta); ``(dW2' [D_S, S], db2 [S])`` from ``left`` a, ``right`` g and no ``norm``."""
@@ -160,9 +209,8 @@ def weight_gradient(
     partial = torch.empty(splits, hidden, tokens, dtype=torch.float32, device=left.device)
     bias = torch.empty(splits, tokens if norm is None else hidden, dtype=torch.float32, device=left.device)
     if norm is not None:
-        mean, rstd, gamma, beta = norm
-        gamma, beta = float_vector(gamma), float_vector(beta)
-        norm = (pointer(mean), pointer(rstd), pointer(gamma), pointer(beta))
+        mean, rstd, _, _ = norm
+        norm = (pointer(mean), pointer(rstd), packs.gamma, packs.beta)
     loaded().token_weight_gradient(
         size=right.shape,
         type=TYPES[left.dtype],
@@ -180,26 +228,46 @@ def weight_gradient(
     return partial.sum(0), bias.sum(0)
 
 
-def channel_hidden(
+def channel_products_backward(
+    g: Tensor,
     u: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    z: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     w3: Tensor,
     b3: Tensor | None,
+    w4: Tensor,
+    *,
+    want_a: bool,
+    approximate: str,
+    noise: Noise,
+    sm90: bool | None,
+    packs: ChannelBackward,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]``; ``z`` None: recompute it."""
+    if z is None:
+        z = channel_hidden(u, mean, rstd, w3.shape[0], dtype=g.dtype, sm90=sm90, packs=packs)
+    return channel_gelu_backward(g, z, want_a=want_a, approximate=approximate, noise=noise, sm90=sm90, packs=packs)
+
+
+def channel_hidden(
+    u: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    hidden: int,
     *,
     dtype: torch.dtype,
     sm90: bool | None,
+    packs: ChannelBackward,
 ) -> Tensor:
     """z ``[B * S, D_C]``, recomputed for the backward pass."""
-    hidden = w3.shape[0]
     z = torch.empty(u.shape[0] * u.shape[1], round_up(hidden, 8), dtype=dtype, device=u.device)
-    weights = fc1_weights(gamma, beta, w3, b3, dtype, folded=u.dtype is dtype)
     loaded().channel_hidden(
         u=layout(u),
         size=u.shape,
-        weights=weights.arguments,
+        weights=packs.first,
         type=TYPES[dtype],
         device=limits_of(u),
         sm90=sm90_takes(u, dtype, sm90),
@@ -213,12 +281,18 @@ def channel_hidden(
 
 
 def channel_gelu_backward(
-    g: Tensor, w4: Tensor, z: Tensor, *, want_a: bool, approximate: str, noise: Noise, sm90: bool | None
+    g: Tensor,
+    z: Tensor,
+    *,
+    want_a: bool,
+    approximate: str,
+    noise: Noise,
+    sm90: bool | None,
+    packs: ChannelBackward,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]`` and ``w4 [C, D_C]``."""
+    """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]`` and ``z [M, D_C]``."""
     rows, hidden = z.shape
     z = _aligned_rows(z)
-    columns = round_up(w4.shape[0], loaded().K_MULTIPLE)
     dz = torch.empty(rows, hidden, dtype=g.dtype, device=g.device)
     a = torch.empty_like(dz) if want_a else None
     sm90 = sm90_takes(g, g.dtype, sm90)
@@ -229,7 +303,7 @@ def channel_gelu_backward(
         type=TYPES[g.dtype],
         D_C=hidden,
         g=pointer(g),
-        w4t=pointer(transposed_weight(w4, g.dtype, hidden, columns)),
+        w4t=packs.w4,
         z=pointer(z),
         row=z.stride(0),
         noise=noise_of(noise),
@@ -253,17 +327,19 @@ def norm_backward(
     gamma: Tensor | None,
     beta: Tensor | None,
     n_dtype: torch.dtype | None,
+    *,
+    packs: TokenBackward | ChannelBackward,
 ) -> NormGradients:
     """``dx = dy + LayerNorm'(dn)``, the parameters' gradients, and n in ``n_dtype`` if one is given."""
     parts = loaded().norm_backward_parts(x.shape, target_of(x.device).multiprocessors)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n = None if n_dtype is None else torch.empty(x.shape, dtype=n_dtype, device=x.device)
     sums = torch.empty(parts, 3, x.shape[2], dtype=torch.float32, device=x.device)
-    dn, gamma, beta = dn.contiguous(), float_vector(gamma), float_vector(beta)
+    dn = dn.contiguous()
     loaded().norm_backward(
         x=layout(x),
         size=x.shape,
-        norm=(pointer(mean), pointer(rstd), pointer(gamma), pointer(beta)),
+        norm=(pointer(mean), pointer(rstd), packs.gamma, packs.beta),
         type=TYPES[dn.dtype],
         dn=pointer(dn),
         dy=pointer(dy),

@@ -70,7 +70,7 @@ def why_not_sm90(device: torch.device, dtype: torch.dtype) -> str | None:
     return reason
 
 
-@functools.cache
+@functools.cache  # a device stays what it is while the process lives
 def sm90_by_default(device: torch.device) -> bool:
     """Whether backend "cuda" uses the kernels of csrc/sm90 on ``device``: where they have run on a GPU, as built."""
     module = loaded()
@@ -115,12 +115,12 @@ def stream_of(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
 
 
-@functools.cache
+@functools.cache  # a module is imported once
 def _load() -> ModuleType:
     return importlib.import_module(MODULE)
 
 
-@functools.cache
+@functools.cache  # likewise: of a device and the module
 def _reason(device: torch.device) -> str | None:
     try:
         module = loaded()

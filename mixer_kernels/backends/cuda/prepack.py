@@ -1,153 +1,442 @@
-"""Weights as the CUDA kernels take them: cast, zero-padded, transposed by one launch each; LayerNorm folded; kept as
-packs. A pack of a half holds beside its tensors the tuple that ``_C`` takes, so that a call builds none.
+"""Weights as the CUDA kernels take them: cast, zero-padded, transposed, LayerNorm folded into W3.
+
+They are made in the call that uses them, by one launch, into one piece of memory, and go with it: nothing is kept that
+a later write to a parameter could make stale. A weight that is already what a kernel takes is passed on as it is.
+
+Kernels take addresses. Beside them each function returns the memory, to be held until the kernels that read it are
+launched: it is freed in the order of the stream. ``BlockWeights`` are tensors, for a caller who promises that a block's
+weights stay.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..prepack import fold_norm, packed
 from ..rounding import round_up
 from .library import TYPES, loaded, pointer, stream_of
 
+Parameter = Tensor | None
+
 
 class TokenWeights(NamedTuple):
-    """Weights of the token half, for the fused kernel, for that of csrc/sm90 or for the two products."""
+    """Of the token half, for the fused kernel, for that of csrc/sm90 or for the two products; as in csrc/block.h."""
 
-    w1: Tensor  # [D, S_pad] (fused), [S_pad, D] (sm90: its transpose), [D_S, S_pad]
-    b1: Tensor  # [D] float32 (fused), [D_S]
-    w2: Tensor  # [S_pad, D] (fused), [S, D_pad]
-    b2: Tensor  # [S_pad] float32 (fused), [S]
-    gamma: Tensor | None  # [C] float32
-    beta: Tensor | None
-    arguments: tuple[int, ...]
+    hidden: int  # D_S
+    wide_hidden: int  # D
+    padded_tokens: int  # S_pad
+    w1: int  # [D, S_pad] (fused), [S_pad, D] (sm90: its transpose), [D_S, S_pad]
+    b1: int  # [D] float32 (fused), [D_S]
+    w2: int  # [S_pad, D] (fused), [S, D_pad]
+    b2: int  # [S_pad] float32 (fused), [S]
+    gamma: int  # [C] float32, or 0
+    beta: int
+    sm90: bool
 
 
 class FirstWeights(NamedTuple):
-    """fc1 of the channel half; ``wg``, ``wb`` where LayerNorm is folded, else ``b3``, ``gamma``, ``beta``."""
+    """Of fc1 of the channel half; ``wg``, ``wb`` where LayerNorm is folded, else ``b3``, ``gamma``, ``beta``."""
 
-    w3: Tensor  # [D_C, C_pad]
-    b3: Tensor | None  # [D_C] float32
-    wg: Tensor | None  # [D_C] float32
-    wb: Tensor | None
-    scale: Tensor | None
-    gamma: Tensor | None  # [C] float32
-    beta: Tensor | None
-    arguments: tuple[int, ...]
+    hidden: int  # D_C
+    w3: int  # [D_C, C_pad]
+    b3: int = 0  # [D_C] float32, or 0
+    wg: int = 0  # [D_C] float32
+    wb: int = 0
+    scale: int = 0  # in float16 only
+    gamma: int = 0  # [C] float32, or 0
+    beta: int = 0
 
 
 class SecondWeights(NamedTuple):
-    """fc2 of the channel half."""
+    """Of fc2 of the channel half."""
 
-    w4: Tensor  # [C, D_pad]
-    b4: Tensor | None  # [C] float32
-    arguments: tuple[int, ...]
+    w4: int  # [C, D_pad]
+    b4: int  # [C] float32, or 0
+
+
+class BlockWeights(NamedTuple):
+    """What ``mixer_block_forward`` makes of a block's parameters, as tensors, for a block whose weights stay.
+
+    Views of one tensor, or parameters that need nothing. They say themselves which kernels they are for.
+    """
+
+    w1: Tensor  # [D, S_pad] or [D_S, S_pad]; for csrc/sm90 strided as the transpose that it takes
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    gamma1: Parameter
+    beta1: Parameter
+    w3: Tensor
+    b3: Parameter
+    gamma2: Parameter
+    beta2: Parameter
+    wg: Parameter
+    wb: Parameter
+    scale: Parameter
+    w4: Tensor
+    b4: Parameter
+
+    def fit(self, dtype: torch.dtype, folded: bool, sm90: bool) -> bool:
+        """Whether they are for products in ``dtype``, with LayerNorm ``folded``, by the token kernel of csrc/sm90."""
+        return (self.w1.dtype, self.wg is not None, self.w1.stride(0) == 1) == (dtype, folded, sm90)
+
+    def addresses(self, hidden: int) -> tuple[TokenWeights, FirstWeights, SecondWeights]:
+        """As ``_C`` takes them; ``hidden``: D_S."""
+        sizes, sm90 = self.w1.shape, self.w1.stride(0) == 1
+        w1, b1, w2, b2, gamma1, beta1, w3, b3, gamma2, beta2, wg, wb, scale, w4, b4 = map(pointer, self)
+        return (
+            TokenWeights(hidden, *sizes, w1, b1, w2, b2, gamma1, beta1, sm90),
+            FirstWeights(self.w3.shape[0], w3, b3, wg, wb, scale, gamma2, beta2),
+            SecondWeights(w4, b4),
+        )
+
+
+class TokenBackward(NamedTuple):
+    """What the kernels of the token half's backward take in place of its parameters."""
+
+    wide_hidden: int
+    padded_tokens: int
+    w1: int  # as in TokenWeights
+    b1: int
+    w2: int  # as in TokenWeights (sm90), else its transpose, with the shape of w1
+    gamma: int
+    beta: int
+    sm90: bool
+    packed: Packed
+
+
+class ChannelBackward(NamedTuple):
+    """What the kernels of the channel half's backward take in place of its parameters."""
+
+    first: FirstWeights | None  # to compute z again
+    w4: int  # [D_C, C_pad]: its transpose
+    gamma: int
+    beta: int
+    packed: Packed
+
+
+# ------------------------------------------------------------------------------------------------------- forward pass
 
 
 def token_weights(
-    gamma: Tensor | None,
-    beta: Tensor | None,
+    gamma: Parameter,
+    beta: Parameter,
     w1: Tensor,
-    b1: Tensor | None,
+    b1: Parameter,
     w2: Tensor,
-    b2: Tensor | None,
+    b2: Parameter,
     dtype: torch.dtype,
     sm90: bool,
-) -> TokenWeights:
+) -> tuple[TokenWeights, Packed]:
     """All that the forward pass of the token half takes, in ``dtype``; ``sm90``: for the kernel of csrc/sm90."""
-
-    def pack() -> TokenWeights:
-        kernels = loaded()
-        hidden, tokens = w1.shape
-        padded_tokens = kernels.sm90_padded_tokens(tokens) if sm90 else kernels.padded_tokens(tokens)
-        if padded_tokens:
-            wide_hidden = round_up(hidden, kernels.SM90_HIDDEN_MULTIPLE if sm90 else kernels.HIDDEN_MULTIPLE)
-            sizes = (padded_tokens, wide_hidden) if sm90 else (wide_hidden, padded_tokens)
-            tensors = (
-                pack_weight(w1, dtype, *sizes, transposed=sm90),
-                _vector(b1, wide_hidden, w1),
-                pack_weight(w2, dtype, padded_tokens, wide_hidden),
-                _vector(b2, padded_tokens, w2),
-            )
-        else:
-            wide_hidden, padded_tokens = hidden, round_up(tokens, kernels.K_MULTIPLE)
-            tensors = (
-                pack_weight(w1, dtype, hidden, padded_tokens),
-                _vector(b1, hidden, w1),
-                pack_weight(w2, dtype, tokens, round_up(hidden, kernels.K_MULTIPLE)),
-                _vector(b2, tokens, w2),
-            )
-        tensors = (*tensors, _vector(gamma), _vector(beta))
-        return TokenWeights(*tensors, (hidden, wide_hidden, padded_tokens, *map(pointer, tensors), int(sm90)))
-
-    return packed(("cuda", "token", dtype, sm90), (w1, b1, w2, b2, gamma, beta), pack)
+    sizes, wanted = _token(gamma, beta, w1, b1, w2, b2, dtype, sm90)
+    packed = pack(wanted, None, w1)
+    return TokenWeights(*sizes, *packed.addresses, sm90), packed
 
 
-def fc1_weights(
-    gamma: Tensor | None, beta: Tensor | None, w3: Tensor, b3: Tensor | None, dtype: torch.dtype, folded: bool
-) -> FirstWeights:
-    """All that the first product of the channel half takes, in ``dtype``."""
-
-    def pack() -> FirstWeights:
-        hidden, channels = w3.shape
-        if folded:
-            fold = fold_norm(w3, b3, gamma, beta, dtype)
-            tensors = (fold.w3, None, fold.wg, fold.wb.detach(), fold.scale, None, None)
-        else:
-            wide = pack_weight(w3, dtype, hidden, round_up(channels, loaded().K_MULTIPLE))
-            tensors = (wide, _vector(b3), None, None, None, _vector(gamma), _vector(beta))
-        return FirstWeights(*tensors, (hidden, *map(pointer, tensors)))
-
-    return packed(("cuda", "fc1", dtype, folded), (w3, b3, gamma, beta), pack)
+def channel_weights(
+    gamma: Parameter,
+    beta: Parameter,
+    w3: Tensor,
+    b3: Parameter,
+    w4: Tensor,
+    b4: Parameter,
+    dtype: torch.dtype,
+    folded: bool,
+) -> tuple[FirstWeights, SecondWeights, Packed]:
+    """All that the forward pass of the channel half takes, in ``dtype``."""
+    wanted, fold = _channel(gamma, beta, w3, b3, w4, b4, dtype, folded)
+    packed = pack(wanted, fold, w3)
+    return _first_weights(w3, packed.addresses, packed.folds), SecondWeights(*packed.addresses[-2:]), packed
 
 
-def fc2_weights(w4: Tensor, b4: Tensor | None, dtype: torch.dtype) -> SecondWeights:
-    """All that the second product of the channel half takes, in ``dtype``."""
+def forward_weights(
+    token: Sequence[Parameter], channel: Sequence[Parameter], dtype: torch.dtype, folded: bool, sm90: bool
+) -> tuple[TokenWeights, FirstWeights, SecondWeights, Packed]:
+    """Both for a whole block, ``token`` gamma to b2 and ``channel`` gamma to b4, by one launch."""
+    sizes, of_token = _token(*token, dtype, sm90)
+    of_channel, fold = _channel(*channel, dtype, folded)
+    w3 = channel[2]
+    packed = pack([*of_token, *of_channel], fold, w3)
+    addresses = packed.addresses
+    first = _first_weights(w3, addresses[6:], packed.folds)
+    return TokenWeights(*sizes, *addresses[:6], sm90), first, SecondWeights(*addresses[-2:]), packed
 
-    def pack() -> SecondWeights:
-        channels, hidden = w4.shape
-        tensors = (pack_weight(w4, dtype, channels, round_up(hidden, loaded().K_MULTIPLE)), _vector(b4))
-        return SecondWeights(*tensors, tuple(map(pointer, tensors)))
 
-    return packed(("cuda", "fc2", dtype), (w4, b4), pack)
+def frozen_weights(
+    token: Sequence[Parameter], channel: Sequence[Parameter], dtype: torch.dtype, folded: bool, sm90: bool
+) -> BlockWeights:
+    """The same as tensors, right until one of the parameters changes."""
+    _, of_token = _token(*token, dtype, sm90)
+    of_channel, fold = _channel(*channel, dtype, folded)
+    wanted = [*of_token, *of_channel]
+    packed = pack(wanted, fold, channel[2])
+    w1, *rest, w4, b4 = (_as_tensor(each, at, packed) for each, at in zip(wanted, packed.addresses, strict=True))
+    if fold is None:
+        rest += [None, None, None]
+    else:
+        w3, *sums = (_as_tensor(each, at, packed) for each, at in zip(fold.results(), packed.folds, strict=True))
+        rest += [w3, None, None, None, *sums]
+    return BlockWeights(w1.t() if sm90 else w1, *rest, w4, b4)
 
 
-def transposed_weight(w: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    """The transpose of ``w [K, M]`` in ``dtype``, padded to ``[rows, columns]``."""
-    return packed(
-        ("cuda", "transposed", dtype, rows, columns),
-        (w,),
-        lambda: pack_weight(w, dtype, rows, columns, transposed=True),
+# ------------------------------------------------------------------------------------------------------ backward pass
+
+
+def token_backward_weights(
+    gamma: Parameter, beta: Parameter, w1: Tensor, b1: Parameter, w2: Tensor, dtype: torch.dtype, sm90: bool
+) -> tuple[Tensor, TokenBackward]:
+    """``w1`` in ``dtype`` for the plain product that follows the kernels, and what these take. One launch."""
+    (_, *sizes), (first, bias, second, _, *norm) = _token(gamma, beta, w1, b1, w2, None, dtype, sm90)
+    if not sm90:
+        second = Wanted(w2, dtype, first.rows, first.columns, transposed=True)
+    packed = pack([first, bias, second, *norm], None, w1)
+    if not loaded().padded_tokens(w1.shape[1]) and w1.dtype is not dtype:
+        w1 = _as_tensor(first, packed.addresses[0], packed)[:, : w1.shape[1]]
+    return w1, TokenBackward(*sizes, *packed.addresses, sm90, packed)
+
+
+def channel_backward_weights(
+    gamma: Parameter,
+    beta: Parameter,
+    w3: Tensor,
+    b3: Parameter,
+    w4: Tensor,
+    dtype: torch.dtype,
+    *,
+    folded: bool,
+    keeps_z: bool,
+    norm: bool,
+) -> tuple[Tensor, ChannelBackward]:
+    """``w3`` in ``dtype`` for the plain product that follows the kernels, and what these take. One launch.
+
+    ``keeps_z``: z need not be computed again. ``norm``: LayerNorm's backward will run, and the plain product.
+    """
+    again = not keeps_z
+    fold = Fold(w3, b3, gamma, beta, dtype) if again and folded else None
+    applied = again and not folded
+    product = _product(w3, dtype) if applied or (norm and w3.dtype is not dtype) else NOTHING
+    w4t = Wanted(w4, dtype, w4.shape[1], round_up(w4.shape[0], loaded().K_MULTIPLE), transposed=True)
+    norm = norm or applied
+    wanted = [
+        product,
+        _vector(b3) if applied else NOTHING,
+        _vector(gamma) if norm else NOTHING,
+        _vector(beta) if norm else NOTHING,
+        w4t,
+    ]
+    packed = pack(wanted, fold, w3)
+    first = _first_weights(w3, packed.addresses, packed.folds) if again else None
+    if w3.dtype is not dtype and product is not NOTHING:
+        w3 = _as_tensor(product, packed.addresses[0], packed)[:, : w3.shape[1]]
+    _, _, gamma, beta, w4 = packed.addresses
+    return w3, ChannelBackward(first, w4, gamma, beta, packed)
+
+
+# --------------------------------------------------------------------------------------------- what is to be packed
+
+
+class Wanted(NamedTuple):
+    """``w [M, K]``, its transpose or a vector, taken as a row: in ``dtype``, zero-padded to ``[rows, columns]``."""
+
+    w: Parameter  # None: zeros
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    transposed: bool = False
+
+
+NOTHING = Wanted(None, torch.float32, 0, 0)
+
+
+class Fold(NamedTuple):
+    """W', wg, wb and scale of equation (8) in docs/maths.md, from ``w3 [D_C, C]``."""
+
+    w3: Tensor
+    b3: Parameter
+    gamma: Parameter
+    beta: Parameter
+    dtype: torch.dtype
+
+    def results(self) -> tuple[Wanted, Wanted, Wanted, Wanted]:
+        """Their dtypes and sizes. Only float16 needs a scale."""
+        hidden = self.w3.shape[0]
+        row = Wanted(None, torch.float32, 1, hidden)
+        return _product(self.w3, self.dtype), row, row, row if self.dtype is torch.float16 else NOTHING
+
+
+def _token(
+    gamma: Parameter,
+    beta: Parameter,
+    w1: Tensor,
+    b1: Parameter,
+    w2: Tensor,
+    b2: Parameter,
+    dtype: torch.dtype,
+    sm90: bool,
+) -> tuple[tuple[int, int, int], list[Wanted]]:
+    """The three sizes of TokenWeights; w1, b1, w2, b2, gamma, beta."""
+    kernels = loaded()
+    hidden, tokens = w1.shape
+    norm = [_vector(gamma), _vector(beta)]
+    padded_tokens = kernels.sm90_padded_tokens(tokens) if sm90 else kernels.padded_tokens(tokens)
+    if not padded_tokens:
+        padded_tokens = round_up(tokens, kernels.K_MULTIPLE)
+        return (hidden, hidden, padded_tokens), [
+            Wanted(w1, dtype, hidden, padded_tokens),
+            Wanted(b1, torch.float32, 1, hidden),
+            _product(w2, dtype),
+            Wanted(b2, torch.float32, 1, tokens),
+            *norm,
+        ]
+    wide_hidden = round_up(hidden, kernels.SM90_HIDDEN_MULTIPLE if sm90 else kernels.HIDDEN_MULTIPLE)
+    first = (padded_tokens, wide_hidden) if sm90 else (wide_hidden, padded_tokens)
+    return (hidden, wide_hidden, padded_tokens), [
+        Wanted(w1, dtype, *first, transposed=sm90),
+        Wanted(b1, torch.float32, 1, wide_hidden),
+        Wanted(w2, dtype, padded_tokens, wide_hidden),
+        Wanted(b2, torch.float32, 1, padded_tokens),
+        *norm,
+    ]
+
+
+def _channel(
+    gamma: Parameter,
+    beta: Parameter,
+    w3: Tensor,
+    b3: Parameter,
+    w4: Tensor,
+    b4: Parameter,
+    dtype: torch.dtype,
+    folded: bool,
+) -> tuple[list[Wanted], Fold | None]:
+    """w3, b3, gamma, beta unless they are folded; w4, b4."""
+    second = [_product(w4, dtype), _vector(b4)]
+    if folded:
+        return second, Fold(w3, b3, gamma, beta, dtype)
+    return [_product(w3, dtype), _vector(b3), _vector(gamma), _vector(beta), *second], None
+
+
+def _product(w: Tensor, dtype: torch.dtype) -> Wanted:
+    return Wanted(w, dtype, w.shape[0], round_up(w.shape[1], loaded().K_MULTIPLE))
+
+
+def _vector(v: Parameter) -> Wanted:
+    """In float32; None stays None."""
+    return NOTHING if v is None else Wanted(v, torch.float32, 1, v.shape[0])
+
+
+def _first_weights(w3: Tensor, addresses: Sequence[int], folds: Sequence[int]) -> FirstWeights:
+    """Of the fold if there is one, else of ``addresses``: w3, b3, gamma, beta."""
+    if folds:
+        w3_, wg, wb, scale = folds
+        return FirstWeights(w3.shape[0], w3_, wg=wg, wb=wb, scale=scale)
+    w3_, b3, gamma, beta = addresses[:4]
+    return FirstWeights(w3.shape[0], w3_, b3, gamma=gamma, beta=beta)
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+_ALIGNMENT = 256  # bytes; kernels need 16
+
+Source = tuple[int, int, int, int, int, int]  # as in mk_packing: address, type, rows, columns, strides
+_ABSENT: Source = (0, 0, 0, 0, 0, 0)
+
+
+class Packed(NamedTuple):
+    """Where the weights are that were wanted, and what has to live until the kernels that read them are launched."""
+
+    addresses: list[int]
+    folds: list[int]  # of the fold's four results, if there is one
+    memory: Tensor | None
+    converted: list[Tensor]
+
+
+def pack(wanted: Sequence[Wanted], fold: Fold | None, like: Tensor) -> Packed:
+    """Everything by one launch, or by none where nothing needs it. ``like``: a tensor on the device."""
+    converted: list[Tensor] = []
+    sources = [_source(each, converted) for each in wanted]
+    results = fold.results() if fold is not None else ()
+    offsets, size = [], 0
+    for each, source in zip((*wanted, *results), (*sources, *[_ABSENT] * len(results)), strict=True):
+        done = each is NOTHING or _is_done(each, source)
+        offsets.append(None if done else size)
+        if not done:
+            size += round_up(each.rows * each.columns * each.dtype.itemsize, _ALIGNMENT)
+    if size == 0:
+        return Packed([source[0] for source in sources], [], None, converted)
+    memory = torch.empty(size, dtype=torch.uint8, device=like.device)
+    base = memory.data_ptr()
+    addresses = [source[0] if at is None else base + at for source, at in zip(sources, offsets, strict=False)]
+    folds = [0 if at is None else base + at for at in offsets[len(wanted) :]]
+    jobs = [
+        (*source, base + at, TYPES[each.dtype], each.rows, each.columns)
+        for each, source, at in zip(wanted, sources, offsets, strict=False)
+        if at is not None
+    ]
+    loaded().pack_weights(jobs, None if fold is None else _folding(fold, folds, converted), stream_of(like))
+    return Packed(addresses, folds, memory, converted)
+
+
+def _source(wanted: Wanted, converted: list[Tensor]) -> Source:
+    w = wanted.w
+    if w is None:
+        return _ABSENT
+    w = _in_known_type(w, converted)
+    if w.dim() == 1:
+        return w.data_ptr(), TYPES[w.dtype], 1, w.shape[0], 0, w.stride(0)
+    (rows, columns), (stride_row, stride_column) = w.shape, w.stride()
+    if wanted.transposed:
+        rows, columns, stride_row, stride_column = columns, rows, stride_column, stride_row
+    return w.data_ptr(), TYPES[w.dtype], rows, columns, stride_row, stride_column
+
+
+def _is_done(wanted: Wanted, source: Source) -> bool:
+    """Whether a weight is what is wanted as it lies there."""
+    address, kind, rows, columns, stride_row, stride_column = source
+    return (
+        (rows, columns, kind) == (wanted.rows, wanted.columns, TYPES[wanted.dtype])
+        and (stride_column == 1 or columns == 1)
+        and (stride_row == columns or rows == 1)
+        and address % 16 == 0
     )
 
 
-def float_vector(v: Tensor | None) -> Tensor | None:
-    """``v`` in float32: gamma, beta and biases of 16 bits are converted once."""
-    if v is None or v.dtype is torch.float32 and v.is_contiguous():
-        return v
-    return packed(("cuda", "vector"), (v,), lambda: _vector(v))
+def _folding(fold: Fold, results: Sequence[int], converted: list[Tensor]) -> tuple:
+    """As mk_folding."""
+    w3, wg, wb, scale = results
+    wanted = _product(fold.w3, fold.dtype)
+    packing = (*_source(wanted, converted), w3, TYPES[wanted.dtype], wanted.rows, wanted.columns)
+    vectors = (_strided_vector(v, converted) for v in (fold.gamma, fold.beta, fold.b3))
+    return packing, *vectors, wg, wb, scale
 
 
-def pack_weight(w: Tensor, dtype: torch.dtype, rows: int, columns: int, transposed: bool = False) -> Tensor:
-    """``w`` (or its transpose) in ``dtype``, zero-padded to ``[rows, columns]``; itself if that is what it is."""
-    w = w.detach()
+def _strided_vector(v: Parameter, converted: list[Tensor]) -> tuple[int, int, int]:
+    """As mk_vector."""
+    if v is None:
+        return 0, 0, 0
+    v = _in_known_type(v, converted)
+    return v.data_ptr(), TYPES[v.dtype], v.stride(0)
+
+
+def _in_known_type(w: Tensor, converted: list[Tensor]) -> Tensor:
+    """``w``, or where the kernel does not know its dtype (float64) a copy in float32."""
     if w.dtype not in TYPES:
         w = w.float()
-    w = w.contiguous()
-    if w.dtype is dtype and not transposed and w.shape == (rows, columns) and w.data_ptr() % 16 == 0:
-        return w
-    wide = torch.empty(rows, columns, dtype=dtype, device=w.device)
-    source = (pointer(w), TYPES[w.dtype], *w.shape)
-    loaded().pack_weight(*source, transposed, pointer(wide), TYPES[dtype], rows, columns, stream_of(w))
-    return wide
+        converted.append(w)
+    return w
 
 
-def _vector(v: Tensor | None, length: int | None = None, like: Tensor | None = None) -> Tensor | None:
-    """``v`` in float32, zero-padded to ``length``; zeros in place of None where a length is asked for."""
-    if v is None:
-        return None if length is None else torch.zeros(length, dtype=torch.float32, device=like.device)
-    length = v.shape[0] if length is None else length
-    return pack_weight(v[None], torch.float32, 1, length)[0]
+def _as_tensor(wanted: Wanted, address: int, packed: Packed) -> Parameter:
+    """What is at ``address``: the parameter, or a part of the memory."""
+    if address == 0:
+        return None
+    for t in (wanted.w, *packed.converted):
+        if t is not None and t.data_ptr() == address:
+            return t.detach().t() if wanted.transposed else t.detach()
+    begin = address - packed.memory.data_ptr()
+    flat = packed.memory[begin : begin + wanted.rows * wanted.columns * wanted.dtype.itemsize].view(wanted.dtype)
+    return flat if wanted.w is None or wanted.w.dim() == 1 else flat.view(wanted.rows, wanted.columns)

@@ -1,12 +1,13 @@
 """The ``triton`` backend: fused kernels for NVIDIA (sm_80 and later) and AMD GPUs, forward and backward.
 
-A block's forward is five launches: row statistics, token mixing (two launches for more than 256 tokens), row
-statistics, fc1, fc2.
+A block's forward is six launches: its weights, row statistics, token mixing (two launches for more than 256 tokens),
+row statistics, fc1, fc2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,19 +21,23 @@ from ..relatives import RelativesKernels
 from .backward import kernels_with, relatives_kernels_with
 from .channel_mixing import aligned_rows, channel_fc1, channel_fc2, channel_mixing_products
 from .gated_mixer_layer import gated_mixer_layer
-from .gated_mixing import gated_mixing
+from .gated_mixing import gated_mixing, pack_gated_mixing
+from .pack import Packing
+from .prepack import fc1_weights, product_weight, token_weights
 from .row_statistics import _row_statistics_kernel, row_statistics
 from .token_linear import spatial_gate, token_linear
-from .token_mixing import token_mixing_fused
-from .token_products import token_mixing_products
+from .token_mixing import token_mixing_fused, token_tile
+from .token_products import padded_sizes, token_mixing_products
 
 __all__ = [
+    "Packing",
     "backward_kernels",
     "channel_mixing_forward",
     "gated_channel_mixing_forward",
     "gated_mixer_layer_forward",
     "gated_mixing_forward",
     "interpreted",
+    "mixer_block_forward",
     "relatives_kernels",
     "spatial_gating_forward",
     "token_linear_forward",
@@ -77,20 +82,19 @@ def token_mixing_forward(
     drop_path_p: float = 0.0,
     seed: Tensor | None = None,
     activation: str = "gelu",
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``; products in ``dtype``."""
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_no_statistics(x)
-    fused = are_fused(x.shape[1], dtype, gated=activation == "swiglu")
-    mix = token_mixing_fused if fused else token_mixing_products
+    packing = packing or Packing(dtype)
+    options = {"approximate": approximate, "precision": _precision(dtype), "activation": activation}
+    options["noise"] = Noise(dropout_p, drop_path_p, seed)
     with device_of(x):
+        mix = _token_half(packing, x, gamma, beta, w1, b1, w2, b2, options)
+        packing.run()
         mean, rstd = row_statistics(x, eps)
-        u = mix(
-            x, mean, rstd, gamma, beta, w1, b1, w2, b2,
-            approximate=approximate, dtype=dtype, precision=_precision(dtype),
-            noise=Noise(dropout_p, drop_path_p, seed), activation=activation,
-        )  # fmt: skip
-    return u, mean, rstd
+        return mix(mean, rstd), mean, rstd
 
 
 def channel_mixing_forward(
@@ -111,6 +115,7 @@ def channel_mixing_forward(
     keep_z: bool = False,
     activation: str = "gelu",
     norm: str = "layer",
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``y [B, S, C]``, contiguous; mean and rstd ``[B * S]`` of ``u [B, S, C]``, None for the affine norm; and z if
     kept, ``[B * S, D_C]``, with SwiGLU ``[B * S, 2, D_C]``."""
@@ -118,14 +123,53 @@ def channel_mixing_forward(
         shape = (0, 2, w4.shape[1]) if activation == "swiglu" else (0, w3.shape[0])
         z = u.new_empty(shape, dtype=dtype) if keep_z else None
         return torch.empty(u.shape, dtype=u.dtype, device=u.device), *_no_statistics(u), z
+    packing = packing or Packing(dtype)
     with device_of(u):
+        first = fc1_weights(packing, gamma, beta, w3, b3, u.dtype)
+        w4 = product_weight(packing, "w4", w4)
+        packing.run()
         mean, rstd = (None, None) if norm == "affine" else row_statistics(u, eps)
         y, z = channel_mixing_products(
-            u, mean, rstd, gamma, beta, w3, b3, w4, b4,
-            approximate=approximate, dtype=dtype, precision=_precision(dtype),
+            u, mean, rstd, first, w4, b4, approximate=approximate, precision=_precision(dtype),
             noise=Noise(dropout_p, drop_path_p, seed), keep_z=keep_z, activation=activation,
         )  # fmt: skip
     return y, mean, rstd, z
+
+
+def mixer_block_forward(
+    x: Tensor,
+    gamma1: Tensor | None,
+    beta1: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    *,
+    eps1: float,
+    eps2: float,
+    approximate: str,
+    dtype: torch.dtype,
+    activation: str = "gelu",
+    packing: Packing | None = None,
+) -> Tensor:
+    """``y [B, S, C]``, contiguous, of the whole block, without dropout and stochastic depth: one launch packs."""
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    packing = packing or Packing(dtype)
+    options = {"approximate": approximate, "precision": _precision(dtype), "activation": activation, "noise": Noise()}
+    with device_of(x):
+        mix = _token_half(packing, x, gamma1, beta1, w1, b1, w2, b2, options)
+        first = fc1_weights(packing, gamma2, beta2, w3, b3, x.dtype)
+        w4 = product_weight(packing, "w4", w4)
+        packing.run()
+        u = mix(*row_statistics(x, eps1))
+        return channel_mixing_products(u, *row_statistics(u, eps2), first, w4, b4, keep_z=False, **options)[0]
 
 
 def token_linear_forward(
@@ -139,13 +183,17 @@ def token_linear_forward(
     dtype: torch.dtype,
     drop_path_p: float = 0.0,
     seed: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x [B, S, C]`` and ``w [S, S]``; products in ``dtype``."""
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    packing = packing or Packing(dtype)
     with device_of(x):
+        w = product_weight(packing, "w", w)
+        packing.run()
         noise = Noise(0.0, drop_path_p, seed)
-        return token_linear(x, alpha, beta, w, b, scale, dtype=dtype, precision=_precision(dtype), noise=noise)
+        return token_linear(x, alpha, beta, w, b, scale, precision=_precision(dtype), noise=noise)
 
 
 def spatial_gating_forward(
@@ -161,9 +209,12 @@ def spatial_gating_forward(
     """``s [B, S, C]``, contiguous, from ``h [B, S, 2 * C]`` and ``w [S, S]``; products in ``dtype``."""
     s = torch.empty(*h.shape[:2], h.shape[2] // 2, dtype=h.dtype, device=h.device)
     if h.numel() > 0:
+        packing = Packing(dtype)
         with device_of(h):
+            w = product_weight(packing, "w_gate", w)
+            packing.run()
             mean, rstd = row_statistics(h.chunk(2, 2)[1], eps)
-            spatial_gate(h, mean, rstd, gamma, beta, w, b, s, dtype=dtype, precision=_precision(dtype))
+            spatial_gate(h, mean, rstd, gamma, beta, w, b, s, precision=_precision(dtype))
     return s
 
 
@@ -188,24 +239,29 @@ def gated_channel_mixing_forward(
     drop_path_p: float = 0.0,
     seed: Tensor | None = None,
     keep_z: bool = False,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``x [B, S, C]``, and z ``[B * S, F]`` if kept."""
     if x.numel() == 0:
         z = x.new_empty((0, w1.shape[0]), dtype=dtype) if keep_z else None
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_no_statistics(x), z
     batch_size, tokens, _ = x.shape
-    precision = _precision(dtype)
+    packing = packing or Packing(dtype)
     noise = Noise(dropout_p, drop_path_p, seed)
-    shared = {"approximate": approximate, "dtype": dtype, "precision": precision, "noise": noise}
+    shared = {"approximate": approximate, "precision": _precision(dtype), "noise": noise}
     with device_of(x):
+        first = fc1_weights(packing, gamma, beta, w1, b1, x.dtype)
+        half = w2.shape[1]
+        w_gate, w2 = product_weight(packing, "w_gate", w_gate), product_weight(packing, "w2", w2)
+        packing.run()
         mean, rstd = row_statistics(x, eps)
-        a, z = channel_fc1(x, mean, rstd, gamma, beta, w1, b1, keep_z=keep_z, **shared)
+        a, z = channel_fc1(x, mean, rstd, first, keep_z=keep_z, **shared)
         h = a.unflatten(0, (batch_size, tokens))
         statistics = row_statistics(h.chunk(2, 2)[1], gate_eps)
-        s = aligned_rows(batch_size * tokens, w2.shape[1], dtype, x.device)
+        s = aligned_rows(batch_size * tokens, half, dtype, x.device)
         spatial_gate(
             h, *statistics, gate_gamma, gate_beta, w_gate, b_gate, s.unflatten(0, (batch_size, tokens)),
-            dtype=dtype, precision=precision,
+            precision=_precision(dtype),
         )  # fmt: skip
         return channel_fc2(x, s, w2, b2, **shared), mean, rstd, z
 
@@ -228,14 +284,19 @@ def gated_mixing_forward(
     dtype: torch.dtype,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis``; products in ``dtype``."""
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    packing, precision = packing or Packing(dtype), _precision(dtype)
+    parameters = (gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
     with device_of(x):
+        weights = pack_gated_mixing(packing, x.shape, x.device, parameters, axis=axis, precision=precision)
+        packing.run()
         return gated_mixing(
-            x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis=axis, gate_first=gate_first, eps=eps,
-            approximate=approximate, dtype=dtype, precision=_precision(dtype), noise=Noise(dropout_p, seed=seed),
+            x, gamma, beta, weights, axis=axis, gate_first=gate_first, eps=eps, approximate=approximate,
+            precision=precision, noise=Noise(dropout_p, seed=seed),
         )  # fmt: skip
 
 
@@ -250,6 +311,7 @@ def gated_mixer_layer_forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     keep_u: bool = False,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, and u, what the patches' mixer gives, if kept.
 
@@ -259,8 +321,8 @@ def gated_mixer_layer_forward(
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape) if keep_u else None
     with device_of(x):
         return gated_mixer_layer(
-            x, of_patches, of_features, eps=eps, approximate=approximate, dtype=dtype, precision=_precision(dtype),
-            dropout_p=dropout_p, seed=seed, keep_u=keep_u,
+            x, of_patches, of_features, eps=eps, approximate=approximate, packing=packing or Packing(dtype),
+            precision=_precision(dtype), dropout_p=dropout_p, seed=seed, keep_u=keep_u,
         )  # fmt: skip
 
 
@@ -272,6 +334,21 @@ def backward_kernels(dtype: torch.dtype) -> Kernels:
 def relatives_kernels(dtype: torch.dtype) -> RelativesKernels:
     """The kernels of the relatives' backward pass, with products in ``dtype``."""
     return relatives_kernels_with(_precision(dtype))
+
+
+def _token_half(
+    packing: Packing, x: Tensor, gamma: Tensor | None, beta: Tensor | None, w1, b1, w2, b2, options: dict[str, Any]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Ask for the weights of token mixing on ``x``; what is returned takes mean and rstd and gives u."""
+    precision, noise, activation = options["precision"], options["noise"], options["activation"]
+    hidden = w2.shape[1]
+    if are_fused(x.shape[1], packing.dtype, gated=activation == "swiglu"):
+        tile = token_tile(x, packing.dtype, precision, noise, activation)
+        weights = token_weights(packing, w1, b1, w2, b2, *tile.padded(hidden))
+        return lambda mean, rstd: token_mixing_fused(x, mean, rstd, gamma, beta, weights, tile, **options)
+    sizes = padded_sizes(x.shape[1], hidden, x.device, packing.dtype, precision, noise, activation)
+    weights = token_weights(packing, w1, b1, w2, b2, *sizes)
+    return lambda mean, rstd: token_mixing_products(x, mean, rstd, gamma, beta, weights, hidden, **options)
 
 
 def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,12 @@ from ...tuning.target import target_of
 from ..noise import Noise
 from ..rounding import cdiv
 from .channel_epilogue import hidden_dropout, tile_origin
+from .channel_mixing import channel_hidden
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import noise_arguments
-from .prepack import product_weight
+from .pack import Packing
+from .prepack import fc1_weights, product_weight
 from .swiglu import swiglu_and_slopes
 
 
@@ -115,6 +117,53 @@ def _channel_gelu_bwd_kernel(
         tl.store(sums_ptr + (m0 // BLOCK_M) * D_C + offs_n, tl.sum(dz, 0), mask=offs_n < D_C)
 
 
+def channel_products_backward(
+    g: Tensor,
+    u: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    z: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    *,
+    want_a: bool,
+    approximate: str,
+    precision: str,
+    noise: Noise,
+    activation: str = "gelu",
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(dz [M, rows of w3], a [M, D_C] or None, db3 in float32)`` from ``g [B, S, C]``; ``z`` None: recompute it."""
+    packing, kind = Packing(g.dtype), {"precision": precision, "activation": activation}
+    first = fc1_weights(packing, gamma, beta, w3, b3, u.dtype) if z is None else None
+    w4 = product_weight(packing, "w4", w4)
+    packing.run()
+    if first is not None:
+        z = channel_hidden(u, mean, rstd, first, **kind)
+    return channel_gelu_backward(g, w4, z, want_a=want_a, approximate=approximate, noise=noise, **kind)
+
+
+def recomputed_hidden(
+    u: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """z ``[B * S, D_C]``, where the backward pass goes on with other kernels than the Mixer's."""
+    packing = Packing(dtype)
+    first = fc1_weights(packing, gamma, beta, w3, b3, u.dtype)
+    packing.run()
+    return channel_hidden(u, mean, rstd, first, precision=precision)
+
+
 def channel_gelu_backward(
     g: Tensor,
     w4: Tensor,
@@ -124,11 +173,10 @@ def channel_gelu_backward(
     approximate: str,
     precision: str,
     noise: Noise,
-    activation: str = "gelu",
+    activation: str,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(dz [M, rows of w3], a [M, D_C] or None, db3 in float32)`` from ``g [B, S, C]``, ``w4 [C, D_C]`` and z."""
-    (channels, hidden), rows, gated = w4.shape, z.shape[0], activation == "swiglu"
-    w4 = product_weight(w4, g.dtype)
+    """``(dz [M, rows of w3], a [M, D_C] or None, db3 in float32)`` from ``g [B, S, C]``, ``w4``, packed, and z."""
+    channels, hidden, rows, gated = g.shape[2], z.shape[-1], z.shape[0], activation == "swiglu"
     config = gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee", depth=channels, gated=gated)
     row_tiles = cdiv(rows, config.block_m)
     columns = hidden * (1 + gated)

@@ -133,7 +133,7 @@ def _channel_product_descriptor_kernel(
                 out.store([m0, first], v.to(out.dtype))
 
 
-@functools.cache
+@functools.cache  # what is installed
 def _has_host_descriptors() -> bool:
     return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 

@@ -24,30 +24,27 @@ from ..noise import Noise
 from ..rounding import round_up
 from . import channel_descriptors, channel_products
 from .channel_epilogue import ChannelProduct
-from .prepack import folded_weights, product_weight
+from .prepack import FirstWeights
 
 
 def channel_mixing_products(
     u: Tensor,
     mean: Tensor | None,
     rstd: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
+    first: FirstWeights,
     w4: Tensor,
     b4: Tensor | None,
     *,
     approximate: str,
-    dtype: torch.dtype,
     precision: str,
     noise: Noise,
     keep_z: bool,
     activation: str = "gelu",
 ) -> tuple[Tensor, Tensor | None]:
-    """``y [B, S, C]``, contiguous, from ``u`` and its row statistics; and z if ``keep_z``, as ``channel_hidden``'s."""
-    shared = {"approximate": approximate, "dtype": dtype, "precision": precision, "noise": noise}
-    a, z = channel_fc1(u, mean, rstd, gamma, beta, w3, b3, keep_z=keep_z, activation=activation, **shared)
+    """``y [B, S, C]``, contiguous, from ``u``, its row statistics and packed weights; and z if ``keep_z``, as
+    ``channel_hidden``'s."""
+    shared = {"approximate": approximate, "precision": precision, "noise": noise}
+    a, z = channel_fc1(u, mean, rstd, first, keep_z=keep_z, activation=activation, **shared)
     return channel_fc2(u, a, w4, b4, **shared), z
 
 
@@ -55,25 +52,20 @@ def channel_fc1(
     u: Tensor,
     mean: Tensor | None,
     rstd: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
+    first: FirstWeights,
     *,
     approximate: str,
-    dtype: torch.dtype,
     precision: str,
     noise: Noise,
     keep_z: bool,
     activation: str = "gelu",
 ) -> tuple[Tensor, Tensor | None]:
     """a ``[B * S, D_C]``, rows aligned, and z if ``keep_z``, as ``channel_hidden``'s."""
-    rows, gated = u.shape[0] * u.shape[1], activation == "swiglu"
-    a = aligned_rows(rows, w3.shape[0] // (1 + gated), dtype, u.device)
-    z = _empty_z(rows, w3, dtype, gated) if keep_z else None
-    fc1 = _fc1(u, mean, rstd, gamma, beta, w3, b3, dtype)
-    shared = {"u": u, "approximate": approximate, "precision": precision, "noise": noise}
-    _run(ChannelProduct(out=a, z=z, is_gated=gated, **fc1, **shared))
+    rows, gated, w3 = u.shape[0] * u.shape[1], activation == "swiglu", first.right
+    a = aligned_rows(rows, w3.shape[0] // (1 + gated), w3.dtype, u.device)
+    z = _empty_z(rows, w3, gated) if keep_z else None
+    shared = {"approximate": approximate, "precision": precision, "noise": noise}
+    _run(ChannelProduct(out=a, z=z, is_gated=gated, **_fc1(u, mean, rstd, first), **shared))
     return a, z
 
 
@@ -84,7 +76,6 @@ def channel_fc2(
     b4: Tensor | None,
     *,
     approximate: str,
-    dtype: torch.dtype,
     precision: str,
     noise: Noise,
 ) -> Tensor:
@@ -92,8 +83,8 @@ def channel_fc2(
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     _run(
         ChannelProduct(
-            left=a, right=product_weight(w4, dtype), out=y.flatten(0, 1), u=u, K=w4.shape[1], bias=b4,
-            approximate=approximate, precision=precision, noise=noise,
+            left=a, right=w4, out=y.flatten(0, 1), u=u, K=a.shape[1], bias=b4, approximate=approximate,
+            precision=precision, noise=noise,
         )
     )  # fmt: skip
     return y
@@ -103,24 +94,20 @@ def channel_hidden(
     u: Tensor,
     mean: Tensor | None,
     rstd: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
+    first: FirstWeights,
     *,
-    dtype: torch.dtype,
     precision: str,
     activation: str = "gelu",
 ) -> Tensor:
     """z ``[B * S, D_C]``, with SwiGLU ``[B * S, 2, D_C]``, recomputed for the backward pass."""
     gated = activation == "swiglu"
-    z = _empty_z(u.shape[0] * u.shape[1], w3, dtype, gated)
-    fc1 = _fc1(u, mean, rstd, gamma, beta, w3, b3, dtype)
+    z = _empty_z(u.shape[0] * u.shape[1], first.right, gated)
     _run(
         ChannelProduct(
-            out=None, z=z, u=u, is_gated=gated, approximate="none", precision=precision, noise=Noise(), **fc1
+            out=None, z=z, is_gated=gated, approximate="none", precision=precision, noise=Noise(),
+            **_fc1(u, mean, rstd, first),
         )
-    )
+    )  # fmt: skip
     return z
 
 
@@ -129,20 +116,15 @@ def aligned_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
     return torch.empty(rows, round_up(columns, 16 // dtype.itemsize), dtype=dtype, device=device)[:, :columns]
 
 
-def _empty_z(rows: int, w3: Tensor, dtype: torch.dtype, gated: bool) -> Tensor:
+def _empty_z(rows: int, w3: Tensor, gated: bool) -> Tensor:
     if not gated:
-        return aligned_rows(rows, w3.shape[0], dtype, w3.device)
-    return aligned_rows(2 * rows, w3.shape[0] // 2, dtype, w3.device).unflatten(0, (rows, 2))
+        return aligned_rows(rows, w3.shape[0], w3.dtype, w3.device)
+    return aligned_rows(2 * rows, w3.shape[0] // 2, w3.dtype, w3.device).unflatten(0, (rows, 2))
 
 
-def _fc1(u, mean, rstd, gamma, beta, w3, b3, dtype) -> dict[str, Any]:
-    """fc1's operands, with LayerNorm folded into them or not."""
-    if u.dtype is dtype and dtype.itemsize == 2:
-        folded = folded_weights(w3, b3, gamma, beta, dtype)
-        norm = {"right": folded.w3, "bias": None, "wg": folded.wg, "wb": folded.wb, "scale": folded.scale}
-    else:
-        norm = {"right": product_weight(w3, dtype), "bias": b3, "gamma": gamma, "beta": beta}
-    return {"left": u, "K": u.shape[2], "is_fc1": True, "mean": mean, "rstd": rstd, **norm}
+def _fc1(u: Tensor, mean: Tensor | None, rstd: Tensor | None, first: FirstWeights) -> dict[str, Any]:
+    """fc1's operands."""
+    return {"left": u, "u": u, "K": u.shape[2], "is_fc1": True, "mean": mean, "rstd": rstd, **first._asdict()}
 
 
 def _run(product: ChannelProduct) -> None:

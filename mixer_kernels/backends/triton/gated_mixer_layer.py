@@ -22,10 +22,11 @@ from ...tuning.configs import GatedMixingConfig, gated_mixer_layer_config, padde
 from ...tuning.target import target_of
 from ..noise import Noise
 from ..rounding import round_up
-from .gated_mixing import gated_mixing, mlp_of_rows, normalised_rows, softmax_gate
+from .gated_mixing import gated_mixing, mlp_of_rows, normalised_rows, pack_gated_mixing, softmax_gate
 from .launch import launch, needs_int64
 from .noise import dropout_arguments
-from .prepack import square_weight, token_weights
+from .pack import Packing
+from .prepack import GatedMixingWeights, gated_mixing_weights
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def gated_mixer_layer(
     *,
     eps: tuple[float, float],
     approximate: str,
-    dtype: torch.dtype,
+    packing: Packing,
     precision: str,
     dropout_p: float,
     seed: Tensor | None,
@@ -125,25 +126,34 @@ def gated_mixer_layer(
     A tile that does not fit the registers goes by ``gated_mixing``, twice.
     """
     _, channels, patches, features = x.shape
+    dtype = packing.dtype
     config = gated_mixer_layer_config(
         target_of(x.device), dtype, x.dtype, patches, features, exact=precision == "ieee", dropout=dropout_p > 0
     )
     if config is None:
-        shared = {"gate_first": False, "approximate": approximate, "dtype": dtype, "precision": precision}
+        weights = [
+            pack_gated_mixing(packing, x.shape, x.device, mixer, axis=axis, precision=precision, name=f"{axis}.")
+            for axis, mixer in ((2, of_patches), (3, of_features))
+        ]
+        packing.run()
+        shared = {"gate_first": False, "approximate": approximate, "precision": precision}
         noises = [Noise(dropout_p, seed=one) for one in ((None, None) if seed is None else seed.split(1))]
-        u = gated_mixing(x, *of_patches, axis=2, eps=eps[0], noise=noises[0], **shared)
-        y = gated_mixing(u, *of_features, axis=3, eps=eps[1], noise=noises[1], **shared)
+        u = gated_mixing(x, *of_patches[:2], weights[0], axis=2, eps=eps[0], noise=noises[0], **shared)
+        y = gated_mixing(u, *of_features[:2], weights[1], axis=3, eps=eps[1], noise=noises[1], **shared)
         return y, u if keep_u else None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = torch.empty_like(y) if keep_u else None
-    arguments_of_patches, hidden1 = _arguments(of_patches, patches, dtype, config)
-    arguments_of_features, hidden2 = _arguments(of_features, features, dtype, config)
+    weights1 = _weights(packing, of_patches, patches, config, "2.")
+    weights2 = _weights(packing, of_features, features, config, "3.")
+    packing.run()
     launch(
         _gated_mixer_layer_kernel,
         x.shape[0] * channels,
         x,
-        *arguments_of_patches,
-        *arguments_of_features,
+        *of_patches[:2],
+        *weights1,
+        *of_features[:2],
+        *weights2,
         u,
         y,
         patches,
@@ -153,8 +163,8 @@ def gated_mixer_layer(
         *eps,
         PATCHES=padded_extent(patches),
         FEATURES=padded_extent(features),
-        HIDDEN1=hidden1,
-        HIDDEN2=hidden2,
+        HIDDEN1=weights1.w1.shape[0],
+        HIDDEN2=weights2.w1.shape[0],
         BLOCK_D=config.block_d,
         STAGES=config.num_stages,
         TANH=approximate == "tanh",
@@ -166,12 +176,8 @@ def gated_mixer_layer(
     return y, u
 
 
-def _arguments(
-    mixer: Sequence[Tensor | None], extent: int, dtype: torch.dtype, config: GatedMixingConfig
-) -> tuple[tuple[Tensor | None, ...], int]:
-    """What the kernel takes for one mixer, padded; and its hidden units, padded."""
-    gamma, beta, w1, b1, w2, b2, w_gate, b_gate = mixer
-    padded, hidden = padded_extent(extent), round_up(w1.shape[0], config.block_d)
-    weights = token_weights(w1, b1, w2, b2, dtype, tokens=padded, hidden=hidden)
-    gate = (None, None) if w_gate is None else square_weight(w_gate, b_gate, dtype, padded)
-    return (gamma, beta, *weights, *gate), hidden
+def _weights(
+    packing: Packing, mixer: Sequence[Tensor | None], extent: int, config: GatedMixingConfig, name: str
+) -> GatedMixingWeights:
+    hidden = round_up(mixer[2].shape[0], config.block_d)
+    return gated_mixing_weights(packing, mixer[2:], padded_extent(extent), hidden, name)

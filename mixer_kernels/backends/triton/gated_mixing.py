@@ -15,6 +15,8 @@ reads all of the image, which lies in the cache, for the sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +30,8 @@ from .channel_descriptors import quarters
 from .gelu import gelu
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
-from .prepack import square_weight, token_weights
+from .pack import Packing
+from .prepack import GatedMixingWeights, gated_mixing_weights
 
 
 @triton.jit
@@ -252,22 +255,33 @@ def in_rows(t: Tensor, axis: int) -> tuple[Tensor, tuple[int, int, int, int]]:
     return t, (t.stride(0), t.stride(3 - axis), t.stride(3), t.stride(axis))
 
 
+def pack_gated_mixing(
+    packing: Packing,
+    shape: torch.Size,
+    device: torch.device,
+    parameters: Sequence[Tensor | None],
+    *,
+    axis: int,
+    precision: str,
+    name: str = "",
+) -> GatedMixingWeights:
+    """The weights of ``gated_mixing`` on an x of ``shape``, of all its ``parameters``."""
+    _, rows, extent = extents_of(shape, axis)
+    config = gated_mixing_config(target_of(device), packing.dtype, rows, extent, exact=precision == "ieee")
+    hidden = round_up(parameters[2].shape[0], config.block_d)
+    return gated_mixing_weights(packing, parameters[2:], padded_extent(extent), hidden, name)
+
+
 def gated_mixing(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
+    weights: GatedMixingWeights,
     *,
     axis: int,
     gate_first: bool,
     eps: float,
     approximate: str,
-    dtype: torch.dtype,
     precision: str,
     noise: Noise,
 ) -> Tensor:
@@ -276,23 +290,15 @@ def gated_mixing(
     images, rows, extent = extents_of(x.shape, axis)
     x, strides = in_rows(x, axis)
     _, y_strides = in_rows(y, axis)
-    config = gated_mixing_config(target_of(x.device), dtype, rows, extent, exact=precision == "ieee")
-    block_k = padded_extent(extent)
-    hidden = round_up(w1.shape[0], config.block_d)
-    packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=hidden)
-    gate, gate_bias = (None, None) if w_gate is None else square_weight(w_gate, b_gate, dtype, block_k)
+    config = gated_mixing_config(target_of(x.device), weights.w1.dtype, rows, extent, exact=precision == "ieee")
+    hidden, block_k = weights.w1.shape
     launch(
         _gated_mixing_kernel,
         images[0] * images[1] * cdiv(rows, config.rows),
         x,
         gamma,
         beta,
-        packed.w1,
-        packed.b1,
-        packed.w2,
-        packed.b2,
-        gate,
-        gate_bias,
+        *weights,
         y,
         rows,
         extent,

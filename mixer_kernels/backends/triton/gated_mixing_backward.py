@@ -13,6 +13,8 @@ to a program, which PyTorch adds in a fixed order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,11 +26,20 @@ from ..noise import Noise
 from ..relatives import GatedMixingGradients
 from ..rounding import cdiv, round_up
 from .channel_mixing import aligned_rows
-from .gated_mixing import add_square_product, extents_of, in_rows, load_affine, softmax_gate
+from .gated_mixing import (
+    add_square_product,
+    extents_of,
+    gated_mixing,
+    in_rows,
+    load_affine,
+    pack_gated_mixing,
+    softmax_gate,
+)
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
-from .prepack import square_weight, token_weights
+from .pack import Packing
+from .prepack import gated_mixing_weights
 
 
 @triton.jit
@@ -199,6 +210,21 @@ def _gated_mixing_bwd_kernel(
     tl.store(dn_ptr + offs_dn, dn.to(dn_ptr.dtype.element_ty), mask=mask)
 
 
+def gated_mixing_again(
+    x: Tensor,
+    *parameters: Tensor | None,
+    axis: int,
+    dtype: torch.dtype,
+    precision: str,
+    **options: Any,
+) -> Tensor:
+    """What ``gated_mixing`` gave: the input of the mixer behind it in a layer."""
+    packing = Packing(dtype)
+    weights = pack_gated_mixing(packing, x.shape, x.device, parameters, axis=axis, precision=precision)
+    packing.run()
+    return gated_mixing(x, *parameters[:2], weights, axis=axis, precision=precision, **options)
+
+
 def gated_mixing_gradients(
     dy: Tensor,
     x: Tensor,
@@ -237,8 +263,9 @@ def gated_mixing_gradients(
     )
     block_k = padded_extent(extent)
     padded_hidden = round_up(hidden, config.block_d)
-    packed = token_weights(w1, b1, w2, b2, dtype, tokens=block_k, hidden=padded_hidden)
-    gate, gate_bias = square_weight(w_gate, b_gate, dtype, block_k) if has_gate else (None, None)
+    packing = Packing(dtype)
+    weights = gated_mixing_weights(packing, (w1, b1, w2, b2, w_gate, b_gate), block_k, padded_hidden)
+    packing.run()
     programs = images[0] * images[1] * cdiv(rows, config.rows)
 
     def operand(columns: int, present: bool = True) -> Tensor | None:
@@ -259,12 +286,7 @@ def gated_mixing_gradients(
         rstd,
         gamma,
         beta,
-        packed.w1,
-        packed.b1,
-        packed.w2,
-        packed.b2,
-        gate,
-        gate_bias,
+        *weights,
         dn,
         dz,
         v,

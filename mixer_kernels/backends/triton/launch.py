@@ -11,6 +11,7 @@ MAX_GRID = 2**31 - 1  # programs along axis 0; CUDA C++ Programming Guide, "Tech
 
 Interceptor = Callable[[Any, tuple[int], tuple[Any, ...], dict[str, Any]], None]
 
+# Set and put back by intercept_launches.
 _interceptor: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVar("mixer_kernels_launch", default=None)
 
 

@@ -1,4 +1,4 @@
-"""Weights as the Triton kernels take them: cast to the dtype of the products, zero-padded, folded; kept as packs.
+"""Which weights the Triton kernels take in which form; ``pack`` makes them.
 
 Padding makes rows multiples of 16 bytes (196 bfloat16 tokens are 392 bytes, which no 16-byte load accepts) and spares
 the kernels every mask on weights.
@@ -6,13 +6,14 @@ the kernels every mask on weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..prepack import K_MULTIPLE, FoldedWeights, fold_norm, packed, padded
 from ..rounding import round_up
+from .pack import K_MULTIPLE, Packing
 
 
 class TokenWeights(NamedTuple):
@@ -24,61 +25,79 @@ class TokenWeights(NamedTuple):
     b2: Tensor  # [S_pad] float32
 
 
+class GatedMixingWeights(NamedTuple):
+    """Weights of one mixer of a PatchTSMixer, for ``K`` places and ``H`` hidden units, both padded."""
+
+    w1: Tensor  # [H, K]
+    b1: Tensor  # [H] float32
+    w2: Tensor  # [K, H]
+    b2: Tensor  # [K] float32
+    w_gate: Tensor | None  # [K, K]
+    b_gate: Tensor | None  # [K] float32
+
+
+class FirstWeights(NamedTuple):
+    """fc1 of the channel half: ``wg``, ``wb`` where LayerNorm is folded, else ``bias``, ``gamma``, ``beta``."""
+
+    right: Tensor  # [D_C, C_pad]
+    bias: Tensor | None = None  # [D_C]
+    gamma: Tensor | None = None  # [C]
+    beta: Tensor | None = None
+    wg: Tensor | None = None  # [D_C] float32
+    wb: Tensor | None = None
+    scale: Tensor | None = None
+
+
 def token_weights(
-    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, dtype: torch.dtype, tokens: int, hidden: int
-) -> TokenWeights:
+    packing: Packing, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tokens: int, hidden: int,
+    name: str = "",
+) -> TokenWeights:  # fmt: skip
     """``w1 [D_S, S]``, ``w2 [S, D_S]`` and their biases, padded to ``tokens`` and ``hidden``.
 
     ``w1`` of twice as many rows has values, then gates: each of both is padded.
     """
-
-    gated = w1.shape[0] == 2 * w2.shape[1] > 0
-
-    def pack() -> TokenWeights:
-        return TokenWeights(
-            _padded_halves(w1, hidden, tokens, dtype) if gated else padded(w1, hidden, tokens, dtype),
-            _padded_bias(b1, hidden, w1.device, halves=1 + gated),
-            padded(w2, tokens, hidden, dtype),
-            _padded_bias(b2, tokens, w2.device),
-        )
-
-    return packed(("triton", "token", dtype, tokens, hidden), (w1, b1, w2, b2), pack)
+    return TokenWeights(
+        *first_token_weights(packing, w1, b1, w2, tokens, hidden, name),
+        *packing.matrix_and_bias(f"{name}w2", w2, b2, tokens, hidden),
+    )
 
 
-def folded_weights(
-    w3: Tensor, b3: Tensor | None, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype
-) -> FoldedWeights:
-    """``w3 [D_C, C]`` with ``gamma`` folded into it."""
-    return packed(("triton", "folded", dtype), (w3, b3, gamma, beta), lambda: fold_norm(w3, b3, gamma, beta, dtype))
+def gated_mixing_weights(
+    packing: Packing, parameters: Sequence[Tensor | None], extent: int, hidden: int, name: str = ""
+) -> GatedMixingWeights:
+    """``w1, b1, w2, b2, w_gate, b_gate``, padded to ``extent`` and ``hidden``; the last two may be None."""
+    *mlp, w_gate, b_gate = parameters
+    gate = (None, None)
+    if w_gate is not None:
+        gate = packing.matrix_and_bias(f"{name}w_gate", w_gate, b_gate, extent, extent)
+    return GatedMixingWeights(*token_weights(packing, *mlp, extent, hidden, name), *gate)
 
 
-def product_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """``w [N, K]`` in ``dtype``, K padded to a multiple of ``K_MULTIPLE``."""
-    columns = round_up(w.shape[1], K_MULTIPLE)
-    return packed(("triton", "product", dtype), (w,), lambda: padded(w, w.shape[0], columns, dtype))
+def first_token_weights(
+    packing: Packing, w1: Tensor, b1: Tensor | None, w2: Tensor, tokens: int, hidden: int, name: str = ""
+) -> tuple[Tensor, Tensor]:
+    """``w1`` and ``b1`` alone."""
+    is_gated = w1.shape[0] == 2 * w2.shape[1] > 0
+    pack = packing.halves_and_bias if is_gated else packing.matrix_and_bias
+    return pack(f"{name}w1", w1, b1, hidden, tokens)
 
 
-def transposed_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """The transpose of ``w [K, M]`` in ``dtype``, both sides padded to multiples of ``2 * K_MULTIPLE``."""
+def fc1_weights(
+    packing: Packing, gamma: Tensor | None, beta: Tensor | None, w3: Tensor, b3: Tensor | None, stream: torch.dtype
+) -> FirstWeights:
+    """``w3 [D_C, C]``, for a ``stream`` in which LayerNorm can be folded into it, or to be applied beside it."""
+    if stream is packing.dtype and stream.itemsize == 2:
+        folded = packing.folded("w3", w3, b3, gamma, beta)
+        return FirstWeights(folded.w3, wg=folded.wg, wb=folded.wb, scale=folded.scale)
+    return FirstWeights(product_weight(packing, "w3", w3), b3, gamma, beta)
+
+
+def product_weight(packing: Packing, name: str, w: Tensor) -> Tensor:
+    """``w [N, K]``, K padded to a multiple of ``K_MULTIPLE``."""
+    return packing.matrix(name, w, w.shape[0], round_up(w.shape[1], K_MULTIPLE))
+
+
+def transposed_weight(packing: Packing, name: str, w: Tensor) -> Tensor:
+    """The transpose of ``w [K, M]``, both sides padded to multiples of ``2 * K_MULTIPLE``."""
     rows, columns = (round_up(extent, 2 * K_MULTIPLE) for extent in reversed(w.shape))
-    return packed(("triton", "transposed", dtype), (w,), lambda: padded(w.t(), rows, columns, dtype))
-
-
-def square_weight(w: Tensor, b: Tensor | None, dtype: torch.dtype, extent: int) -> tuple[Tensor, Tensor]:
-    """``w [K, K]`` and ``b [K]`` (float32), padded to ``extent``."""
-
-    def pack() -> tuple[Tensor, Tensor]:
-        return padded(w, extent, extent, dtype), _padded_bias(b, extent, w.device)
-
-    return packed(("triton", "square", dtype, extent), (w, b), pack)
-
-
-def _padded_halves(w: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.cat([padded(half, rows, columns, dtype) for half in w.chunk(2)])
-
-
-def _padded_bias(b: Tensor | None, length: int, device: torch.device, halves: int = 1) -> Tensor:
-    wide = torch.zeros(halves, length, dtype=torch.float32, device=device)
-    if b is not None:
-        wide[:, : b.shape[0] // halves] = b.view(halves, -1)
-    return wide.flatten()
+    return packing.transposed(name, w, rows, columns)

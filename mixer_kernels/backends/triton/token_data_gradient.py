@@ -24,6 +24,7 @@ from ..rounding import cdiv, round_up
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import kept_hidden, kept_image, noise_arguments
+from .pack import Packing
 from .prepack import token_weights
 from .token_mixing import _channels_of_program, _hidden, _normalised, is_vectorised
 
@@ -205,7 +206,9 @@ def token_data_gradient(
     batch_size, tokens, channels = x.shape
     segments = token_segments(tokens, longest=64)
     config = token_backward_config(target_of(x.device), dtype, segments, vectorised=is_vectorised(x))
-    packed = token_weights(w1, b1, w2, b2, dtype, tokens=sum(segments), hidden=round_up(w1.shape[0], config.block_d))
+    packing, hidden = Packing(dtype), round_up(w1.shape[0], config.block_d)
+    weights = token_weights(packing, w1, b1, w2, b2, tokens=sum(segments), hidden=hidden)
+    packing.run()
     launch(
         _token_mixing_bwd_kernel,
         batch_size * cdiv(channels, config.block_c),
@@ -215,17 +218,15 @@ def token_data_gradient(
         rstd,
         gamma,
         beta,
-        packed.w1,
-        packed.b1,
-        packed.w2,
+        *weights[:3],
         dn,
         a,
         dz,
         tokens,
         channels,
         w1.shape[0],
-        packed.w1.shape[0],
-        packed.w1.shape[0] // config.block_d,
+        hidden,
+        hidden // config.block_d,
         *x.stride(),
         **noise_arguments(noise),
         N0=segments[0],

@@ -25,6 +25,7 @@ from ..noise import Noise
 from ..rounding import cdiv
 from .launch import launch, needs_int64
 from .noise import kept_image, noise_arguments
+from .pack import Packing
 from .prepack import product_weight, transposed_weight
 from .token_mixing import is_vectorised
 
@@ -161,13 +162,11 @@ def token_linear(
     b: Tensor | None,
     scale: Tensor | None,
     *,
-    dtype: torch.dtype,
     precision: str,
     noise: Noise,
 ) -> Tensor:
-    """``x + scale * (w . (alpha * x + beta) + b)``, contiguous, from ``x [B, S, C]`` and ``w [S, S]``."""
+    """``x + scale * (w . (alpha * x + beta) + b)``, contiguous, from ``x [B, S, C]`` and ``w``, packed."""
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    w = product_weight(w, dtype)
     _run(w, x, x, u, bias=b, gamma=alpha, beta=beta, scale=scale, precision=precision, noise=noise)
     return u
 
@@ -180,7 +179,9 @@ def token_linear_data_gradient(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tiles = cdiv(tokens, _config(dtype, precision, du, x, dx).block_m)
     sums = torch.empty(tiles, 2, batch_size, channels, dtype=torch.float32, device=x.device)
-    w = transposed_weight(w, dtype)
+    packing = Packing(dtype)
+    w = transposed_weight(packing, "w", w)
+    packing.run()
     _run(w, du, du, dx, scale=factor, x=x, sums=sums, precision=precision, noise=noise)
     of_vx, of_v = sums.sum((0, 2))
     return dx, of_vx, of_v
@@ -196,13 +197,13 @@ def spatial_gate(
     b: Tensor | None,
     out: Tensor,
     *,
-    dtype: torch.dtype,
     precision: str,
 ) -> None:
-    """Write ``out = h1 * (w . LN(h2) + b)`` from ``h [B, S, 2 * C]``, halves h1 and h2, and h2's row statistics."""
+    """Write ``out = h1 * (w . LN(h2) + b)`` from ``h [B, S, 2 * C]``, halves h1 and h2, h2's row statistics and ``w``,
+    packed."""
     factor, gate = h.chunk(2, 2)
     norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
-    _run(product_weight(w, dtype), gate, factor, out, bias=b, is_gate=True, **norm, precision=precision)
+    _run(w, gate, factor, out, bias=b, is_gate=True, **norm, precision=precision)
 
 
 def spatial_gate_backward(
@@ -223,7 +224,10 @@ def spatial_gate_backward(
     dv, s = (torch.empty(ds.shape, dtype=ds.dtype, device=ds.device) for _ in range(2))
     norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
     beside = {"x": factor, "outer_x": dv, "v_x": s}
-    _run(product_weight(w, ds.dtype), gate, ds, dh1, bias=b, is_gate=True, **norm, **beside, precision=precision)
+    packing = Packing(ds.dtype)
+    w = product_weight(packing, "w_gate", w)
+    packing.run()
+    _run(w, gate, ds, dh1, bias=b, is_gate=True, **norm, **beside, precision=precision)
     return dv, s
 
 

@@ -15,19 +15,21 @@ The token axis is cut into up to four powers of two (``token_segments``), each w
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tuning.configs import token_config, token_segments
+from ...tuning.configs import TokenConfig, token_config, token_segments
 from ...tuning.target import target_of
 from ..noise import Noise
 from ..rounding import cdiv, round_up
 from .gelu import gelu
 from .launch import launch, needs_int64
 from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
-from .prepack import token_weights
+from .prepack import TokenWeights
 from .swiglu import swiglu
 
 
@@ -224,33 +226,46 @@ def _token_mixing_fwd_kernel(
         )  # fmt: skip
 
 
+class TokenTile(NamedTuple):
+    """How the token axis of one ``x`` is cut, and the tile that takes it."""
+
+    segments: tuple[int, int, int, int]
+    config: TokenConfig
+
+    def padded(self, hidden: int) -> tuple[int, int]:
+        """Tokens and hidden units as the weights have them."""
+        return sum(self.segments), round_up(hidden, self.config.block_d)
+
+
+def token_tile(x: Tensor, dtype: torch.dtype, precision: str, noise: Noise, activation: str) -> TokenTile:
+    """The tile of ``token_mixing_fused`` on ``x``."""
+    vectorised = is_vectorised(x)
+    segments = token_segments(x.shape[1], longest=128 if vectorised and x.dtype is dtype else 64)
+    config = token_config(
+        target_of(x.device), dtype, x.dtype, segments,
+        exact=precision == "ieee", vectorised=vectorised, noise=noise.on_branch, gated=activation == "swiglu",
+    )  # fmt: skip
+    return TokenTile(segments, config)
+
+
 def token_mixing_fused(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
+    weights: TokenWeights,
+    tile: TokenTile,
     *,
     approximate: str,
-    dtype: torch.dtype,
     precision: str,
     noise: Noise,
     activation: str = "gelu",
 ) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; S at most ``MAX_FUSED_TOKENS``."""
     batch_size, tokens, channels = x.shape
-    vectorised, gated = is_vectorised(x), activation == "swiglu"
-    segments = token_segments(tokens, longest=128 if vectorised and x.dtype is dtype else 64)
-    config = token_config(
-        target_of(x.device), dtype, x.dtype, segments,
-        exact=precision == "ieee", vectorised=vectorised, noise=noise.on_branch, gated=gated,
-    )  # fmt: skip
-    hidden = round_up(w2.shape[1], config.block_d)
-    packed = token_weights(w1, b1, w2, b2, dtype, tokens=sum(segments), hidden=hidden)
+    segments, config = tile
+    hidden = weights.w2.shape[1]
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
         _token_mixing_fwd_kernel,
@@ -260,10 +275,7 @@ def token_mixing_fused(
         rstd,
         gamma,
         beta,
-        packed.w1,
-        packed.b1,
-        packed.w2,
-        packed.b2,
+        *weights,
         u,
         tokens,
         channels,
@@ -279,7 +291,7 @@ def token_mixing_fused(
         BLOCK_D=config.block_d,
         STAGES=config.num_stages,
         TANH=approximate == "tanh",
-        GLU=gated,
+        GLU=activation == "swiglu",
         PRECISION=precision if config.tf32 else "ieee",
         INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64(x.shape[1:], (channels, 1)),
         num_warps=config.num_warps,

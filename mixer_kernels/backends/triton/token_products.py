@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tuning.configs import token_product_config
+from ...tuning.configs import ProductConfig, token_product_config
 from ...tuning.target import target_of
 from ..noise import Noise
 from ..rounding import cdiv, round_up
 from .gelu import gelu
 from .launch import launch, needs_int64
 from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
-from .prepack import token_weights
+from .prepack import TokenWeights
 from .swiglu import swiglu
 
 
@@ -151,24 +151,20 @@ def token_mixing_products(
     rstd: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
+    weights: TokenWeights,
+    hidden: int,
     *,
     approximate: str,
-    dtype: torch.dtype,
     precision: str,
     noise: Noise,
     activation: str = "gelu",
 ) -> Tensor:
-    """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; any S."""
-    a = torch.empty(x.shape[0], w2.shape[1], x.shape[2], dtype=dtype, device=x.device)
+    """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; any S, ``hidden`` units."""
+    a = torch.empty(x.shape[0], hidden, x.shape[2], dtype=weights.w1.dtype, device=x.device)
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    weights = (w1, b1, w2, b2)
     shared = {"approximate": approximate, "precision": precision, "noise": noise, "activation": activation}
-    _run_product(x, mean, rstd, gamma, beta, weights, a, u, first=True, **shared)
-    _run_product(x, mean, rstd, gamma, beta, weights, a, u, first=False, **shared)
+    _run_product(x, mean, rstd, gamma, beta, weights.w1, weights.b1, hidden, a, u, first=True, **shared)
+    _run_product(x, mean, rstd, gamma, beta, weights.w2, weights.b2, hidden, a, u, first=False, **shared)
     return u
 
 
@@ -179,34 +175,44 @@ def token_hidden(
     gamma: Tensor | None,
     beta: Tensor | None,
     w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
+    b1: Tensor,
+    hidden: int,
     *,
-    dtype: torch.dtype,
     precision: str,
     activation: str = "gelu",
 ) -> Tensor:
-    """z ``[B, rows of w1, C]``, recomputed for the backward pass."""
-    z = torch.empty(x.shape[0], w1.shape[0], x.shape[2], dtype=dtype, device=x.device)
+    """z ``[B, hidden, C]``, with SwiGLU twice as much, recomputed for the backward pass from packed weights."""
+    rows = hidden * (1 + (activation == "swiglu"))
+    z = torch.empty(x.shape[0], rows, x.shape[2], dtype=w1.dtype, device=x.device)
     _run_product(
-        x, mean, rstd, gamma, beta, (w1, b1, w2, b2), z, None, first=True, keep_z=True,
+        x, mean, rstd, gamma, beta, w1, b1, hidden, z, None, first=True, keep_z=True,
         approximate="none", precision=precision, noise=Noise(), activation=activation,
     )  # fmt: skip
     return z
 
 
+def padded_sizes(
+    tokens: int, hidden: int, device: torch.device, dtype: torch.dtype, precision: str, noise: Noise, activation: str
+) -> tuple[int, int]:
+    """Tokens and hidden units as the weights of both products have them."""
+    configs = [_config(device, dtype, precision, noise, activation, first) for first in (True, False)]
+    multiple = max(extent for config in configs for extent in (config.block_m, config.block_k))
+    return round_up(tokens, multiple), round_up(hidden, multiple)
+
+
+def _config(device, dtype, precision, noise, activation, first) -> ProductConfig:
+    return token_product_config(
+        target_of(device), dtype, precision == "ieee", noise=noise.on_branch, gated=first and activation == "swiglu"
+    )
+
+
 def _run_product(
-    x, mean, rstd, gamma, beta, weights, a, u, *, first, approximate, precision, noise, activation, keep_z=False
+    x, mean, rstd, gamma, beta, w, bias, hidden, a, u, *, first, approximate, precision, noise, activation, keep_z=False
 ) -> None:
     batch_size, tokens, channels = x.shape
-    w_rows, hidden = weights[0].shape[0], weights[2].shape[1]
-    target, exact, gated = target_of(x.device), precision == "ieee", activation == "swiglu"
-    config = token_product_config(target, a.dtype, exact, noise=noise.on_branch, gated=gated and first)
-    multiple = max(config.block_m, config.block_k)
-    hidden_padded = round_up(hidden, multiple)
-    packed = token_weights(*weights, a.dtype, tokens=round_up(tokens, multiple), hidden=hidden_padded)
-    w, bias, rows = (packed.w1, packed.b1, hidden) if first else (packed.w2, packed.b2, tokens)
+    gated = activation == "swiglu"
+    config = _config(x.device, a.dtype, precision, noise, activation, first)
+    rows = hidden if first else tokens
     launch(
         _token_product_kernel,
         batch_size * cdiv(rows, config.block_m) * cdiv(channels, config.block_n),
@@ -233,9 +239,10 @@ def _run_product(
         STAGES=config.num_stages,
         TANH=approximate == "tanh",
         GLU=gated,
-        M_PAD=hidden_padded if gated and first else 0,
+        M_PAD=w.shape[0] // 2 if gated and first else 0,
         PRECISION=precision,
-        INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64((max(tokens, w_rows), channels), (channels, 1)),
+        INT64=needs_int64(x.shape[1:], x.stride()[1:])
+        or needs_int64((max(tokens, hidden * (1 + gated)), channels), (channels, 1)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

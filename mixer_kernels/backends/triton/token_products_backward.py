@@ -22,8 +22,10 @@ from ..rounding import cdiv
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import kept_hidden, noise_arguments
-from .prepack import transposed_weight
+from .pack import Packing
+from .prepack import first_token_weights, transposed_weight
 from .swiglu import swiglu_and_slopes
+from .token_products import padded_sizes, token_hidden
 
 
 @triton.jit
@@ -96,20 +98,47 @@ def _token_gelu_bwd_kernel(
         tl.store(dz_ptr + offs, (da * slope).to(DTYPE), mask=mask)
 
 
-def token_gelu_backward(
-    g: Tensor, w2: Tensor, z: Tensor, *, approximate: str, precision: str, noise: Noise, activation: str = "gelu"
+def token_products_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str,
+    precision: str,
+    noise: Noise,
+    activation: str = "gelu",
 ) -> tuple[Tensor, Tensor]:
-    """``a [B, D_S, C]`` and dz from ``g [B, S, C]``, ``w2 [S, D_S]`` and z ``[B, rows of w1, C]``, where dz goes."""
+    """``a [B, D_S, C]`` and dz ``[B, rows of w1, C]`` from ``g [B, S, C]``, any S; z is recomputed."""
+    packing, hidden = Packing(g.dtype), w2.shape[1]
+    sizes = padded_sizes(x.shape[1], hidden, x.device, g.dtype, precision, Noise(), activation)
+    weights = first_token_weights(packing, w1, b1, w2, *sizes)
+    w2 = transposed_weight(packing, "w2", w2)
+    packing.run()
+    kind = {"precision": precision, "activation": activation}
+    z = token_hidden(x, mean, rstd, gamma, beta, *weights, hidden, **kind)
+    return token_gelu_backward(g, w2, z, approximate=approximate, noise=noise, **kind)
+
+
+def token_gelu_backward(
+    g: Tensor, w2: Tensor, z: Tensor, *, approximate: str, precision: str, noise: Noise, activation: str
+) -> tuple[Tensor, Tensor]:
+    """``a [B, D_S, C]`` and dz from ``g [B, S, C]``, ``w2``, packed, and z ``[B, rows of w1, C]``, where dz goes."""
     batch_size, tokens, channels = g.shape
-    hidden = w2.shape[1]
     gated = activation == "swiglu"
     config = token_gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee", gated=gated)
-    packed = transposed_weight(w2, g.dtype)
+    hidden = z.shape[1] // (1 + gated)
     a = torch.empty(batch_size, hidden, channels, dtype=z.dtype, device=z.device)
     launch(
         _token_gelu_bwd_kernel,
         batch_size * cdiv(hidden, config.block_m) * cdiv(channels, config.block_n),
-        packed,
+        w2,
         g,
         z,
         a,
@@ -117,7 +146,7 @@ def token_gelu_backward(
         tokens,
         channels,
         hidden,
-        packed.shape[1],
+        w2.shape[1],
         **noise_arguments(noise),
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_n,

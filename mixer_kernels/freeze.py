@@ -1,0 +1,261 @@
+"""``freeze_`` and ``unfreeze_``: the promise that weights stay, for which a block keeps them as the kernels take them.
+
+Else a block packs its weights in every call, since no one can tell who wrote to them. What a frozen block keeps are
+buffers of its own: they move and are copied with it, and are not in its ``state_dict``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops import NewPacks
+from .report import FROZEN, LEFT, RESTORED, Entry, Report
+
+_BUFFER = "_pack{}"
+
+
+def freeze_(model: nn.Module) -> Report:
+    """Have the fused blocks of ``model`` keep their weights as the kernels take them, in place.
+
+    Promise by this that the weights stay: no training, no loading, no averaging, no merging until ``unfreeze_``. In
+    return no call packs weights, nor does a replay of a CUDA graph that was captured afterwards. Worth it at small
+    batches: docs/use_in_your_model.md has what it saves.
+
+    Call it where the model will run: in eval mode, on its device, under the autocast and with the backend of inference.
+    For another dtype or backend a block packs in each call, as if it was not frozen. ``.to()`` another device,
+    ``copy.deepcopy`` and ``pickle`` take along what was packed.
+
+    A frozen block raises RuntimeError, which names it and says what to call, in training mode; in grad mode, if one of
+    its parameters requires a gradient; and where PyTorch counts that a parameter was written to, replaced or converted.
+    A write through ``.data`` is not counted, and a compiled or captured call is not watched.
+
+    Args:
+        model: a model with blocks that ``fuse_`` fused or ``FusedMixerBlock``, or any part of one.
+
+    Returns:
+        What was frozen, by which backend and how many bytes; and what was left, and why: blocks that run on the
+        ``torch`` backend or eagerly, and those whose weights the kernels take as they are. A second call packs anew.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: a block is in training mode.
+    """
+    blocks = _blocks(model)
+    for name, block in blocks:
+        if block.training:
+            raise RuntimeError(f"{_named(name)} is in training mode: call model.eval() before freeze_")
+    return Report(tuple(_freeze(name, block) for name, block in blocks))
+
+
+def unfreeze_(model: nn.Module) -> Report:
+    """Undo ``freeze_``: the blocks of ``model`` drop what they kept, and pack in each call what is there.
+
+    Args:
+        model: a model, or any part of one.
+
+    Returns:
+        The blocks that were frozen.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    entries = []
+    for name, block in _blocks(model):
+        if block.unfreeze():
+            entries.append(Entry(name, block.name_of_class(), RESTORED, ""))
+    return Report(tuple(entries))
+
+
+class Freezable:
+    """Mixin of blocks that ``freeze_`` takes, before their class of ``nn.Module``."""
+
+    _frozen: Frozen | None = None
+
+    def example(self) -> Tensor:
+        """An input of one image: what decides which packs there are, but for its strides."""
+        raise NotImplementedError
+
+    def why_not_kernels(self, x: Tensor) -> str | None:
+        """Why the kernels do not compute this block on ``x`` right now, or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def name_of_class(cls) -> str:
+        """The name by which reports call it."""
+        return cls.__name__
+
+    def check_frozen(self) -> None:
+        """Raise if the block is frozen and may not run."""
+        if self._frozen is not None:
+            self._frozen.check(self)
+
+    def packs(self) -> dict[str, Tensor] | None:
+        """What it keeps, by name; None if it is not frozen."""
+        frozen = self._frozen
+        if frozen is None or frozen.new is not None:
+            return None if frozen is None else frozen.new
+        return {name: self._buffers[_BUFFER.format(i)] for i, name in enumerate(frozen.names)}
+
+    def unfreeze(self) -> bool:
+        """Drop what it keeps; whether it was frozen."""
+        frozen = self.__dict__.pop("_frozen", None)
+        if frozen is None:
+            return False
+        for i in range(len(frozen.names)):
+            delattr(self, _BUFFER.format(i))
+        return True
+
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> nn.Module:
+        frozen = self._frozen
+        if frozen is None:
+            return super()._apply(fn, *args, **kwargs)
+        # A pack follows to another device, but its dtype is the kernels': `fn` does not see it.
+        kept = {name: self._buffers.pop(name) for name in map(_BUFFER.format, range(len(frozen.names)))}
+        was_intact, before = frozen.changed() is None, frozen.dtypes()
+        try:
+            return super()._apply(fn, *args, **kwargs)
+        finally:
+            device = frozen.first().device
+            self._buffers.update((name, pack.to(device)) for name, pack in kept.items())
+            if was_intact and frozen.dtypes() == before:
+                frozen.look()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._frozen is not None and self._frozen.was_intact:
+            self._frozen.look()
+
+
+class Frozen:
+    """What a frozen block knows: the names of its packs, and what its parameters were when they were made."""
+
+    def __init__(self, name: str, block: nn.Module) -> None:
+        self.name = name
+        self.names: tuple[str, ...] = ()
+        self.new: NewPacks | None = None  # while they are made
+        self.was_intact = True  # of a copy: when it was made
+        self.sources = [
+            (f"{path}.{leaf}" if path else leaf, module, leaf)
+            for path, module in block.named_modules()
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self.seen: list[tuple] = []
+        self.look()
+
+    def look(self) -> None:
+        """Remember what the parameters are now."""
+        # An alias keeps the address from being used again.
+        self.seen = [(p.detach(), *_identity(p)) for p in map(_parameter, self.sources)]
+
+    def changed(self) -> str | None:
+        """The name of a parameter that is not what it was, or None."""
+        if not self.seen:
+            return self.sources[0][0]
+        for source, (_, *identity) in zip(self.sources, self.seen, strict=True):
+            if _identity(_parameter(source)) != tuple(identity):
+                return source[0]
+        return None
+
+    def first(self) -> Tensor:
+        """One of the parameters."""
+        return _parameter(self.sources[0])
+
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the parameters."""
+        return [_parameter(source).dtype for source in self.sources]
+
+    def check(self, block: nn.Module) -> None:
+        """Raise RuntimeError if ``block`` may not run."""
+        if self.new is not None:
+            return
+        name = _named(self.name)
+        if block.training:
+            raise RuntimeError(f"{name} is frozen, but in training mode: call mixer_kernels.unfreeze_ to train it")
+        if torch.is_grad_enabled():
+            for path, module, leaf in self.sources:
+                if module._parameters[leaf].requires_grad:
+                    raise RuntimeError(
+                        f"{name} is frozen, but its {path} requires a gradient: run it under torch.no_grad() or "
+                        "torch.inference_mode(), or call mixer_kernels.unfreeze_ to train it"
+                    )
+        if not torch.compiler.is_compiling():
+            changed = self.changed()
+            if changed is not None:
+                raise RuntimeError(
+                    f"{name} is frozen, but its {changed} was written to, replaced or converted since: "
+                    "call mixer_kernels.unfreeze_ and then freeze_ again"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"seen": [], "was_intact": self.changed() is None}
+
+
+def kept(packs: dict[str, Tensor] | None, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, a tensor made of parameters; of a frozen block, whose ``packs`` these are, the one that it keeps."""
+    if packs is None:
+        return make()
+    if isinstance(packs, NewPacks):
+        packs[name] = make()
+    return packs[name]
+
+
+def _freeze(name: str, block: Freezable) -> Entry:
+    def left(why: str) -> Entry:
+        return Entry(name, block.name_of_class(), LEFT, why)
+
+    block.unfreeze()
+    x = block.example()
+    reason = block.why_not_kernels(x)
+    if reason is not None:
+        return left(reason)
+    frozen = block._frozen = Frozen(name, block)
+    frozen.new = NewPacks()
+    try:
+        with torch.no_grad():
+            for one in _variants(x):
+                block.forward(one)
+    except BaseException:
+        del block._frozen
+        raise
+    packs, frozen.new = frozen.new, None
+    backends = sorted({pack.partition("/")[0] for pack in packs if "/" in pack})
+    if not backends:
+        del block._frozen
+        return left("there is nothing to keep: its weights are taken as they are")
+    for i, pack in enumerate(packs.values()):
+        block.register_buffer(_BUFFER.format(i), pack, persistent=False)
+    frozen.names = tuple(packs)
+    size = sum(pack.nbytes for pack in packs.values())
+    return Entry(name, block.name_of_class(), FROZEN, f"{', '.join(backends)}: {len(packs)} packs, {size:,} bytes")
+
+
+def _variants(x: Tensor) -> list[Tensor]:
+    """``x`` as it may come: its strides decide on tiles, and so on padding; its dtype on how LayerNorm is applied."""
+    dtypes = [x.dtype]
+    if torch.is_autocast_enabled(x.device.type):
+        dtypes.append(torch.get_autocast_dtype(x.device.type))
+    return [y for dtype in dtypes for y in (x.to(dtype), x.transpose(1, 2).to(dtype).contiguous().transpose(1, 2))]
+
+
+def _blocks(model: Any) -> list[tuple[str, Freezable]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Freezable)]
+
+
+def _named(name: str) -> str:
+    return f"block {name!r}" if name else "the block"
+
+
+def _parameter(source: tuple[str, nn.Module, str]) -> Tensor:
+    _, module, leaf = source
+    return module._parameters[leaf]
+
+
+def _identity(p: Tensor) -> tuple[Any, ...]:
+    return p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.device
