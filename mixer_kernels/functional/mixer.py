@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import torch as torch_backend
-from .checks import check, check_channel_shapes, check_token_shapes, choose, needs_grad, seed_for
+from ..backends.arguments import Half, Options
+from .checks import check, check_channel_shapes, check_token_shapes, choose, needs_grad, seeded
 
 
 def token_mixing(
@@ -55,11 +56,13 @@ def token_mixing(
         ``u [B, S, C]`` in ``x``'s dtype.
     """
     parameters = {"gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    x, dtype = check(x, parameters, (eps,), approximate, dropout_p, drop_path_p, activation=activation)
+    options = Options(
+        eps=eps, activation=activation, approximate=approximate, dropout_p=dropout_p, drop_path_p=drop_path_p
+    )
+    x, options = check(x, parameters, options)
     check_token_shapes(x, parameters, activation)
-    name = choose(backend, x, dtype, _relative(activation))
-    noise = (dropout_p, drop_path_p)
-    return _token_mixing(x, (gamma, beta, w1, b1, w2, b2), eps, approximate, dtype, noise, name, activation)
+    name = choose(backend, x, options.dtype, _relative(activation))
+    return _token_mixing(x, Half(*parameters.values()), options, name)
 
 
 def channel_mixing(
@@ -104,12 +107,14 @@ def channel_mixing(
         ``y [B, S, C]`` in ``u``'s dtype.
     """
     parameters = {"gamma": gamma, "beta": beta, "w3": w3, "b3": b3, "w4": w4, "b4": b4}
-    u, dtype = check(u, parameters, (eps,), approximate, dropout_p, drop_path_p, memory, activation, norm, "u")
+    options = Options(
+        eps=eps, activation=activation, approximate=approximate, norm=norm, dropout_p=dropout_p,
+        drop_path_p=drop_path_p,
+    )  # fmt: skip
+    u, options = check(u, parameters, options, memory, name="u")
     check_channel_shapes(u, parameters, activation)
-    name = choose(backend, u, dtype, _relative(activation, norm))
-    noise = (dropout_p, drop_path_p)
-    parameters = (gamma, beta, w3, b3, w4, b4)
-    return _channel_mixing(u, parameters, eps, approximate, dtype, noise, name, memory, activation, norm)
+    name = choose(backend, u, options.dtype, _relative(activation, norm))
+    return _channel_mixing(u, Half(*parameters.values()), options, name, memory)
 
 
 def mixer_block(
@@ -154,37 +159,32 @@ def mixer_block(
         "gamma1": gamma1, "beta1": beta1, "w1": w1, "b1": b1, "w2": w2, "b2": b2,
         "gamma2": gamma2, "beta2": beta2, "w3": w3, "b3": b3, "w4": w4, "b4": b4,
     }  # fmt: skip
-    x, dtype = check(x, parameters, (eps1, eps2), approximate, dropout_p, drop_path_p, memory, activation)
+    options = Options(
+        eps=eps1, activation=activation, approximate=approximate, dropout_p=dropout_p, drop_path_p=drop_path_p
+    )
+    x, options = check(x, parameters, options, memory, eps2)
     check_token_shapes(x, parameters, activation, half="1")
     check_channel_shapes(x, parameters, activation, half="2")
-    name = choose(backend, x, dtype, _relative(activation))
-    noise = (dropout_p, drop_path_p)
-    tokens, channels = (gamma1, beta1, w1, b1, w2, b2), (gamma2, beta2, w3, b3, w4, b4)
-    if name != "torch" and noise == (0, 0) and (memory is None or not needs_grad(x, *tokens, *channels)):
-        return ops.mixer_block(x, *tokens, *channels, eps1, eps2, approximate, dtype, name, activation)
-    u = _token_mixing(x, tokens, eps1, approximate, dtype, noise, name, activation)
-    return _channel_mixing(u, channels, eps2, approximate, dtype, noise, name, memory, activation, "layer")
+    name = choose(backend, x, options.dtype, _relative(activation))
+    tokens, channels = Half(gamma1, beta1, w1, b1, w2, b2), Half(gamma2, beta2, w3, b3, w4, b4)
+    noise = dropout_p > 0 or drop_path_p > 0
+    if name != "torch" and not noise and (memory is None or not needs_grad(x, *tokens, *channels)):
+        return ops.mixer_block(x, *tokens, *channels, *options.inputs, name, eps2)
+    u = _token_mixing(x, tokens, options, name)
+    return _channel_mixing(u, channels, options._replace(eps=eps2), name, memory)
 
 
-def _token_mixing(x, parameters, eps, approximate, dtype, noise, name, activation) -> Tensor:
+def _token_mixing(x: Tensor, half: Half, options: Options, name: str) -> Tensor:
     if name == "torch":
-        return torch_backend.token_mixing_forward(
-            x, *parameters, eps=eps, approximate=approximate, dtype=dtype, dropout_p=noise[0], drop_path_p=noise[1],
-            activation=activation,
-        )  # fmt: skip
-    return ops.token_mixing(x, *parameters, eps, approximate, dtype, *noise, seed_for(x, noise), name, activation)[0]
+        return torch_backend.token_mixing_forward(x, half, options)
+    return ops.token_mixing(x, *half, *seeded(x, options).inputs, name)[0]
 
 
-def _channel_mixing(u, parameters, eps, approximate, dtype, noise, name, memory, activation, norm) -> Tensor:
+def _channel_mixing(u: Tensor, half: Half, options: Options, name: str, memory: str | None) -> Tensor:
     if name == "torch":
-        return torch_backend.channel_mixing_forward(
-            u, *parameters, eps=eps, approximate=approximate, dtype=dtype, dropout_p=noise[0], drop_path_p=noise[1],
-            activation=activation, norm=norm,
-        )  # fmt: skip
-    keep_z = memory == "fast" and needs_grad(u, *parameters)
-    return ops.channel_mixing(
-        u, *parameters, eps, approximate, dtype, *noise, seed_for(u, noise), name, keep_z, activation, norm
-    )[0]
+        return torch_backend.channel_mixing_forward(u, half, options)
+    keep_z = memory == "fast" and needs_grad(u, *half)
+    return ops.channel_mixing(u, *half, *seeded(u, options).inputs, name, keep_z)[0]
 
 
 def _relative(activation: str, norm: str = "layer") -> str | None:

@@ -5,69 +5,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.arguments import Options, precision_of
+from ..backends.backward import differentiate
 
 _library = torch.library.Library("mixer_kernels", "DEF")
+
+_OPTIONS = (
+    "ScalarType dtype, float eps, str activation, str approximate, str norm, float dropout_p, float drop_path_p,"
+    " Tensor? seed, str backend"
+)
+_SEED = Options._fields.index("seed")
+_BACKEND = len(Options().inputs)
 
 
 @dataclass
 class Operator:
-    """``name(inputs, options) -> (result, *kept)`` and ``name_backward(dy, kept, inputs, options, wanted)``."""
+    """``name(x, parameters, options, backend, further) -> (result, *kept)`` and
+    ``name_backward(dy, kept, x, parameters, options, backend, further, wanted)``."""
 
     name: str  # <name>_forward is the function of a backend that computes it
-    inputs: str  # schema of the tensors that have gradients, x first
-    options: str  # schema of the rest; "str backend" among them
-    fake: Callable[..., Sequence[Tensor | None]]  # (*inputs, **options) -> result, *kept: new tensors of their shapes
+    parameters: Sequence[type]  # named tuples of tensors, whose fields are the inputs behind x
+    fake: Callable[..., Sequence[Tensor | None]]  # (x, *parameters, options, **further) -> result, *kept: new tensors
     _: KW_ONLY
-    forward: Callable[..., Any] | None = None  # (backend, *inputs, **options), in place of the backend's function
+    further: str = ""  # schema of what is no option of all operators
     kept: int = 0  # how many tensors the backward pass takes of the forward pass; an empty tensor stands for None
-    backward: Callable[..., Sequence[Tensor | None]] | None = None  # (kernels, dy, x, *kept, *parameters, **options)
-    kernels: str = "backward_kernels"  # the function of a backend that gives the kernels
-    forward_only: Sequence[str] = ()  # the options that the backward pass does not take
+    backward: Callable[..., Sequence[Tensor | None]] | None = None  # as backends.backward.differentiate takes it
 
     def define(self) -> tuple[Callable, Callable]:
         """The operator and its backward, which raises where there is none."""
-        self.count = len(self.inputs.split(", "))
-        schemas = {option.partition("=")[0].split()[-1]: option for option in self.options.split(", ")}
-        self.names = tuple(schemas)
-        self.backward_names = tuple(name for name in schemas if name not in self.forward_only)
+        inputs, self.slices = ["Tensor x"], []
+        for number, kind in enumerate(self.parameters, start=1):
+            self.slices.append(slice(len(inputs), len(inputs) + len(kind._fields)))
+            suffix = str(number) if len(self.parameters) > 1 else ""
+            hints = get_type_hints(kind)
+            inputs += [f"Tensor{'' if hints[field] is Tensor else '?'} {field}{suffix}" for field in kind._fields]
+        self.count = len(inputs)
+        further = self.further.split(", ") if self.further else []
+        self.names = [option.split()[-1] for option in further]
+        arguments = ", ".join([*inputs, _OPTIONS, *further])
         results = ", ".join(["Tensor"] * (1 + self.kept))
-        call = _define(self.name, f"({self.inputs}, {self.options}) -> ({results})", self._forward, self._forward_fake)
+        call = _define(self.name, f"({arguments}) -> ({results})", self._forward, self._forward_fake)
         if self.backward is None:
             _differentiate(self.name, _no_gradient)
             return call, _no_gradient
-        options = ", ".join(schemas[name].partition("=")[0] for name in self.backward_names)
-        schema = f"(Tensor dy, Tensor[] kept, {self.inputs}, {options}, bool[] wanted) -> Tensor[]"
+        schema = f"(Tensor dy, Tensor[] kept, {arguments}, bool[] wanted) -> Tensor[]"
         self.call_backward = _define(f"{self.name}_backward", schema, self._backward, self._backward_fake)
-        _differentiate(self.name, self._differentiate, self._save)
+        _differentiate(self.name, self._gradient, self._save)
         _differentiate(f"{self.name}_backward", _no_gradient)
         return call, self.call_backward
 
-    def _forward(self, *arguments: Any) -> Any:
-        inputs, options = self._split(arguments)
-        backend = backends.load(options.pop("backend"))
-        if self.forward is not None:
-            results = self.forward(backend, *inputs, **options)
-        else:
-            results = getattr(backend, f"{self.name}_forward")(*inputs, **options)
-        return self._without_none(results if self.kept else (results,), inputs[0])
+    def _forward(self, x: Tensor, *arguments: Any) -> Any:
+        parameters, options, backend, further = self._objects(x, *arguments)
+        options = options._replace(precision=precision_of(options.dtype))
+        results = getattr(backends.load(backend), f"{self.name}_forward")(x, *parameters, options, **further)
+        return self._without_none(results if self.kept else (results,), x)
 
-    def _forward_fake(self, *arguments: Any) -> Any:
-        inputs, options = self._split(arguments)
-        return self._without_none(self.fake(*inputs, **options), inputs[0])
+    def _forward_fake(self, x: Tensor, *arguments: Any) -> Any:
+        parameters, options, _, further = self._objects(x, *arguments)
+        return self._without_none(self.fake(x, *parameters, options, **further), x)
 
-    def _backward(self, dy: Tensor, kept: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-        (x, *parameters), options = self._split(arguments[:-1], self.backward_names)
-        kernels = getattr(backends.load(options.pop("backend")), self.kernels)(options["dtype"])
-        kept = (None if t.numel() == 0 else t for t in kept)
-        gradients = self.backward(kernels, dy, x, *kept, *parameters, **options, wanted=arguments[-1])
+    def _backward(self, dy: Tensor, kept: Sequence[Tensor], x: Tensor, *arguments: Any) -> list[Tensor]:
+        parameters, options, backend, further = self._objects(x, *arguments[:-1])
+        options = options._replace(precision=precision_of(options.dtype))
+        kept = [None if t.numel() == 0 else t for t in kept]
+        gradients = differentiate(
+            self.backward, backends.load(backend), dy, kept, x, parameters, options, arguments[-1], **further
+        )
         return [_absent(x) if gradient is None else gradient.contiguous() for gradient in gradients]
 
     def _backward_fake(self, dy: Tensor, kept: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
@@ -75,29 +86,32 @@ class Operator:
         return [new_like(t) if want else _absent(dy) for t, want in zip(inputs, wanted, strict=True)]
 
     def _save(self, ctx: Any, inputs: tuple, output: Any) -> None:
-        tensors, options = self._split(inputs)
+        tensors, rest = inputs[: self.count], list(inputs[self.count :])
         kept = output[1:] if self.kept else ()
-        ctx.save_for_backward(*kept, *tensors, options.get("seed"))
-        ctx.options = {name: None if name == "seed" else options[name] for name in self.backward_names}
+        ctx.save_for_backward(*kept, *tensors, rest[_SEED])
+        rest[_SEED], ctx.rest = None, rest
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
 
-    def _differentiate(self, ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        not_inputs = (None,) * len(self.names)
+    def _gradient(self, ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        of_rest = (None,) * len(ctx.rest)
         if dy is None:
-            return (None,) * self.count + not_inputs
+            return (None,) * self.count + of_rest
         *tensors, seed = ctx.saved_tensors
         kept, inputs = tensors[: self.kept], tensors[self.kept :]
-        options = ctx.options if seed is None else {**ctx.options, "seed": seed}
+        rest = (*ctx.rest[:_SEED], seed, *ctx.rest[_SEED + 1 :])
         wanted = ctx.needs_input_grad[: self.count]
-        gradients = self.call_backward(dy, kept, *inputs, *options.values(), wanted)
-        return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *not_inputs
+        gradients = self.call_backward(dy, kept, *inputs, *rest, wanted)
+        return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *of_rest
 
-    def _split(self, arguments: Sequence[Any], names: Iterable[str] | None = None) -> tuple[Sequence, dict[str, Any]]:
-        """The inputs and the options by name. PyTorch leaves out the last ones where they have their default."""
-        return arguments[: self.count], dict(zip(names or self.names, arguments[self.count :], strict=False))
+    def _objects(self, *arguments: Any) -> tuple[list, Options, str, dict[str, Any]]:
+        """The parameters, the options, the backend's name, the rest by name."""
+        parameters = [kind(*arguments[where]) for kind, where in zip(self.parameters, self.slices, strict=True)]
+        rest = arguments[self.count :]
+        further = dict(zip(self.names, rest[_BACKEND + 1 :], strict=True))
+        return parameters, Options(*rest[:_BACKEND]), rest[_BACKEND], further
 
-    def _without_none(self, results: Iterable[Tensor | None], x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def _without_none(self, results: Sequence[Tensor | None], x: Tensor) -> Tensor | tuple[Tensor, ...]:
         results = tuple(_absent(x) if result is None else result for result in results)
         return results if self.kept else results[0]
 
