@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,7 +27,8 @@ from pathlib import Path
 
 import torch
 
-from .backends.backward import channel_mixing_backward, token_mixing_backward
+from .backends.arguments import AffineLinear, GatedHalf, Half, Options, SpatialGate, precision_of
+from .backends.backward import channel_mixing_backward, differentiate, token_mixing_backward
 from .backends.relatives import gated_channel_mixing_backward, gated_mixing_backward, token_linear_backward
 from .shapes import SPECS, MixerShape
 from .tuning.target import KNOWN_TARGETS, Target, assume_target
@@ -266,71 +268,63 @@ def _run(backend, case: Case) -> None:
     def vector(size: int):
         return None if case.bare else parameter(size)
 
+    def half(columns: int, hidden: int) -> Half:
+        rows = hidden * (1 + options.swiglu)
+        fc1, fc2 = (parameter(rows, columns), vector(rows)), (parameter(columns, hidden), vector(columns))
+        return Half(vector(shape.C), vector(shape.C), *fc1, *fc2)
+
+    def gradients(backward, inputs, kept, *parameters, **further):
+        wanted = [t is not None for t in (inputs, *itertools.chain(*parameters))]
+        dy = torch.empty(inputs.shape, dtype=inputs.dtype, device="meta")
+        differentiate(backward, backend, dy, kept, inputs, parameters, options, wanted, **further)
+
     x = torch.empty(2 * shape.S * shape.C + case.offset, dtype=TORCH_DTYPES[case.stream], device="meta")[case.offset :]
     x = x.view(2, shape.C, shape.S).transpose(1, 2) if case.transposed else x.view(2, shape.S, shape.C)
     rate, seed = (0.1, torch.empty(1, dtype=torch.int64, device="meta")) if case.noise else (0.0, None)
-    noise = {"dropout_p": rate, "drop_path_p": rate, "seed": seed}
-    common = {"approximate": case.approximate, "dtype": dtype, **noise}
-    kind = {"activation": "swiglu"} if case.relative == "gmixer" else {}
-    rows = 2 if case.relative == "gmixer" else 1  # of fc1 to a hidden unit
-
-    def differentiate(gradients, kernels, inputs, kept, parameters, **options):
-        wanted = [t is not None for t in (inputs, *parameters)]
-        dy = torch.empty(inputs.shape, dtype=inputs.dtype, device="meta")
-        gradients(kernels, dy, inputs, *kept, *parameters, **options, wanted=wanted)
+    options = Options(
+        dtype, activation="swiglu" if case.relative == "gmixer" else "gelu", approximate=case.approximate,
+        norm="affine" if case.relative == "resmlp" else "layer", dropout_p=rate, drop_path_p=rate, seed=seed,
+        precision=precision_of(dtype),
+    )  # fmt: skip
 
     if case.relative == "patchtsmixer":
         x = x.view(1, 2, shape.S, shape.C)
-        blocks = []
+        halves = []
         for axis, extent in ((1, 2), (2, shape.S), (3, shape.C)):
-            mlp = (parameter(2 * extent, extent), vector(2 * extent), parameter(extent, 2 * extent), vector(extent))
-            block = (vector(shape.C), vector(shape.C), *mlp, parameter(extent, extent), vector(extent))
-            mixing = {"axis": axis, "gate_first": axis == 1, "eps": 1e-5} | common
-            del mixing["drop_path_p"]
-            backend.gated_mixing_forward(x, *block, **mixing)
-            differentiate(gated_mixing_backward, backend.relatives_kernels(dtype), x, (), block, **mixing)
-            blocks.append(block)
-        seeds = None if seed is None else seed.repeat(2)
-        options = {"approximate": case.approximate, "dtype": dtype, "dropout_p": rate, "seed": seeds}
-        backend.gated_mixer_layer_forward(x, *blocks[1:], eps=(1e-5, 1e-5), **options, keep_u=True)
+            halves.append(GatedHalf(*half(extent, 2 * extent), parameter(extent, extent), vector(extent)))
+            mixing = {"axis": axis, "gate_first": axis == 1}
+            backend.gated_mixing_forward(x, halves[-1], options, **mixing)
+            gradients(gated_mixing_backward, x, (), halves[-1], **mixing)
+        options = options._replace(seed=None if seed is None else seed.repeat(2))
+        backend.gated_mixer_layer_forward(x, *halves[1:], options, eps2=1e-5, keep_u=True)
         return
     if case.relative == "gmlp":
-        tokens, half = shape.S, shape.D_C // 2
-        block = (
-            vector(shape.C), vector(shape.C), parameter(shape.D_C, shape.C), vector(shape.D_C), vector(half),
-            vector(half), parameter(tokens, tokens), vector(tokens), parameter(shape.C, half), vector(shape.C),
-        )  # fmt: skip
-        _, *saved = backend.gated_channel_mixing_forward(x, *block, eps=1e-6, gate_eps=1e-5, **common, keep_z=True)
-        kernels = backend.relatives_kernels(dtype)
-        differentiate(gated_channel_mixing_backward, kernels, x, saved, block, gate_eps=1e-5, **common)
+        units = shape.D_C // 2
+        gate = SpatialGate(vector(units), vector(units), parameter(shape.S, shape.S), vector(shape.S))
+        fc1 = (parameter(shape.D_C, shape.C), vector(shape.D_C))
+        whole = Half(vector(shape.C), vector(shape.C), *fc1, parameter(shape.C, units), vector(shape.C))
+        _, *kept = backend.gated_channel_mixing_forward(x, whole, gate, options, gate_eps=1e-5, keep_z=True)
+        gradients(gated_channel_mixing_backward, x, kept, whole, gate, gate_eps=1e-5)
         return
-    channels = (
-        vector(shape.C), vector(shape.C), parameter(rows * shape.D_C, shape.C), vector(rows * shape.D_C),
-        parameter(shape.C, shape.D_C), vector(shape.C),
-    )  # fmt: skip
+    channels = half(shape.C, shape.D_C)
     if case.relative == "resmlp":
-        tokens = (vector(shape.C), vector(shape.C), parameter(shape.S, shape.S), vector(shape.S), vector(shape.C))
-        linear = {"dtype": dtype, "drop_path_p": rate, "seed": seed}
-        u = backend.token_linear_forward(x, *tokens, **linear)
-        differentiate(token_linear_backward, backend.relatives_kernels(dtype), x, (), tokens, **linear)
-        kind = {"norm": "affine"}
+        vectors = (vector(shape.C), vector(shape.C), parameter(shape.S, shape.S), vector(shape.S), vector(shape.C))
+        linear, affine = AffineLinear(*vectors), options
+        options = options._replace(dropout_p=0.0)
+        u = backend.token_linear_forward(x, linear, options)
+        gradients(token_linear_backward, x, (), linear)
+        options = affine
     else:
-        tokens = (
-            vector(shape.C), vector(shape.C), parameter(rows * shape.D_S, shape.S), vector(rows * shape.D_S),
-            parameter(shape.S, shape.D_S), vector(shape.S),
-        )  # fmt: skip
-        block = {"approximate": case.approximate, "dtype": dtype, **kind}
-        backend.mixer_block_forward(x, *tokens, *channels, eps1=1e-6, eps2=1e-6, **block)  # packs as one launch
-        u, *statistics = backend.token_mixing_forward(x, *tokens, eps=1e-6, **common, **kind)
+        tokens = half(shape.S, shape.D_S)
+        backend.mixer_block_forward(x, tokens, channels, options.without_noise(), eps2=1e-6)  # packs as one launch
+        u, *statistics = backend.token_mixing_forward(x, tokens, options)
     if case.offset:  # u as a user's own tensor may lie, not as the token half writes it
         u = x
-    _, *saved = backend.channel_mixing_forward(u, *channels, eps=1e-6, **common, **kind, keep_z=case.backward)
+    _, *kept = backend.channel_mixing_forward(u, channels, options, keep_z=case.backward)
     if case.backward:
-        kernels = backend.backward_kernels(dtype)
-        kind.pop("norm", None)
         if case.relative != "resmlp":
-            differentiate(token_mixing_backward, kernels, x, statistics, tokens, **common, **kind)
-        differentiate(channel_mixing_backward, kernels, u, saved, channels, **common, **kind)
+            gradients(token_mixing_backward, x, statistics, tokens)
+        gradients(channel_mixing_backward, u, kept, channels)
 
 
 def _title(case: Case) -> str:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from blocks import Block
 from torch import Tensor
 
+from mixer_kernels.backends.arguments import Half, Options
 from mixer_kernels.backends.cuda.library import TYPES, layout, limits_of, loaded, noise_of, pointer, stream_of
-from mixer_kernels.backends.cuda.prepack import channel_backward_weights, channel_weights, token_weights
-from mixer_kernels.backends.noise import Noise
+from mixer_kernels.backends.cuda.prepack import channel_backward_packs, channel_weights, token_weights
 from mixer_kernels.backends.rounding import round_up
 
 TILES = {"wide": 0, "wide ping-pong": 1, "ping-pong": 2, "narrow": 3}  # mk_sm90_tile
@@ -18,6 +18,7 @@ SCHEDULES = {
 }
 PRODUCTS = ("fc1", "fc2", "gelu_backward")  # mk_sm90_channel_product
 EPS = 1e-6
+NO_NOISE = Options()
 
 # (cluster, consumers, pipelined) of mk_sm90_token_mixing_arguments, and the default.
 TOKEN_VARIANTS = {
@@ -45,11 +46,10 @@ class TokenMixing:
         self.x, self.approximate = x, approximate
         self.parameters = block.token()
         self.mean, self.rstd = statistics_of(x)
-        gamma, beta, *rest = self.parameters
-        self.weights, self.packed = token_weights(gamma, beta, *rest, x.dtype, sm90=True)
+        self.weights, self.packed = token_weights(Half(*self.parameters), x.dtype, sm90=True)
         self.variants = {**TOKEN_VARIANTS, **(TOKEN_VARIANTS_TO_64 if x.shape[1] <= 64 else {})}
 
-    def run(self, variant: str, noise: Noise = Noise()) -> Tensor:  # noqa: B008  it is frozen
+    def run(self, variant: str, noise: Options = NO_NOISE) -> Tensor:
         u = torch.empty_like(self.x)
         loaded().sm90_token_mixing_forward(
             x=layout(self.x), size=self.x.shape, weights=self.weights, type=TYPES[u.dtype],
@@ -73,16 +73,14 @@ class ChannelProducts:
     def __init__(self, block: Block, u: Tensor, approximate: str = "none") -> None:
         self.parameters = block.channel()
         self.u, self.approximate = u, approximate
-        gamma, beta, w3, b3, w4, b4 = self.parameters
-        self.hidden, dtype = w3.shape[0], u.dtype
+        half = Half(*self.parameters)
+        self.hidden, dtype = half.w_in.shape[0], u.dtype
         self.mean, self.rstd = statistics_of(u)
         self.g = torch.randn_like(u)
         self.z = self._rows().copy_(torch.randn(len(self.mean), self.hidden, device=u.device))
         self.a = self._rows().copy_(F.gelu(self.z.float(), approximate=approximate))
-        self.first, self.second, self.packed = channel_weights(gamma, beta, w3, b3, w4, b4, dtype, folded=True)
-        _, self.backward = channel_backward_weights(
-            gamma, beta, w3, b3, w4, dtype, folded=True, keeps_z=True, norm=False
-        )  # fmt: skip
+        self.first, self.second, self.packed = channel_weights(half, dtype, folded=True)
+        _, self.backward = channel_backward_packs(half, dtype, folded=True, keeps_z=True, norm=False)
 
     def _rows(self) -> Tensor:
         rows = self.u.shape[0] * self.u.shape[1]
@@ -96,7 +94,7 @@ class ChannelProducts:
         schedule = loaded().sm90_channel_schedule(PRODUCTS.index(product), rows, columns, depth, limits_of(self.u))
         return next(name for name, each in SCHEDULES.items() if each == schedule)
 
-    def run(self, product: str, schedule: str, noise: Noise = Noise()) -> Results:  # noqa: B008  it is frozen
+    def run(self, product: str, schedule: str, noise: Options = NO_NOISE) -> Results:
         """The product's results by name."""
         u = self.u
         shared = {

@@ -72,8 +72,7 @@ def test_planted_problems_are_seen(plant, problem):
 
 def test_tf32_where_ieee_was_asked_for_is_seen():
     rows = compiled(
-        "from mixer_kernels.backends import triton as backend\n"
-        "backend._precision = lambda dtype: 'tf32'\n"
+        "compile_check.precision_of = lambda dtype: 'tf32'\n"
         "show(compile_check._compile_case('sm_80', Case(SHAPE, 'fp32', 'fp32')))"
     )
     assert all("IEEE" in row[3] for row in rows if "statistics" not in row[0])

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import mixer_kernels.functional as F
 from mixer_kernels import backends
+from mixer_kernels.backends.arguments import Half, Options
 from mixer_kernels.backends.cuda import library, prepack
 from mixer_kernels.shapes import MixerShape
 
@@ -413,19 +414,15 @@ def test_backward_takes_the_weights_as_they_are(write, memory, backend, device):
 # ---------------------------------------------------------------------------------------- weights that stay
 
 
-def options(eps=1e-6, approximate="none"):
-    return {"eps1": eps, "eps2": eps, "approximate": approximate}
-
-
-def in_order(block):
-    return (*block.token(), *block.channel())
+def halves(block):
+    return Half(*block.token()), Half(*block.channel())
 
 
 def run_with_packs(block, x, backend, packs, dtype=None):
     with torch.no_grad():
         return backends.load(backend).mixer_block_forward(
-            x, *in_order(block), **options(), dtype=dtype or x.dtype, packs=packs
-        )  # fmt: skip
+            x, *halves(block), Options(dtype or x.dtype), eps2=1e-6, packs=packs
+        )
 
 
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
@@ -437,7 +434,7 @@ def test_packs_made_once_give_the_same(bias, shape, stream, dtype, watched, back
     block = make_block(shape, F32, device, affine=bias, bias=bias)
     x = make_x(2, shape, stream or dtype, device)
     expected = run_with_packs(block, x, backend, None, dtype)
-    packs = backends.load(backend).block_weights(x, *in_order(block), dtype=dtype)
+    packs = backends.load(backend).block_weights(x, *halves(block), Options(dtype))
     assert all(t is None or isinstance(t, torch.Tensor) for t in packs)
     watched.calls.clear()
     for each in (packs, copy.deepcopy(packs), prepack.BlockWeights(*packs)):
@@ -449,7 +446,7 @@ def test_packs_for_other_kernels_are_not_used(watched, hopper_kernels, device):
     """Of another stream or dtype, or for a tensor that the kernels of csrc/sm90 do not take."""
     library.install(watched)
     block, x = make_block(SHAPE, BF16, device), make_x(2, SHAPE, BF16, device)
-    packs = backends.load("cuda:sm90").block_weights(x, *in_order(block), dtype=BF16)
+    packs = backends.load("cuda:sm90").block_weights(x, *halves(block), Options(BF16))
     for other, dtype in ((x.float(), BF16), (x.half(), F16), (make_x(2, SHAPE, BF16, device, "transposed"), BF16)):
         watched.calls.clear()
         expected = run_with_packs(block, other, "cuda:sm90", None, dtype)

@@ -20,7 +20,7 @@ from sm90_variants import PRODUCTS, SCHEDULES, ChannelProducts, TokenMixing
 from test_backward import exact_gradients, gradients
 
 import mixer_kernels.functional as F
-from mixer_kernels.backends.noise import Noise
+from mixer_kernels.backends.arguments import Options
 from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.target import KNOWN_TARGETS, Target, assume_target
 
@@ -209,7 +209,7 @@ def test_token_mixing_in_every_variant(tokens, multiprocessors, device):
     seed = torch.tensor([12345], device=device)
     with assume_target(Target("sm_90", 232_448, multiprocessors)):
         mixing = TokenMixing(block, x)
-        for noise in (Noise(), Noise(0.2, 0.4, seed)):
+        for noise in (Options(), Options(dropout_p=0.2, drop_path_p=0.4, seed=seed)):
             results = [mixing.run(variant, noise) for variant in mixing.variants]
             assert all(torch.equal(each, results[0]) for each in results)
             if not noise.on_branch:
@@ -253,7 +253,10 @@ def test_noise_on_every_schedule(product, drop_path_p, device):
     block, u = make_block(shape, BF16, device), make_x(4, shape, BF16, device)
     seed = torch.tensor([12345], device=device)
     products = ChannelProducts(block, u, "tanh")
-    results = [products.run(product, schedule, Noise(0.2, drop_path_p, seed)) for schedule in SCHEDULES]
+    results = [
+        products.run(product, schedule, Options(dropout_p=0.2, drop_path_p=drop_path_p, seed=seed))
+        for schedule in SCHEDULES
+    ]
     for name, other in results[0].items():
         assert other.isfinite().all()
         assert all(torch.equal(each[name], other) for each in results), name

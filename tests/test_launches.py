@@ -10,6 +10,7 @@ from accuracy import assert_accurate
 from blocks import make_block, make_x, run, run_exact
 
 import mixer_kernels.functional as F
+from mixer_kernels.backends.arguments import Half, Options
 from mixer_kernels.backends.triton.launch import MAX_GRID, intercept_launches, launch
 from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.configs import MAX_FUSED_TOKENS, token_segments
@@ -162,14 +163,12 @@ def test_more_rows_than_int32_holds():
 
     shape = MixerShape(S=1, C=1, D_S=1, D_C=1)
     rows = 2**31 + 2
-    parameters = [
-        torch.empty(p.shape, dtype=p.dtype, device="meta") for p in make_block(shape, torch.bfloat16, "cpu").channel()
-    ]
+    half = Half(*(p.to("meta") for p in make_block(shape, torch.bfloat16, "cpu").channel()))
     from mixer_kernels.backends import triton as backend
 
     with intercept_launches(note):
         u = torch.empty(rows, 1, 1, dtype=torch.bfloat16, device="meta")
-        backend.channel_mixing_forward(u, *parameters, eps=1e-6, approximate="none", dtype=torch.bfloat16)
+        backend.channel_mixing_forward(u, half, Options(torch.bfloat16))
     assert seen and all(programs <= MAX_GRID and wide for programs, wide in seen.values()), seen
 
 

@@ -8,6 +8,7 @@ from blocks import make_block, make_x, run
 
 import mixer_kernels.functional as F
 from mixer_kernels import ops
+from mixer_kernels.backends.arguments import Options
 from mixer_kernels.shapes import MixerShape
 
 SHAPE = MixerShape(S=20, C=24, D_S=16, D_C=32)
@@ -21,19 +22,19 @@ def arguments(block, x, name, noise=NO_NOISE, keep_z=True, wanted=(True,) * 7, b
     """What functional or autograd pass to the operator ``name``."""
     hidden, tokens = block.parameters["w3"].shape[0], x.shape[1]
     half = block.token() if name.startswith("token") else block.channel()
+    options = (*Options(x.dtype).inputs[:-3], *noise, backend)
     if name == "mixer_block":
-        return (x, *block.token(), *block.channel(), 1e-6, 1e-6, "none", x.dtype, backend)
-    if name == "token_mixing":
-        return (x, *half, 1e-6, "none", x.dtype, *noise, backend)
-    if name == "channel_mixing":
-        return (x, *half, 1e-6, "none", x.dtype, *noise, backend, keep_z)
+        return (x, *block.token(), *block.channel(), *options, 1e-6)
+    further = (keep_z,) if name.startswith("channel") else ()
+    if not name.endswith("backward"):
+        return (x, *half, *options, *further)
     mean, rstd = (torch.rand(x.shape[0] * tokens, device=x.device) for _ in range(2))
     kept = [mean, rstd]
     if name == "channel_mixing_backward":
         z = torch.randn(x.shape[0] * tokens, hidden, device=x.device).to(x.dtype)
         kept.append(z if keep_z else x.new_empty(0))
     present = [want and t is not None for want, t in zip(wanted, (x, *half), strict=True)]
-    return (torch.randn_like(x), *kept, x, *half, "none", x.dtype, *noise, backend, "gelu", present)
+    return (torch.randn_like(x), *kept, x, *half, *options, *further, present)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "transposed", "channel slice"))

@@ -52,7 +52,7 @@ BUGS = {
     "a coefficient's sign": ("gelu.py", "(-2.4972143e-4", "(2.4972143e-4", "test_gelu.py", "fit"),
     "one column block for all": (
         "channel_descriptors.py", "first = n0 + i * SUB_N", "first = n0", KERNELS, "test_tensor_descriptors"),
-    "TF32 always": ("__init__.py", 'else "ieee"', 'else "tf32"', KERNELS, "test_matches_eager and below"),
+    "TF32 always": ("../arguments.py", 'else "ieee"', 'else "tf32"', KERNELS, "test_matches_eager and below"),
     "32-bit image offset": (
         "token_mixing.py", "image = (tl.program_id(0) // c_tiles).to(tl.int64)", "image = tl.program_id(0) // c_tiles",
         "test_launches.py", "test_offsets and image"),

@@ -14,6 +14,7 @@ from test_kernels import on_target
 
 import mixer_kernels.functional as F
 from mixer_kernels import ops
+from mixer_kernels.backends.arguments import Options
 from mixer_kernels.shapes import MixerShape
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -277,10 +278,15 @@ def test_a_second_derivative_raises(name, device):
 def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
     """(operator, its arguments) for the forward, with some inputs frozen, and the backward of a relative."""
     x, parameters = inputs(name, (20, 24), dtype, device)
+    if name == "gmlp":  # operators take the half, then the gate
+        order = ("gamma", "beta", "w1", "b1", "w2", "b2", "gate_gamma", "gate_beta", "w_gate", "b_gate")
+        parameters = {key: parameters[key] for key in order}
     fixed = [x, *parameters.values()]
     tensors = [t.detach().requires_grad_(i % 2 == 0) for i, t in enumerate(fixed)]
+    activation, norm = "swiglu" if name == "gmixer" else "gelu", "affine" if name == "resmlp channels" else "layer"
+    options = Options(dtype, 1e-6, activation, "none", norm, *noise, seed).inputs
+    options = (*options, "triton")
     if name == "resmlp tokens":
-        options = (dtype, noise[1], seed, "triton")
         return [
             (ops.token_linear, (*tensors, *options)),
             (ops.token_linear_backward, (torch.randn_like(x), *fixed, *options, [True] * 6)),
@@ -288,39 +294,32 @@ def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
     if name == "spatial gating":
         ds = torch.randn(2, 20, 12, device=device).to(dtype)
         return [
-            (ops.spatial_gating, (*tensors, 1e-5, dtype, "triton")),
-            (ops.spatial_gating_backward, (ds, *fixed, 1e-5, dtype, "triton", [True] * 5)),
+            (ops.spatial_gating, (*tensors, *options)),
+            (ops.spatial_gating_backward, (ds, *fixed, *options, [True] * 5)),
         ]
-    mean, rstd = (torch.rand(40, device=device) for _ in range(2))
+    (mean, rstd), dy = (torch.rand(40, device=device) for _ in range(2)), torch.randn_like(x)
     if name == "gmlp":
         z = torch.randn(40, parameters["w1"].shape[0], device=device).to(dtype)
-        options = (1e-6, 1e-5, "none", dtype, *noise, seed, "triton")
+        backward = (dy, mean, rstd, z, *fixed, *options, 1e-5, True, [True] * 11)
         return [
-            (ops.gated_channel_mixing, (*tensors, *options, True)),
-            (ops.gated_channel_mixing, (*tensors, *options, False)),
-            (
-                ops.gated_channel_mixing_backward,
-                (torch.randn_like(x), mean, rstd, z, *fixed, *options[1:], [True] * 11),
-            ),
+            (ops.gated_channel_mixing, (*tensors, *options, 1e-5, True)),
+            (ops.gated_channel_mixing, (*tensors, *options, 1e-5, False)),
+            (ops.gated_channel_mixing_backward, backward),
         ]
     if name == "resmlp channels":
         z = torch.randn(40, parameters["w3"].shape[0], device=device).to(dtype)
-        shared = ("none", dtype, *noise, seed, "triton")
         kept = [x.new_empty(0), x.new_empty(0), z]
         return [
-            (ops.channel_mixing, (*tensors, 1e-6, *shared, True, "gelu", "affine")),
-            (ops.channel_mixing_backward, (torch.randn_like(x), *kept, *fixed, *shared, "gelu", [True] * 7)),
+            (ops.channel_mixing, (*tensors, *options, True)),
+            (ops.channel_mixing_backward, (dy, *kept, *fixed, *options, True, [True] * 7)),
         ]
     tokens, channels, fixed_tokens, fixed_channels = tensors[1:7], tensors[7:], fixed[1:7], fixed[7:]
     z = torch.randn(40, 2, parameters["w4"].shape[1], device=device).to(dtype)
-    shared = ("none", dtype, *noise, seed, "triton")
-    du, kind = torch.randn_like(x), "swiglu"
-    backward = (ops.token_mixing_backward, ops.channel_mixing_backward)
     return [
-        (ops.token_mixing, (tensors[0], *tokens, 1e-6, *shared, kind)),
-        (ops.channel_mixing, (tensors[0], *channels, 1e-6, *shared, True, kind)),
-        (backward[0], (du, mean, rstd, x, *fixed_tokens, *shared, kind, [True] * 7)),
-        (backward[1], (du, mean, rstd, z, x, *fixed_channels, *shared, kind, [True] * 7)),
+        (ops.token_mixing, (tensors[0], *tokens, *options)),
+        (ops.channel_mixing, (tensors[0], *channels, *options, True)),
+        (ops.token_mixing_backward, (dy, mean, rstd, x, *fixed_tokens, *options, [True] * 7)),
+        (ops.channel_mixing_backward, (dy, mean, rstd, z, x, *fixed_channels, *options, True, [True] * 7)),
     ]
 
 

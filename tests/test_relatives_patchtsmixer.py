@@ -10,6 +10,7 @@ from test_kernels import on_target
 
 import mixer_kernels.functional as F
 from mixer_kernels import ops
+from mixer_kernels.backends.arguments import Options
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -166,13 +167,11 @@ def test_torch_backend_is_what_it_says_it_is(mixer):
 def test_opcheck(mixer, device):
     x, parameters = make(mixer, (2, 5, 6, 20), torch.float32, device)
     fixed = [x, *parameters.values()]
-    options = (MIXERS[mixer][0] + 4, MIXERS[mixer][1], 1e-5, "none", torch.float32)
-    noise = (0.2, torch.tensor([5], device=device))
+    seed = torch.tensor([5], device=device)
+    options = (*Options(eps=1e-5, dropout_p=0.2, seed=seed).inputs, "triton", MIXERS[mixer][0] + 4, MIXERS[mixer][1])
     tensors = [t.detach().requires_grad_(i % 2 == 0) for i, t in enumerate(fixed)]
-    torch.library.opcheck(ops.gated_mixing, (*tensors, *options, *noise, "triton"))
-    torch.library.opcheck(
-        ops.gated_mixing_backward, (torch.randn_like(x), *fixed, *options, *noise, "triton", [True] * 9)
-    )
+    torch.library.opcheck(ops.gated_mixing, (*tensors, *options))
+    torch.library.opcheck(ops.gated_mixing_backward, (torch.randn_like(x), *fixed, *options, [True] * 9))
 
 
 def test_compiled_training_equals_eager(device):

@@ -10,6 +10,7 @@ from test_relatives_patchtsmixer import LAYOUTS, make
 
 import mixer_kernels.functional as F
 from mixer_kernels import ops
+from mixer_kernels.backends.arguments import Options
 from mixer_kernels.functional import time_series
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -210,12 +211,14 @@ def test_any_number_of_leading_axes(device):
 def test_opcheck(device):
     x, parameters = make_layer((1, 2, 4, 8), torch.float32, device)
     fixed = [x, *parameters.values()]
-    options = (1e-5, 1e-6, "none", torch.float32, 0.2, torch.tensor([5, 6], device=device), "triton")
+    seed = torch.tensor([5, 6], device=device)
+    options = (*Options(eps=1e-5, dropout_p=0.2, seed=seed).inputs, "triton", 1e-6)
     tensors = [t.detach().requires_grad_(i % 2 == 0) for i, t in enumerate(fixed)]
     for keep_u in (True, False):
         torch.library.opcheck(ops.gated_mixer_layer, (*tensors, *options, keep_u))
     torch.library.opcheck(
-        ops.gated_mixer_layer_backward, (torch.randn_like(x), torch.randn_like(x), *fixed, *options, [True] * 17)
+        ops.gated_mixer_layer_backward,
+        (torch.randn_like(x), torch.randn_like(x), *fixed, *options, True, [True] * 17),
     )
 
 

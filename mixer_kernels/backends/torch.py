@@ -1,8 +1,8 @@
 """The ``torch`` backend: the oracle and the fallback.
 
 Plain PyTorch, equation by equation from docs/maths.md: any device, any floating dtype, differentiable by autograd,
-traced through by ``torch.compile``. The functions take what every backend's functions take. Dropout and stochastic
-depth draw what timm's modules draw, in their order, so that a seed gives timm's masks.
+traced through by ``torch.compile``. Dropout and stochastic depth draw what timm's modules draw, in their order, so that
+a seed gives timm's masks.
 """
 
 from __future__ import annotations
@@ -11,163 +11,95 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import AffineLinear, GatedHalf, Half, Options, SpatialGate
+
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run, or None. It always can."""
+    """It always can run."""
     return None
 
 
-def token_mixing_forward(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    eps: float,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    drop_path_p: float = 0.0,
-    activation: str = "gelu",
-) -> Tensor:
-    """``u [B, S, C]`` from ``x [B, S, C]``, ``w1 [D_S, S]``, ``w2 [S, D_S]``; products in ``dtype``."""
-    n = _layer_norm(x, gamma, beta, eps)  # (1) (2)
-    z = F.linear(n.to(dtype).transpose(1, 2), w1.to(dtype), _to(b1, dtype))  # (3), [B, C, D_S]
-    a = _dropout(_activate(z, activation, approximate), dropout_p)  # (4) or (22), (11)
-    branch = _dropout(F.linear(a, w2.to(dtype), _to(b2, dtype)), dropout_p)  # (5) (11)
-    return x + _drop_path(branch.transpose(1, 2), drop_path_p)  # (12)
+def has(feature: str) -> bool:
+    """It has everything."""
+    return True
 
 
-def channel_mixing_forward(
-    u: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    w4: Tensor,
-    b4: Tensor | None,
-    *,
-    eps: float,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    drop_path_p: float = 0.0,
-    activation: str = "gelu",
-    norm: str = "layer",
-) -> Tensor:
-    """``y [B, S, C]`` from ``u [B, S, C]``, ``w3 [D_C, C]``, ``w4 [C, D_C]``; products in ``dtype``."""
-    n = _affine(u, gamma, beta) if norm == "affine" else _layer_norm(u, gamma, beta, eps)  # (24) or (1) (2)
-    z = F.linear(n.to(dtype), w3.to(dtype), _to(b3, dtype))  # (6), [B, S, D_C]
-    a = _dropout(_activate(z, activation, approximate), dropout_p)  # (4) or (22), (11)
-    branch = _dropout(F.linear(a, w4.to(dtype), _to(b4, dtype)), dropout_p)  # (7) (11)
-    return u + _drop_path(branch, drop_path_p)  # (12)
+def token_mixing_forward(x: Tensor, half: Half, options: Options) -> Tensor:
+    """``u [B, S, C]`` from ``x [B, S, C]``, ``w_in [D_S, S]``, ``w_out [S, D_S]``."""
+    n = _layer_norm(x, half.gamma, half.beta, options.eps)  # (1) (2)
+    return x + _drop_path(_mlp(n.transpose(1, 2), half, options).transpose(1, 2), options)  # (12)
 
 
-def token_linear_forward(
-    x: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    w: Tensor,
-    b: Tensor | None,
-    scale: Tensor | None,
-    *,
-    dtype: torch.dtype,
-    drop_path_p: float = 0.0,
-) -> Tensor:
-    """``u [B, S, C]`` from ``x [B, S, C]``, ``w [S, S]``; products in ``dtype``."""
-    n = _affine(x, alpha, beta)  # (24)
-    branch = F.linear(n.to(dtype).transpose(1, 2), w.to(dtype), _to(b, dtype)).transpose(1, 2)  # (25)
-    u = x + _drop_path(branch if scale is None else scale * branch, drop_path_p)
+def channel_mixing_forward(u: Tensor, half: Half, options: Options) -> Tensor:
+    """``y [B, S, C]`` from ``u [B, S, C]``, ``w_in [D_C, C]``, ``w_out [C, D_C]``."""
+    if options.norm == "affine":
+        n = _affine(u, half.gamma, half.beta)  # (24)
+    else:
+        n = _layer_norm(u, half.gamma, half.beta, options.eps)  # (1) (2)
+    return u + _drop_path(_mlp(n, half, options), options)  # (12)
+
+
+def token_linear_forward(x: Tensor, linear: AffineLinear, options: Options) -> Tensor:
+    """``u [B, S, C]`` from ``x [B, S, C]``, ``w [S, S]``."""
+    n = _affine(x, linear.alpha, linear.beta)  # (24)
+    branch = _linear(n.transpose(1, 2), linear.w, linear.b, options).transpose(1, 2)  # (25)
+    u = x + _drop_path(branch if linear.scale is None else linear.scale * branch, options)
     return u.to(x.dtype)  # where autocast's scale is float32 and x is not
 
 
-def spatial_gating_forward(
-    h: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w: Tensor,
-    b: Tensor | None,
-    *,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """``s [B, S, C]`` from ``h [B, S, 2 * C]``, ``w [S, S]``; products in ``dtype``."""
-    factor, gate = h.chunk(2, -1)
-    n = _layer_norm(gate, gamma, beta, eps).to(dtype)  # (1) (2)
-    return factor * F.linear(n.transpose(1, 2), w.to(dtype), _to(b, dtype)).transpose(1, 2)  # (27)
+def spatial_gating_forward(h: Tensor, gate: SpatialGate, options: Options) -> Tensor:
+    """``s [B, S, C]`` from ``h [B, S, 2 * C]``, ``w [S, S]``."""
+    h1, h2 = h.chunk(2, -1)
+    n = _layer_norm(h2, gate.gamma, gate.beta, options.eps)  # (1) (2)
+    return h1 * _linear(n.transpose(1, 2), gate.w, gate.b, options).transpose(1, 2)  # (27)
 
 
-def gated_channel_mixing_forward(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    gate_gamma: Tensor | None,
-    gate_beta: Tensor | None,
-    w_gate: Tensor,
-    b_gate: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    eps: float,
-    gate_eps: float,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    drop_path_p: float = 0.0,
-) -> Tensor:
-    """``y [B, S, C]`` from ``x [B, S, C]``, ``w1 [F, C]``, ``w_gate [S, S]``, ``w2 [C, F/2]``, in ``dtype``."""
-    n = _layer_norm(x, gamma, beta, eps)  # (1) (2)
-    z = F.linear(n.to(dtype), w1.to(dtype), _to(b1, dtype))  # (6)
-    a = _dropout(F.gelu(z, approximate=approximate), dropout_p)  # (4) (11)
-    s = spatial_gating_forward(a, gate_gamma, gate_beta, w_gate, b_gate, eps=gate_eps, dtype=dtype)
-    branch = _dropout(F.linear(s.to(dtype), w2.to(dtype), _to(b2, dtype)), dropout_p)  # (7) (11)
-    return x + _drop_path(branch, drop_path_p)  # (12)
+def gated_channel_mixing_forward(x: Tensor, half: Half, gate: SpatialGate, options: Options, gate_eps: float) -> Tensor:
+    """``y [B, S, C]`` from ``x [B, S, C]``, ``w_in [F, C]``, the gate's ``w [S, S]``, ``w_out [C, F/2]``."""
+    n = _layer_norm(x, half.gamma, half.beta, options.eps)  # (1) (2)
+    a = _hidden(n, half, options)
+    s = spatial_gating_forward(a, gate, options._replace(eps=gate_eps))
+    return x + _drop_path(_output(s, half, options), options)  # (12)
 
 
-def gated_mixing_forward(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    *,
-    axis: int,
-    gate_first: bool,
-    eps: float,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """``y`` of ``x [B, channels, patches, features]``, mixed along ``axis``; products in ``dtype``."""
+def gated_mixing_forward(x: Tensor, half: GatedHalf, options: Options, axis: int, gate_first: bool) -> Tensor:
+    """``y`` of ``x [B, channels, patches, features]``, mixed along ``axis``."""
 
     def gated(v: Tensor) -> Tensor:
-        if w_gate is None:
+        if half.w_gate is None:
             return v
-        return v * F.softmax(F.linear(v.to(dtype), w_gate.to(dtype), _to(b_gate, dtype)), -1)  # (31)
+        return v * F.softmax(_linear(v, half.w_gate, half.b_gate, options), -1)  # (31)
 
-    v = _layer_norm(x, gamma, beta, eps).movedim(axis, -1)  # (1) (2)
-    v = gated(v.to(dtype)) if gate_first else v
-    z = F.linear(v.to(dtype), w1.to(dtype), _to(b1, dtype))
-    a = _dropout(F.gelu(z, approximate=approximate), dropout_p)  # (11)
-    v = _dropout(F.linear(a, w2.to(dtype), _to(b2, dtype)), dropout_p)  # (30) (11)
+    v = _layer_norm(x, half.gamma, half.beta, options.eps).movedim(axis, -1)  # (1) (2)
+    v = gated(v.to(options.dtype)) if gate_first else v
+    v = _mlp(v, half, options)  # (30)
     y = x + (v if gate_first else gated(v)).movedim(-1, axis)  # (32)
     return y.to(x.dtype)  # autocast's softmax is float32
 
 
-def _activate(z: Tensor, activation: str, approximate: str) -> Tensor:
-    if activation == "swiglu":
+def _mlp(n: Tensor, half: Half | GatedHalf, options: Options) -> Tensor:
+    return _output(_hidden(n, half, options), half, options)
+
+
+def _hidden(n: Tensor, half: Half | GatedHalf, options: Options) -> Tensor:
+    z = _linear(n, half.w_in, half.b_in, options)  # (3) or (6)
+    return _dropout(_activate(z, options), options)  # (4) or (22), (11)
+
+
+def _output(a: Tensor, half: Half | GatedHalf, options: Options) -> Tensor:
+    return _dropout(_linear(a, half.w_out, half.b_out, options), options)  # (5) or (7), (11)
+
+
+def _activate(z: Tensor, options: Options) -> Tensor:
+    if options.activation == "swiglu":
         value, gate = z.chunk(2, -1)
         return value * F.silu(gate)
-    return F.gelu(z, approximate=approximate)
+    return F.gelu(z, approximate=options.approximate)
+
+
+def _linear(n: Tensor, w: Tensor, b: Tensor | None, options: Options) -> Tensor:
+    dtype = options.dtype
+    return F.linear(n.to(dtype), w.to(dtype), _to(b, dtype))
 
 
 def _affine(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
@@ -186,11 +118,12 @@ def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
 
 
-def _dropout(t: Tensor, p: float) -> Tensor:
-    return F.dropout(t, p) if p > 0 else t
+def _dropout(t: Tensor, options: Options) -> Tensor:
+    return F.dropout(t, options.dropout_p) if options.dropout_p > 0 else t
 
 
-def _drop_path(branch: Tensor, p: float) -> Tensor:
+def _drop_path(branch: Tensor, options: Options) -> Tensor:
+    p = options.drop_path_p
     if p == 0:
         return branch
     kept = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - p)

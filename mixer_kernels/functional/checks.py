@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops
+from ..backends.arguments import Options
 from ..tracing import constant_while_tracing, transform
 from ..words import one_of, warn_once
 
@@ -70,11 +71,13 @@ def _choose_for_relative(
     return "torch"
 
 
-def seed_for(x: Tensor, noise: tuple[float, float], number: int = 1) -> Tensor | None:
-    """Seeds for the kernels' own random numbers, drawn as a tensor: a captured CUDA graph draws new ones a replay."""
-    if noise == (0, 0):
-        return None
-    return torch.randint(2**63 - 1, (number,), dtype=torch.int64, device=x.device)
+def seeded(x: Tensor, options: Options, number: int = 1) -> Options:
+    """``options`` with seeds for the kernels' own random numbers, if they draw any: drawn as a tensor, so that a
+    captured CUDA graph draws new ones a replay."""
+    if options.dropout_p == 0 and options.drop_path_p == 0:
+        return options
+    seed = torch.randint(2**63 - 1, (number,), dtype=torch.int64, device=x.device)
+    return options._replace(seed=seed)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -82,29 +85,28 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def takes_packs(
-    packs: dict[str, Tensor] | None, name: str, noise: tuple[float, float], *tensors: Tensor | None
-) -> bool:
+def takes_packs(packs: dict[str, Tensor] | None, name: str, options: Options, *tensors: Tensor | None) -> bool:
     """Whether a call on backend ``name`` can take the packs of a frozen block: without gradients, without noise."""
     return (
-        packs is not None and name != "torch" and noise == (0, 0) and not needs_grad(*tensors) and ops.takes_packs(name)
+        packs is not None
+        and name != "torch"
+        and not options.noise
+        and not needs_grad(*tensors)
+        and ops.takes_packs(name)
     )
 
 
 def check(
     x: Tensor,
     parameters: dict[str, Tensor | None],
-    eps: tuple[float, ...] = (),
-    approximate: str = "none",
-    dropout_p: float = 0.0,
-    drop_path_p: float = 0.0,
+    options: Options,
     memory: str | None = "fast",
-    activation: str = "gelu",
-    norm: str = "layer",
+    eps2: float | None = None,
     name: str = "x",
     dim: int = 3,
-) -> tuple[Tensor, torch.dtype]:
-    """Check what does not depend on the function; return ``x`` in the result's dtype, and the dtype of the products."""
+) -> tuple[Tensor, Options]:
+    """Check what does not depend on the function; return ``x`` in the result's dtype, and ``options`` with the dtype of
+    the products."""
     check_is_tensor(name, x)
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"{name} must be a dense strided tensor, got layout {'nested' if x.is_nested else x.layout}")
@@ -112,17 +114,18 @@ def check(
         raise ValueError(f"{name} must be (batch, tokens, channels), got shape {tuple(x.shape)}")
     if x.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {x.dtype}")
-    for value in eps:
+    activation, approximate = options.activation, options.approximate
+    for value in (options.eps, options.eps if eps2 is None else eps2):
         if not 0 < value < math.inf:
             raise ValueError(f"eps must be > 0 and finite, got {value}")
     one_of("approximate", approximate, APPROXIMATIONS)
     if memory is not None:
         one_of("memory", memory, MEMORY_MODES)
     one_of("activation", activation, ACTIVATIONS)
-    one_of("norm", norm, NORMS)
+    one_of("norm", options.norm, NORMS)
     if activation != "gelu" and approximate != "none":
         raise ValueError(f"approximate={approximate!r} is a form of GELU, but activation is {activation!r}")
-    for option, p in (("dropout_p", dropout_p), ("drop_path_p", drop_path_p)):
+    for option, p in (("dropout_p", options.dropout_p), ("drop_path_p", options.drop_path_p)):
         if not 0 <= p <= 1:
             raise ValueError(f"{option} must be a probability, from 0 to 1, got {p}")
     present = [(label, parameter) for label, parameter in parameters.items() if parameter is not None]
@@ -140,9 +143,9 @@ def check(
         if parameter.dtype not in SUPPORTED_DTYPES:
             raise TypeError(f"{label} must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {parameter.dtype}")
     if not autocast:
-        return x, x.dtype
+        return x, options._replace(dtype=x.dtype)
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(torch.promote_types(x.dtype, dtype)), dtype
+    return x.to(torch.promote_types(x.dtype, dtype)), options._replace(dtype=dtype)
 
 
 def check_is_tensor(name: str, value: Any) -> None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import torch as torch_backend
-from .checks import check, check_channel_shapes, check_token_shapes, choose, needs_grad, seed_for, takes_packs
+from ..backends.arguments import Half, Options
+from .checks import check, check_channel_shapes, check_token_shapes, choose, needs_grad, seeded, takes_packs
 
 
 def token_mixing(
@@ -57,14 +58,15 @@ def token_mixing(
         ``u [B, S, C]`` in ``x``'s dtype.
     """
     parameters = {"gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    x, dtype = check(x, parameters, (eps,), approximate, dropout_p, drop_path_p, activation=activation)
+    options = Options(
+        eps=eps, activation=activation, approximate=approximate, dropout_p=dropout_p, drop_path_p=drop_path_p
+    )
+    x, options = check(x, parameters, options)
     check_token_shapes(x, parameters, activation)
-    name = choose(backend, x, dtype, _relative(activation))
-    noise = (dropout_p, drop_path_p)
-    if takes_packs(packs, name, noise, x, gamma, beta, w1, b1, w2, b2):
-        tensors = (gamma, beta, w1, b1, w2, b2)
-        return ops.packed("token_mixing", x, tensors, packs, dtype, name, (eps,), approximate, activation)
-    return _token_mixing(x, (gamma, beta, w1, b1, w2, b2), eps, approximate, dtype, noise, name, activation)
+    name, half = choose(backend, x, options.dtype, _relative(activation)), Half(*parameters.values())
+    if takes_packs(packs, name, options, x, *half):
+        return ops.packed("token_mixing", packs, x, *half, *options.inputs, name)
+    return _token_mixing(x, half, options, name)
 
 
 def channel_mixing(
@@ -110,14 +112,16 @@ def channel_mixing(
         ``y [B, S, C]`` in ``u``'s dtype.
     """
     parameters = {"gamma": gamma, "beta": beta, "w3": w3, "b3": b3, "w4": w4, "b4": b4}
-    u, dtype = check(u, parameters, (eps,), approximate, dropout_p, drop_path_p, memory, activation, norm, "u")
+    options = Options(
+        eps=eps, activation=activation, approximate=approximate, norm=norm, dropout_p=dropout_p,
+        drop_path_p=drop_path_p,
+    )  # fmt: skip
+    u, options = check(u, parameters, options, memory, name="u")
     check_channel_shapes(u, parameters, activation)
-    name = choose(backend, u, dtype, _relative(activation, norm))
-    noise = (dropout_p, drop_path_p)
-    parameters = (gamma, beta, w3, b3, w4, b4)
-    if takes_packs(packs, name, noise, u, *parameters):
-        return ops.packed("channel_mixing", u, parameters, packs, dtype, name, (eps,), approximate, activation, norm)
-    return _channel_mixing(u, parameters, eps, approximate, dtype, noise, name, memory, activation, norm)
+    name, half = choose(backend, u, options.dtype, _relative(activation, norm)), Half(*parameters.values())
+    if takes_packs(packs, name, options, u, *half):
+        return ops.packed("channel_mixing", packs, u, *half, *options.inputs, name, False)
+    return _channel_mixing(u, half, options, name, memory)
 
 
 def mixer_block(
@@ -163,40 +167,34 @@ def mixer_block(
         "gamma1": gamma1, "beta1": beta1, "w1": w1, "b1": b1, "w2": w2, "b2": b2,
         "gamma2": gamma2, "beta2": beta2, "w3": w3, "b3": b3, "w4": w4, "b4": b4,
     }  # fmt: skip
-    x, dtype = check(x, parameters, (eps1, eps2), approximate, dropout_p, drop_path_p, memory, activation)
+    options = Options(
+        eps=eps1, activation=activation, approximate=approximate, dropout_p=dropout_p, drop_path_p=drop_path_p
+    )
+    x, options = check(x, parameters, options, memory, eps2)
     check_token_shapes(x, parameters, activation, half="1")
     check_channel_shapes(x, parameters, activation, half="2")
-    name = choose(backend, x, dtype, _relative(activation))
-    noise = (dropout_p, drop_path_p)
-    tokens, channels = (gamma1, beta1, w1, b1, w2, b2), (gamma2, beta2, w3, b3, w4, b4)
-    if takes_packs(packs, name, noise, x, *tokens, *channels):
-        tensors = (*tokens, *channels)
-        return ops.packed("mixer_block", x, tensors, packs, dtype, name, (eps1, eps2), approximate, activation)
-    if name != "torch" and noise == (0, 0) and (memory is None or not needs_grad(x, *tokens, *channels)):
-        return ops.mixer_block(x, *tokens, *channels, eps1, eps2, approximate, dtype, name, activation)
-    u = _token_mixing(x, tokens, eps1, approximate, dtype, noise, name, activation)
-    return _channel_mixing(u, channels, eps2, approximate, dtype, noise, name, memory, activation, "layer")
+    name = choose(backend, x, options.dtype, _relative(activation))
+    tokens, channels = Half(gamma1, beta1, w1, b1, w2, b2), Half(gamma2, beta2, w3, b3, w4, b4)
+    arguments = (x, *tokens, *channels, *options.inputs, name, eps2)
+    if takes_packs(packs, name, options, x, *tokens, *channels):
+        return ops.packed("mixer_block", packs, *arguments)
+    if name != "torch" and not options.noise and (memory is None or not needs_grad(x, *tokens, *channels)):
+        return ops.mixer_block(*arguments)
+    u = _token_mixing(x, tokens, options, name)
+    return _channel_mixing(u, channels, options._replace(eps=eps2), name, memory)
 
 
-def _token_mixing(x, parameters, eps, approximate, dtype, noise, name, activation) -> Tensor:
+def _token_mixing(x: Tensor, half: Half, options: Options, name: str) -> Tensor:
     if name == "torch":
-        return torch_backend.token_mixing_forward(
-            x, *parameters, eps=eps, approximate=approximate, dtype=dtype, dropout_p=noise[0], drop_path_p=noise[1],
-            activation=activation,
-        )  # fmt: skip
-    return ops.token_mixing(x, *parameters, eps, approximate, dtype, *noise, seed_for(x, noise), name, activation)[0]
+        return torch_backend.token_mixing_forward(x, half, options)
+    return ops.token_mixing(x, *half, *seeded(x, options).inputs, name)[0]
 
 
-def _channel_mixing(u, parameters, eps, approximate, dtype, noise, name, memory, activation, norm) -> Tensor:
+def _channel_mixing(u: Tensor, half: Half, options: Options, name: str, memory: str | None) -> Tensor:
     if name == "torch":
-        return torch_backend.channel_mixing_forward(
-            u, *parameters, eps=eps, approximate=approximate, dtype=dtype, dropout_p=noise[0], drop_path_p=noise[1],
-            activation=activation, norm=norm,
-        )  # fmt: skip
-    keep_z = memory == "fast" and needs_grad(u, *parameters)
-    return ops.channel_mixing(
-        u, *parameters, eps, approximate, dtype, *noise, seed_for(u, noise), name, keep_z, activation, norm
-    )[0]
+        return torch_backend.channel_mixing_forward(u, half, options)
+    keep_z = memory == "fast" and needs_grad(u, *half)
+    return ops.channel_mixing(u, *half, *seeded(u, options).inputs, name, keep_z)[0]
 
 
 def _relative(activation: str, norm: str = "layer") -> str | None:

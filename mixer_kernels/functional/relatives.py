@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import torch as torch_backend
-from .checks import check, check_columns, check_norm, check_shape, choose, needs_grad, seed_for, takes_packs
+from ..backends.arguments import AffineLinear, Half, Options, SpatialGate
+from .checks import check, check_columns, check_norm, check_shape, choose, needs_grad, seeded, takes_packs
 
 
 def token_linear(
@@ -44,19 +45,17 @@ def token_linear(
         ``u [B, S, C]`` in ``x``'s dtype.
     """
     parameters = {"alpha": alpha, "beta": beta, "w": w, "b": b, "scale": scale}
-    x, dtype = check(x, parameters, drop_path_p=drop_path_p)
+    x, options = check(x, parameters, Options(drop_path_p=drop_path_p))
     _check_square("w", w, x)
     check_shape("b", b, (x.shape[1],))
     for vector in ("alpha", "beta", "scale"):
         check_shape(vector, parameters[vector], (x.shape[2],))
-    name = choose(backend, x, dtype, "token_linear")
+    name, linear = choose(backend, x, options.dtype, "token_linear"), AffineLinear(alpha, beta, w, b, scale)
     if name == "torch":
-        return torch_backend.token_linear_forward(x, alpha, beta, w, b, scale, dtype=dtype, drop_path_p=drop_path_p)
-    tensors = (alpha, beta, w, b, scale)
-    if takes_packs(packs, name, (0, drop_path_p), x, *tensors):
-        return ops.packed("token_linear", x, tensors, packs, dtype, name)
-    seed = seed_for(x, (0, drop_path_p))
-    return ops.token_linear(x, alpha, beta, w, b, scale, dtype, drop_path_p, seed, name)
+        return torch_backend.token_linear_forward(x, linear, options)
+    if takes_packs(packs, name, options, x, *linear):
+        return ops.packed("token_linear", packs, x, *linear, *options.inputs, name)
+    return ops.token_linear(x, *linear, *seeded(x, options).inputs, name)
 
 
 def spatial_gating(
@@ -87,14 +86,15 @@ def spatial_gating(
     Returns:
         ``s [B, S, C]`` in ``h``'s dtype.
     """
-    h, dtype = check(h, {"gamma": gamma, "beta": beta, "w": w, "b": b}, (eps,), name="h")
+    gate = SpatialGate(gamma, beta, w, b)
+    h, options = check(h, gate._asdict(), Options(eps=eps), name="h")
     if h.shape[2] % 2 != 0:
         raise ValueError(f"h must have an even number of channels, factors and gates, got {h.shape[2]}")
-    _check_gate(h, gamma, beta, w, b, ("gamma", "beta", "w", "b"), h.shape[2] // 2)
-    name = choose(backend, h, dtype, "spatial_gating")
+    _check_gate(h, gate, ("gamma", "beta", "w", "b"), h.shape[2] // 2)
+    name = choose(backend, h, options.dtype, "spatial_gating")
     if name == "torch":
-        return torch_backend.spatial_gating_forward(h, gamma, beta, w, b, eps=eps, dtype=dtype)
-    return ops.spatial_gating(h, gamma, beta, w, b, eps, dtype, name)
+        return torch_backend.spatial_gating_forward(h, gate, options)
+    return ops.spatial_gating(h, *gate, *options.inputs, name)
 
 
 def gated_channel_mixing(
@@ -151,7 +151,8 @@ def gated_channel_mixing(
         "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "gate_gamma": gate_gamma, "gate_beta": gate_beta,
         "w_gate": w_gate, "b_gate": b_gate, "w2": w2, "b2": b2,
     }  # fmt: skip
-    x, dtype = check(x, parameters, (eps, gate_eps), approximate, dropout_p, drop_path_p, memory)
+    options = Options(eps=eps, approximate=approximate, dropout_p=dropout_p, drop_path_p=drop_path_p)
+    x, options = check(x, parameters, options, memory, gate_eps)
     channels = x.shape[2]
     check_columns("w1", w1, ("F", "channels"), x, second=w2)
     hidden = w1.shape[0]
@@ -159,32 +160,24 @@ def gated_channel_mixing(
         raise ValueError(f"w1 must be (F, channels) with an even F, got shape {tuple(w1.shape)}")
     check_norm(x, parameters)
     check_shape("b1", b1, (hidden,))
-    names = ("gate_gamma", "gate_beta", "w_gate", "b_gate")
-    _check_gate(x, gate_gamma, gate_beta, w_gate, b_gate, names, hidden // 2)
+    half, gate = Half(gamma, beta, w1, b1, w2, b2), SpatialGate(gate_gamma, gate_beta, w_gate, b_gate)
+    _check_gate(x, gate, ("gate_gamma", "gate_beta", "w_gate", "b_gate"), hidden // 2)
     check_shape("w2", w2, (channels, hidden // 2))
     check_shape("b2", b2, (channels,))
-    name = choose(backend, x, dtype, "gated_channel_mixing")
-    tensors = (gamma, beta, w1, b1, gate_gamma, gate_beta, w_gate, b_gate, w2, b2)
+    name = choose(backend, x, options.dtype, "gated_channel_mixing")
     if name == "torch":
-        return torch_backend.gated_channel_mixing_forward(
-            x, *tensors, eps=eps, gate_eps=gate_eps, approximate=approximate, dtype=dtype,
-            dropout_p=dropout_p, drop_path_p=drop_path_p,
-        )  # fmt: skip
-    noise = (dropout_p, drop_path_p)
-    if takes_packs(packs, name, noise, x, *tensors):
-        return ops.packed("gated_channel_mixing", x, tensors, packs, dtype, name, (eps, gate_eps), approximate)
-    keep_z = memory == "fast" and needs_grad(x, *tensors)
-    return ops.gated_channel_mixing(
-        x, *tensors, eps, gate_eps, approximate, dtype, *noise, seed_for(x, noise), name, keep_z
-    )[0]
+        return torch_backend.gated_channel_mixing_forward(x, half, gate, options, gate_eps)
+    if takes_packs(packs, name, options, x, *half, *gate):
+        return ops.packed("gated_channel_mixing", packs, x, *half, *gate, *options.inputs, name, gate_eps, False)
+    keep_z = memory == "fast" and needs_grad(x, *half, *gate)
+    return ops.gated_channel_mixing(x, *half, *gate, *seeded(x, options).inputs, name, gate_eps, keep_z)[0]
 
 
-def _check_gate(x, gamma, beta, w, b, names: tuple[str, ...], channels: int) -> None:
-    tokens = x.shape[1]
-    check_shape(names[0], gamma, (channels,))
-    check_shape(names[1], beta, (channels,))
-    _check_square(names[2], w, x)
-    check_shape(names[3], b, (tokens,))
+def _check_gate(x: Tensor, gate: SpatialGate, names: tuple[str, ...], channels: int) -> None:
+    check_shape(names[0], gate.gamma, (channels,))
+    check_shape(names[1], gate.beta, (channels,))
+    _check_square(names[2], gate.w, x)
+    check_shape(names[3], gate.b, (x.shape[1],))
 
 
 def _check_square(name: str, w: Tensor, x: Tensor) -> None:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import torch as torch_backend
+from ..backends.arguments import GatedHalf, Options
 from ..tuning.configs import MAX_GATED_EXTENT
-from .checks import check, check_is_tensor, check_norm, check_shape, choose, needs_grad, seed_for, takes_packs
+from .checks import check, check_is_tensor, check_norm, check_shape, choose, needs_grad, seeded, takes_packs
 
 
 def gated_mixing(
@@ -69,22 +70,17 @@ def gated_mixing(
     parameters = {
         "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate": w_gate, "b_gate": b_gate
     }  # fmt: skip
-    x, dtype = check(x, parameters, (eps,), approximate, dropout_p, dim=4)
-    extent = x.shape[axis]
+    options = Options(eps=eps, approximate=approximate, dropout_p=dropout_p)
+    x, options = check(x, parameters, options, dim=4)
     _check_mixer(x, parameters, axis)
-    name = choose(backend, x, dtype, "gated_mixing", _unfit(extent))
-    tensors = (gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
+    name = choose(backend, x, options.dtype, "gated_mixing", _unfit(x.shape[axis]))
+    half = GatedHalf(*parameters.values())
     if name == "torch":
-        y = torch_backend.gated_mixing_forward(
-            x, *tensors, axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
-            dropout_p=dropout_p,
-        )  # fmt: skip
-    elif takes_packs(packs, name, (dropout_p, 0.0), x, *tensors):
-        mixed = {"axis": axis + 4, "gate_first": gate_first}
-        y = ops.packed("gated_mixing", x, tensors, packs, dtype, name, (eps,), approximate, **mixed)
+        y = torch_backend.gated_mixing_forward(x, half, options, axis + 4, gate_first)
+    elif takes_packs(packs, name, options, x, *half):
+        y = ops.packed("gated_mixing", packs, x, *half, *options.inputs, name, axis + 4, gate_first)
     else:
-        seed = seed_for(x, (dropout_p, 0.0))
-        y = ops.gated_mixing(x, *tensors, axis + 4, gate_first, eps, approximate, dtype, dropout_p, seed, name)
+        y = ops.gated_mixing(x, *half, *seeded(x, options).inputs, name, axis + 4, gate_first)
     return y.view(shape)
 
 
@@ -159,21 +155,21 @@ def gated_mixer_layer(
         "gamma2": gamma2, "beta2": beta2, "w3": w3, "b3": b3, "w4": w4, "b4": b4, "w_gate2": w_gate2,
         "b_gate2": b_gate2,
     }  # fmt: skip
-    x, dtype = check(x, of_patches | of_features, (eps1, eps2), approximate, dropout_p, memory=memory, dim=4)
+    options = Options(eps=eps1, approximate=approximate, dropout_p=dropout_p)
+    x, options = check(x, of_patches | of_features, options, memory, eps2, dim=4)
     _check_mixer(x, of_patches, axis=-2, half="1")
     _check_mixer(x, of_features, axis=-1, half="2")
-    name = choose(backend, x, dtype, "gated_mixer_layer", _unfit(max(x.shape[2:])))
-    tensors = (*of_patches.values(), *of_features.values())
+    name = choose(backend, x, options.dtype, "gated_mixer_layer", _unfit(max(x.shape[2:])))
+    patches, features = GatedHalf(*of_patches.values()), GatedHalf(*of_features.values())
     if name == "torch":
-        shared = {"gate_first": False, "approximate": approximate, "dtype": dtype, "dropout_p": dropout_p}
-        u = torch_backend.gated_mixing_forward(x, *of_patches.values(), axis=-2, eps=eps1, **shared)
-        y = torch_backend.gated_mixing_forward(u, *of_features.values(), axis=-1, eps=eps2, **shared)
-    elif takes_packs(packs, name, (dropout_p, 0.0), x, *tensors):
-        y = ops.packed("gated_mixer_layer", x, tensors, packs, dtype, name, (eps1, eps2), approximate)
+        u = torch_backend.gated_mixing_forward(x, patches, options, axis=2, gate_first=False)
+        y = torch_backend.gated_mixing_forward(u, features, options._replace(eps=eps2), axis=3, gate_first=False)
+    elif takes_packs(packs, name, options, x, *patches, *features):
+        y = ops.packed("gated_mixer_layer", packs, x, *patches, *features, *options.inputs, name, eps2, False)
     else:
-        seed = seed_for(x, (dropout_p, 0.0), number=2)
-        keep_u = memory == "fast" and needs_grad(x, *tensors)
-        y = ops.gated_mixer_layer(x, *tensors, eps1, eps2, approximate, dtype, dropout_p, seed, name, keep_u)[0]
+        keep_u = memory == "fast" and needs_grad(x, *patches, *features)
+        inputs = seeded(x, options, number=2).inputs
+        y = ops.gated_mixer_layer(x, *patches, *features, *inputs, name, eps2, keep_u)[0]
     return y.view(shape)
 
 

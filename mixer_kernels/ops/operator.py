@@ -6,72 +6,81 @@ rather than lists of them: PyTorch then calls them once for each element under `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.arguments import Options, precision_of
+from ..backends.backward import differentiate
 
 _defined: set[str] = set()  # by this import of the module: what an earlier one has defined stays
+
+_OPTIONS = (
+    "ScalarType dtype, float eps, str activation, str approximate, str norm, float dropout_p, float drop_path_p,"
+    " Tensor? seed, str backend"
+)
+_SEED = Options._fields.index("seed")
+_BACKEND = len(Options().inputs)
 
 
 @dataclass
 class Operator:
-    """``name(inputs, options) -> (result, *kept)`` and ``name_backward(dy, *kept, inputs, options, wanted)``."""
+    """``name(x, parameters, options, backend, further) -> (result, *kept)`` and
+    ``name_backward(dy, *kept, x, parameters, options, backend, further, wanted)``."""
 
     name: str  # <name>_forward is the function of a backend that computes it
-    inputs: str  # schema of the tensors that have gradients, x first
-    options: str  # schema of the rest; "str backend" among them
-    fake: Callable[..., Sequence[Tensor | None]]  # (*inputs, **options) -> result, *kept: new tensors of their shapes
+    parameters: Sequence[type]  # named tuples of tensors, whose fields are the inputs behind x
+    fake: Callable[..., Sequence[Tensor | None]]  # (x, *parameters, options, **further) -> result, *kept: new tensors
     _: KW_ONLY
-    forward: Callable[..., Any] | None = None  # (backend, *inputs, **options), in place of the backend's function
+    further: str = ""  # schema of what is no option of all operators
     kept: int = 0  # how many tensors the backward pass takes of the forward pass; an empty tensor stands for None
-    backward: Callable[..., Sequence[Tensor | None]] | None = None  # (kernels, dy, x, *kept, *parameters, **options)
-    kernels: str = "backward_kernels"  # the function of a backend that gives the kernels
-    forward_only: Sequence[str] = ()  # the options that the backward pass does not take
+    backward: Callable[..., Sequence[Tensor | None]] | None = None  # as backends.backward.differentiate takes it
 
     def define(self) -> tuple[Callable, Callable]:
         """The operator and its backward, which raises where there is none."""
-        self.count = len(self.inputs.split(", "))
-        schemas = {option.partition("=")[0].split()[-1]: option for option in self.options.split(", ")}
-        self.names = tuple(schemas)
-        self.backward_names = tuple(name for name in schemas if name not in self.forward_only)
+        inputs, self.slices = ["Tensor x"], []
+        for number, kind in enumerate(self.parameters, start=1):
+            self.slices.append(slice(len(inputs), len(inputs) + len(kind._fields)))
+            suffix = str(number) if len(self.parameters) > 1 else ""
+            hints = get_type_hints(kind)
+            inputs += [f"Tensor{'' if hints[field] is Tensor else '?'} {field}{suffix}" for field in kind._fields]
+        self.count = len(inputs)
+        further = self.further.split(", ") if self.further else []
+        self.names = [option.split()[-1] for option in further]
+        self.arguments = ", ".join([*inputs, _OPTIONS, *further])
         results = ", ".join(["Tensor"] * (1 + self.kept))
-        call = _define(self.name, f"({self.inputs}, {self.options}) -> ({results})", self._forward, self._forward_fake)
+        call = define_operator(self.name, f"({self.arguments}) -> ({results})", self._forward, self._forward_fake)
         if self.backward is None:
-            _differentiate(self.name, _no_gradient)
-            return call, _no_gradient
-        options = ", ".join(schemas[name].partition("=")[0] for name in self.backward_names)
+            differentiate_operator(self.name, no_gradient)
+            return call, no_gradient
         kept = "".join(f"Tensor kept{i}, " for i in range(self.kept))
         gradients = ", ".join(["Tensor"] * self.count)
-        schema = f"(Tensor dy, {kept}{self.inputs}, {options}, bool[] wanted) -> ({gradients})"
-        self.call_backward = _define(f"{self.name}_backward", schema, self._backward, self._backward_fake)
-        _differentiate(self.name, self._differentiate, self._save)
-        _differentiate(f"{self.name}_backward", _no_gradient)
+        schema = f"(Tensor dy, {kept}{self.arguments}, bool[] wanted) -> ({gradients})"
+        self.call_backward = define_operator(f"{self.name}_backward", schema, self._backward, self._backward_fake)
+        differentiate_operator(self.name, self._gradient, self._save)
+        differentiate_operator(f"{self.name}_backward", no_gradient)
         return call, self.call_backward
 
-    def _forward(self, *arguments: Any) -> Any:
-        inputs, options = self._split(arguments)
-        backend = backends.load(options.pop("backend"))
-        if self.forward is not None:
-            results = self.forward(backend, *inputs, **options)
-        else:
-            results = getattr(backend, f"{self.name}_forward")(*inputs, **options)
-        return self._without_none(results if self.kept else (results,), inputs[0])
+    def _forward(self, x: Tensor, *arguments: Any) -> Any:
+        parameters, options, backend, further = self.objects(x, *arguments)
+        results = getattr(backends.load(backend), f"{self.name}_forward")(x, *parameters, options, **further)
+        return self._without_none(results if self.kept else (results,), x)
 
-    def _forward_fake(self, *arguments: Any) -> Any:
-        inputs, options = self._split(arguments)
-        return self._without_none(self.fake(*inputs, **options), inputs[0])
+    def _forward_fake(self, x: Tensor, *arguments: Any) -> Any:
+        parameters, options, _, further = self.objects(x, *arguments)
+        return self._without_none(self.fake(x, *parameters, options, **further), x)
 
     def _backward(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        kept, arguments = arguments[: self.kept], arguments[self.kept :]
-        (x, *parameters), options = self._split(arguments[:-1], self.backward_names)
-        kernels = getattr(backends.load(options.pop("backend")), self.kernels)(options["dtype"])
-        kept = (None if t.numel() == 0 else t for t in kept)
-        gradients = self.backward(kernels, dy, x, *kept, *parameters, **options, wanted=arguments[-1])
+        kept, (x, *arguments), wanted = arguments[: self.kept], arguments[self.kept : -1], arguments[-1]
+        parameters, options, backend, further = self.objects(x, *arguments)
+        kept = [None if t.numel() == 0 else t for t in kept]
+        gradients = differentiate(
+            self.backward, backends.load(backend), dy, kept, x, parameters, options, wanted, **further
+        )
         return tuple(_absent(x) if gradient is None else gradient.contiguous() for gradient in gradients)
 
     def _backward_fake(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -79,29 +88,33 @@ class Operator:
         return tuple(new_like(t) if want else _absent(dy) for t, want in zip(inputs, wanted, strict=True))
 
     def _save(self, ctx: Any, inputs: tuple, output: Any) -> None:
-        tensors, options = self._split(inputs)
+        tensors, rest = inputs[: self.count], list(inputs[self.count :])
         kept = output[1:] if self.kept else ()
-        ctx.save_for_backward(*kept, *tensors, options.get("seed"))
-        ctx.options = {name: None if name == "seed" else options[name] for name in self.backward_names}
+        ctx.save_for_backward(*kept, *tensors, rest[_SEED])
+        rest[_SEED], ctx.rest = None, rest
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
 
-    def _differentiate(self, ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        not_inputs = (None,) * len(self.names)
+    def _gradient(self, ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        of_rest = (None,) * len(ctx.rest)
         if dy is None:
-            return (None,) * self.count + not_inputs
+            return (None,) * self.count + of_rest
         *tensors, seed = ctx.saved_tensors
         kept, inputs = tensors[: self.kept], tensors[self.kept :]
-        options = ctx.options if seed is None else {**ctx.options, "seed": seed}
+        rest = (*ctx.rest[:_SEED], seed, *ctx.rest[_SEED + 1 :])
         wanted = ctx.needs_input_grad[: self.count]
-        gradients = self.call_backward(dy, *kept, *inputs, *options.values(), wanted)
-        return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *not_inputs
+        gradients = self.call_backward(dy, *kept, *inputs, *rest, wanted)
+        return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *of_rest
 
-    def _split(self, arguments: Sequence[Any], names: Iterable[str] | None = None) -> tuple[Sequence, dict[str, Any]]:
-        """The inputs and the options by name. PyTorch leaves out the last ones where they have their default."""
-        return arguments[: self.count], dict(zip(names or self.names, arguments[self.count :], strict=False))
+    def objects(self, *arguments: Any) -> tuple[list, Options, str, dict[str, Any]]:
+        """The parameters, the options, the backend's name, the rest by name."""
+        parameters = [kind(*arguments[where]) for kind, where in zip(self.parameters, self.slices, strict=True)]
+        rest = arguments[self.count :]
+        further = dict(zip(self.names, rest[_BACKEND + 1 :], strict=True))
+        options = Options(*rest[:_BACKEND])
+        return parameters, options._replace(precision=precision_of(options.dtype)), rest[_BACKEND], further
 
-    def _without_none(self, results: Iterable[Tensor | None], x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def _without_none(self, results: Sequence[Tensor | None], x: Tensor) -> Tensor | tuple[Tensor, ...]:
         results = tuple(_absent(x) if result is None else result for result in results)
         return results if self.kept else results[0]
 
@@ -111,7 +124,7 @@ def new_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _define(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
+def define_operator(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
     """PyTorch registers a name once, for as long as the process lives, and models may hold the operator when this
     package is removed from ``sys.modules`` and imported again: one that is there stays."""
     qualified = f"mixer_kernels::{name}"
@@ -126,12 +139,12 @@ def _define(name: str, schema: str, implementation: Callable, fake: Callable) ->
     return operator
 
 
-def _differentiate(name: str, gradient: Callable, save: Callable | None = None) -> None:
+def differentiate_operator(name: str, gradient: Callable, save: Callable | None = None) -> None:
     if name in _defined:
         torch.library.register_autograd(f"mixer_kernels::{name}", gradient, setup_context=save)
 
 
-def _no_gradient(ctx: Any, *_: Any) -> None:
+def no_gradient(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "the fused mixer operators have no gradient here (a second derivative, or mixer_block called as an operator): "
         "use backend='torch', which autograd differentiates any number of times"

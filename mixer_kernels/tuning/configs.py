@@ -39,6 +39,12 @@ class TokenConfig:
     num_stages: int
     tf32: bool = True
 
+    def launch_options(self) -> dict[str, int]:
+        return {
+            "BLOCK_C": self.block_c, "BLOCK_D": self.block_d, "STAGES": self.num_stages, "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ProductConfig:
@@ -54,6 +60,15 @@ class ProductConfig:
     num_stages: int
     group_m: int = 8
     programs_per_sm: int = 0
+
+    def launch_options(self, axes: str = "MNK") -> dict[str, int]:
+        """``axes``: what a kernel calls those of the tile."""
+        blocks = zip(axes, (self.block_m, self.block_n, self.block_k), strict=True)
+        return {
+            **{f"BLOCK_{axis}": block for axis, block in blocks},
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 MAX_FUSED_TOKENS = 256
@@ -233,7 +248,10 @@ class GatedMixingConfig:
 
     def launch_options(self) -> dict[str, int]:
         limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+        return {
+            "BLOCK_D": self.block_d, "STAGES": self.num_stages, "num_warps": self.num_warps,
+            "num_stages": self.num_stages, **limit,
+        }  # fmt: skip
 
 
 def gated_mixing_config(target: Target, dtype: torch.dtype, rows: int, extent: int, exact: bool) -> GatedMixingConfig:

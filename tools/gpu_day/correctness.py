@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mixer_kernels import compile_check
 from mixer_kernels.backends import triton as backend
+from mixer_kernels.backends.arguments import Half
 from mixer_kernels.backends.triton.launch import intercept_launches
-from mixer_kernels.compile_check import TORCH_DTYPES
 from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.target import KNOWN_TARGETS, Target, assume_target, target_of
 
@@ -31,12 +31,12 @@ from .kernels import on_each_backend
 from .launches import config_of, noted_launches
 from .results import HOPPER
 from .sample import (
-    EPS,
     Sample,
     compare,
     eager_and_exact,
     float32_products,
     on_target,
+    options_of,
     parameters_of,
     run_watched,
     samples_on,
@@ -157,8 +157,7 @@ def launches_of(sample: Sample, level: str, target: Target) -> set[tuple]:
     run = {"token": backend.token_mixing_forward, "channel": backend.channel_mixing_forward}[level]
 
     def forward(block: Block, x: Tensor) -> None:
-        options = {"eps": EPS, "approximate": sample.approximate, "dtype": TORCH_DTYPES[sample.dtype]}
-        run(x, *parameters_of(block, level), **options)
+        run(x, Half(*parameters_of(block, level)), options_of(sample))
 
     return noted_of(sample, target, forward)
 

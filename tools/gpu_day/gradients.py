@@ -15,8 +15,8 @@ from blocks import CHANNEL_NAMES, LAYOUTS, TOKEN_NAMES, Block
 from torch import Tensor
 
 from mixer_kernels import backends
-from mixer_kernels.backends.backward import channel_mixing_backward, token_mixing_backward
-from mixer_kernels.compile_check import TORCH_DTYPES
+from mixer_kernels.backends.arguments import Half
+from mixer_kernels.backends.backward import channel_mixing_backward, differentiate, token_mixing_backward
 from mixer_kernels.functional import MEMORY_MODES
 from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.target import Target
@@ -26,12 +26,12 @@ from .kernels import on_each_backend
 from .launches import config_of, noted_launches
 from .memory import watched_memory
 from .sample import (
-    EPS,
     Sample,
     compare_gradients,
     float32_products,
     gradients_of,
     on_target,
+    options_of,
     parameters_of,
     planted,
     samples_on,
@@ -84,13 +84,10 @@ def _direct(sample: Sample, level: str, block: Block, x: Tensor, dy: Tensor) -> 
         "token": (TOKEN_NAMES, backend.token_mixing_forward, token_mixing_backward, {}),
         "channel": (CHANNEL_NAMES, backend.channel_mixing_forward, channel_mixing_backward, {"keep_z": True}),
     }[level]
-    parameters = parameters_of(block, level)
-    common = {"approximate": sample.approximate, "dtype": TORCH_DTYPES[sample.dtype]}
-    _, *saved = forward(x, *parameters, eps=EPS, **common, **options)
-    noise = {"dropout_p": 0.0, "drop_path_p": 0.0, "seed": None}
-    wanted = [t is not None for t in (x, *parameters)]
-    kernels = backend.backward_kernels(common["dtype"])
-    gradients = backward(kernels, dy, x, *saved, *parameters, **common, **noise, wanted=wanted)
+    half, call = Half(*parameters_of(block, level)), options_of(sample)
+    _, *kept = forward(x, half, call, **options)
+    wanted = [t is not None for t in (x, *half)]
+    gradients = differentiate(backward, backend, dy, kept, x, (half,), call, wanted)
     return {name: t for name, t in zip(("x", *names), gradients, strict=True) if t is not None}
 
 

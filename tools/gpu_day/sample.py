@@ -13,6 +13,7 @@ from blocks import CHANNEL_NAMES, PRODUCTS, TOKEN_NAMES, Block, make_block, make
 from torch import Tensor
 
 import mixer_kernels.functional as F
+from mixer_kernels.backends.arguments import Options, precision_of
 from mixer_kernels.compile_check import TORCH_DTYPES
 from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.target import KNOWN_TARGETS, Target, assume_target
@@ -103,6 +104,12 @@ def float32_products(sample: Sample) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def options_of(sample: Sample) -> Options:
+    """As backends take them, under ``float32_products``."""
+    dtype = TORCH_DTYPES[sample.dtype]
+    return Options(dtype, EPS, approximate=sample.approximate, precision=precision_of(dtype))
 
 
 @contextlib.contextmanager

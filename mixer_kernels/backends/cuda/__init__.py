@@ -15,55 +15,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import Half, Options
 from ..devices import device_of
-from ..noise import Noise
-from ..rounding import round_up
-from .backward import backward_kernels
-from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of, why_not
+from ..rounding import cdiv, round_up
+from .backward import (
+    branch_gradient,
+    channel_backward_weights,
+    channel_products_backward,
+    norm_backward,
+    token_backward_weights,
+    token_products_backward,
+    weight_gradient,
+)
+from .library import TYPES, has, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of, why_not
 from .prepack import BlockWeights, channel_weights, forward_weights, frozen_weights, token_weights
 
 SM90_STATISTICS_CHANNELS = 64  # see mk_sm90_token_mixing_arguments in csrc/sm90/launchers.h
 
 __all__ = [
     "BlockWeights",
-    "backward_kernels",
     "block_weights",
+    "branch_gradient",
+    "channel_backward_weights",
     "channel_mixing_forward",
+    "channel_products_backward",
+    "has",
     "mixer_block_forward",
+    "norm_backward",
+    "token_backward_weights",
     "token_mixing_forward",
+    "token_products_backward",
+    "weight_gradient",
     "why_not",
 ]
 
 
 def token_mixing_forward(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    eps: float,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    drop_path_p: float = 0.0,
-    seed: Tensor | None = None,
-    sm90: bool | None = None,
+    x: Tensor, half: Half, options: Options, sm90: bool | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``; products in ``dtype``."""
+    """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``."""
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = _statistics(x)
     if x.numel() == 0:
         return u, mean, rstd
+    dtype = options.dtype
     with device_of(x):
-        sm90 = sm90_takes(x, dtype, sm90, tokens=True)
-        weights, packed = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90)
-        a = _token_scratch(x, w1, dtype)
+        weights, packed = token_weights(half, dtype, sm90_takes(x, dtype, sm90, tokens=True))
+        a = _token_scratch(x, half, dtype)
         loaded().token_mixing_forward(
-            layout(x), x.shape, eps, weights, TYPES[dtype], approximate == "tanh",
-            noise_of(Noise(dropout_p, drop_path_p, seed)), limits_of(x),
+            layout(x), x.shape, options.eps, weights, TYPES[dtype], options.tanh, noise_of(options), limits_of(x),
             pointer(mean), pointer(rstd), pointer(a), pointer(u), stream_of(x),
         )  # fmt: skip
         del packed  # its memory is read until here
@@ -71,60 +71,32 @@ def token_mixing_forward(
 
 
 def channel_mixing_forward(
-    u: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    w4: Tensor,
-    b4: Tensor | None,
-    *,
-    eps: float,
-    approximate: str,
-    dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    drop_path_p: float = 0.0,
-    seed: Tensor | None = None,
-    keep_z: bool = False,
-    sm90: bool | None = None,
+    u: Tensor, half: Half, options: Options, keep_z: bool = False, sm90: bool | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``u [B, S, C]``, and z ``[B * S, D_C]`` if kept."""
+    dtype = options.dtype
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     mean, rstd = _statistics(u)
-    z = _hidden(u, w3, dtype) if keep_z else None
+    z = _hidden(u, half, dtype) if keep_z else None
     if u.numel() > 0:
         with device_of(u):
-            folded = u.dtype is dtype
-            first, second, packed = channel_weights(gamma, beta, w3, b3, w4, b4, dtype, folded)
-            a = _hidden(u, w3, dtype)
+            first, second, packed = channel_weights(half, dtype, folded=u.dtype is dtype)
+            a = _hidden(u, half, dtype)
             loaded().channel_mixing_forward(
-                layout(u), u.shape, eps, first, second, TYPES[dtype], approximate == "tanh",
-                noise_of(Noise(dropout_p, drop_path_p, seed)), limits_of(u), sm90_takes(u, dtype, sm90),
-                pointer(mean), pointer(rstd), pointer(a), pointer(z), a.shape[1], pointer(y), stream_of(u),
+                layout(u), u.shape, options.eps, first, second, TYPES[dtype], options.tanh, noise_of(options),
+                limits_of(u), sm90_takes(u, dtype, sm90), pointer(mean), pointer(rstd), pointer(a), pointer(z),
+                a.shape[1], pointer(y), stream_of(u),
             )  # fmt: skip
             del packed  # its memory is read until here
-    return y, mean, rstd, None if z is None else z[:, : w3.shape[0]]
+    return y, mean, rstd, None if z is None else z[:, : half.w_in.shape[0]]
 
 
 def mixer_block_forward(
     x: Tensor,
-    gamma1: Tensor | None,
-    beta1: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    gamma2: Tensor | None,
-    beta2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    w4: Tensor,
-    b4: Tensor | None,
-    *,
-    eps1: float,
+    tokens: Half,
+    channels: Half,
+    options: Options,
     eps2: float,
-    approximate: str,
-    dtype: torch.dtype,
     sm90: bool | None = None,
     packs: BlockWeights | None = None,
 ) -> Tensor:
@@ -136,35 +108,35 @@ def mixer_block_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
+    dtype = options.dtype
     with device_of(x):
         sm90_tokens = sm90_takes(x, dtype, sm90, tokens=True)
         kind = (dtype, x.dtype is dtype, sm90_tokens)
         if packs is not None and packs.fit(*kind):
-            tokens, first, second = packs.addresses(w1.shape[0])
+            token, first, second = packs.addresses(tokens.w_in.shape[0])
         else:
-            token, channel = (gamma1, beta1, w1, b1, w2, b2), (gamma2, beta2, w3, b3, w4, b4)
-            tokens, first, second, packs = forward_weights(token, channel, *kind)
+            token, first, second, packs = forward_weights(tokens, channels, *kind)
         statistics = torch.empty(4, x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
         u = torch.empty_like(y)
         partial = _partial_statistics(x) if sm90_tokens else None
-        a_tokens, a_channels = _token_scratch(x, w1, dtype), _hidden(x, w3, dtype)
+        a_tokens, a_channels = _token_scratch(x, tokens, dtype), _hidden(x, channels, dtype)
         loaded().mixer_block_forward(
-            layout(x), x.shape, eps1, eps2, tokens, first, second, TYPES[dtype], approximate == "tanh",
-            limits_of(x), sm90_takes(u, dtype, sm90), pointer(statistics), pointer(partial), pointer(a_tokens),
-            pointer(u), pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
+            layout(x), x.shape, options.eps, eps2, token, first, second, TYPES[dtype], options.tanh, limits_of(x),
+            sm90_takes(u, dtype, sm90), pointer(statistics), pointer(partial), pointer(a_tokens), pointer(u),
+            pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
         )  # fmt: skip
         del packs  # their memory is read until here
     return y
 
 
-def block_weights(x: Tensor, *parameters: Tensor | None, dtype: torch.dtype, sm90: bool | None = None) -> BlockWeights:
-    """What ``mixer_block_forward`` makes of its ``parameters`` in every call on a tensor like ``x``, to be made once.
+def block_weights(x: Tensor, tokens: Half, channels: Half, options: Options, sm90: bool | None = None) -> BlockWeights:
+    """What ``mixer_block_forward`` makes of its parameters in every call on a tensor like ``x``, to be made once.
 
     Right until a parameter changes, which the caller has to see. Tensors, or None: they can be moved and copied.
     """
+    dtype = options.dtype
     with device_of(x):
-        sm90_tokens = sm90_takes(x, dtype, sm90, tokens=True)
-        return frozen_weights(parameters[:6], parameters[6:], dtype, x.dtype is dtype, sm90_tokens)
+        return frozen_weights(tokens, channels, dtype, x.dtype is dtype, sm90_takes(x, dtype, sm90, tokens=True))
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,17 +147,17 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _partial_statistics(x: Tensor) -> Tensor:
     """What the token kernel of csrc/sm90 leaves for the LayerNorm behind it."""
-    pieces = -(-x.shape[2] // SM90_STATISTICS_CHANNELS)
+    pieces = cdiv(x.shape[2], SM90_STATISTICS_CHANNELS)
     return torch.empty(pieces, x.shape[0] * x.shape[1], 2, dtype=torch.float32, device=x.device)
 
 
-def _token_scratch(x: Tensor, w1: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _token_scratch(x: Tensor, half: Half, dtype: torch.dtype) -> Tensor | None:
     """Memory between the two products of token mixing; None where one kernel does both."""
     if loaded().padded_tokens(x.shape[1]):
         return None
-    return torch.empty(x.shape[0], w1.shape[0], round_up(x.shape[2], 8), dtype=dtype, device=x.device)
+    return torch.empty(x.shape[0], half.w_in.shape[0], round_up(x.shape[2], 8), dtype=dtype, device=x.device)
 
 
-def _hidden(u: Tensor, w3: Tensor, dtype: torch.dtype) -> Tensor:
+def _hidden(u: Tensor, half: Half, dtype: torch.dtype) -> Tensor:
     """Memory for a or z of the channel half, rows starting on 16 bytes."""
-    return torch.empty(u.shape[0] * u.shape[1], round_up(w3.shape[0], 8), dtype=dtype, device=u.device)
+    return torch.empty(u.shape[0] * u.shape[1], round_up(half.w_in.shape[0], 8), dtype=dtype, device=u.device)

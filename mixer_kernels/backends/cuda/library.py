@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...tuning.target import target_of
+from ..arguments import Options
 from ..measured import passed_on
-from ..noise import Noise
 
 logger = logging.getLogger("mixer_kernels")
 
@@ -47,6 +47,11 @@ def install(module: ModuleType | None) -> None:
 def loaded() -> ModuleType:
     """The module; ImportError if there is none that loads."""
     return _installed if _installed is not None else _load()
+
+
+def has(feature: str) -> bool:
+    """Whether there are kernels for ``feature``: those of the Mixer."""
+    return feature in ("token_mixing", "channel_mixing", "mixer_block")
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -99,9 +104,9 @@ def layout(x: Tensor) -> tuple[int, int, int, int, int]:
     return (x.data_ptr(), TYPES[x.dtype], *x.stride())
 
 
-def noise_of(noise: Noise) -> tuple[int, float, float]:
+def noise_of(options: Options) -> tuple[int, float, float]:
     """As mk_noise."""
-    return pointer(noise.seed), noise.dropout_p, noise.drop_path_p
+    return pointer(options.seed), options.dropout_p, options.drop_path_p
 
 
 def limits_of(x: Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import Half
 from ..rounding import round_up
 from .library import TYPES, loaded, pointer, stream_of
 
@@ -97,6 +98,7 @@ class BlockWeights(NamedTuple):
 class TokenBackward(NamedTuple):
     """What the kernels of the token half's backward take in place of its parameters."""
 
+    hidden: int
     wide_hidden: int
     padded_tokens: int
     w1: int  # as in TokenWeights
@@ -115,65 +117,45 @@ class ChannelBackward(NamedTuple):
     w4: int  # [D_C, C_pad]: its transpose
     gamma: int
     beta: int
+    sm90: bool | None  # as the forward pass takes it
     packed: Packed
 
 
 # ------------------------------------------------------------------------------------------------------- forward pass
 
 
-def token_weights(
-    gamma: Parameter,
-    beta: Parameter,
-    w1: Tensor,
-    b1: Parameter,
-    w2: Tensor,
-    b2: Parameter,
-    dtype: torch.dtype,
-    sm90: bool,
-) -> tuple[TokenWeights, Packed]:
+def token_weights(half: Half, dtype: torch.dtype, sm90: bool) -> tuple[TokenWeights, Packed]:
     """All that the forward pass of the token half takes, in ``dtype``; ``sm90``: for the kernel of csrc/sm90."""
-    sizes, wanted = _token(gamma, beta, w1, b1, w2, b2, dtype, sm90)
-    packed = pack(wanted, None, w1)
+    sizes, wanted = _token(half, dtype, sm90)
+    packed = pack(wanted, None, half.w_in)
     return TokenWeights(*sizes, *packed.addresses, sm90), packed
 
 
-def channel_weights(
-    gamma: Parameter,
-    beta: Parameter,
-    w3: Tensor,
-    b3: Parameter,
-    w4: Tensor,
-    b4: Parameter,
-    dtype: torch.dtype,
-    folded: bool,
-) -> tuple[FirstWeights, SecondWeights, Packed]:
+def channel_weights(half: Half, dtype: torch.dtype, folded: bool) -> tuple[FirstWeights, SecondWeights, Packed]:
     """All that the forward pass of the channel half takes, in ``dtype``."""
-    wanted, fold = _channel(gamma, beta, w3, b3, w4, b4, dtype, folded)
-    packed = pack(wanted, fold, w3)
-    return _first_weights(w3, packed.addresses, packed.folds), SecondWeights(*packed.addresses[-2:]), packed
+    wanted, fold = _channel(half, dtype, folded)
+    packed = pack(wanted, fold, half.w_in)
+    return _first_weights(half, packed.addresses, packed.folds), SecondWeights(*packed.addresses[-2:]), packed
 
 
 def forward_weights(
-    token: Sequence[Parameter], channel: Sequence[Parameter], dtype: torch.dtype, folded: bool, sm90: bool
+    tokens: Half, channels: Half, dtype: torch.dtype, folded: bool, sm90: bool
 ) -> tuple[TokenWeights, FirstWeights, SecondWeights, Packed]:
-    """Both for a whole block, ``token`` gamma to b2 and ``channel`` gamma to b4, by one launch."""
-    sizes, of_token = _token(*token, dtype, sm90)
-    of_channel, fold = _channel(*channel, dtype, folded)
-    w3 = channel[2]
-    packed = pack([*of_token, *of_channel], fold, w3)
+    """Both for a whole block, by one launch."""
+    sizes, of_tokens = _token(tokens, dtype, sm90)
+    of_channels, fold = _channel(channels, dtype, folded)
+    packed = pack([*of_tokens, *of_channels], fold, channels.w_in)
     addresses = packed.addresses
-    first = _first_weights(w3, addresses[6:], packed.folds)
+    first = _first_weights(channels, addresses[6:], packed.folds)
     return TokenWeights(*sizes, *addresses[:6], sm90), first, SecondWeights(*addresses[-2:]), packed
 
 
-def frozen_weights(
-    token: Sequence[Parameter], channel: Sequence[Parameter], dtype: torch.dtype, folded: bool, sm90: bool
-) -> BlockWeights:
+def frozen_weights(tokens: Half, channels: Half, dtype: torch.dtype, folded: bool, sm90: bool) -> BlockWeights:
     """The same as tensors, right until one of the parameters changes."""
-    _, of_token = _token(*token, dtype, sm90)
-    of_channel, fold = _channel(*channel, dtype, folded)
-    wanted = [*of_token, *of_channel]
-    packed = pack(wanted, fold, channel[2])
+    _, of_tokens = _token(tokens, dtype, sm90)
+    of_channels, fold = _channel(channels, dtype, folded)
+    wanted = [*of_tokens, *of_channels]
+    packed = pack(wanted, fold, channels.w_in)
     w1, *rest, w4, b4 = (_as_tensor(each, at, packed) for each, at in zip(wanted, packed.addresses, strict=True))
     if fold is None:
         rest += [None, None, None]
@@ -186,35 +168,26 @@ def frozen_weights(
 # ------------------------------------------------------------------------------------------------------ backward pass
 
 
-def token_backward_weights(
-    gamma: Parameter, beta: Parameter, w1: Tensor, b1: Parameter, w2: Tensor, dtype: torch.dtype, sm90: bool
-) -> tuple[Tensor, TokenBackward]:
+def token_backward_packs(half: Half, dtype: torch.dtype, sm90: bool) -> tuple[Tensor, TokenBackward]:
     """``w1`` in ``dtype`` for the plain product that follows the kernels, and what these take. One launch."""
-    (_, *sizes), (first, bias, second, _, *norm) = _token(gamma, beta, w1, b1, w2, None, dtype, sm90)
+    w1 = half.w_in
+    sizes, (first, bias, second, _, *norm) = _token(half, dtype, sm90)
     if not sm90:
-        second = Wanted(w2, dtype, first.rows, first.columns, transposed=True)
+        second = Wanted(half.w_out, dtype, first.rows, first.columns, transposed=True)
     packed = pack([first, bias, second, *norm], None, w1)
     if not loaded().padded_tokens(w1.shape[1]) and w1.dtype is not dtype:
         w1 = _as_tensor(first, packed.addresses[0], packed)[:, : w1.shape[1]]
     return w1, TokenBackward(*sizes, *packed.addresses, sm90, packed)
 
 
-def channel_backward_weights(
-    gamma: Parameter,
-    beta: Parameter,
-    w3: Tensor,
-    b3: Parameter,
-    w4: Tensor,
-    dtype: torch.dtype,
-    *,
-    folded: bool,
-    keeps_z: bool,
-    norm: bool,
+def channel_backward_packs(
+    half: Half, dtype: torch.dtype, *, folded: bool, keeps_z: bool, norm: bool, sm90: bool | None = None
 ) -> tuple[Tensor, ChannelBackward]:
     """``w3`` in ``dtype`` for the plain product that follows the kernels, and what these take. One launch.
 
     ``keeps_z``: z need not be computed again. ``norm``: LayerNorm's backward will run, and the plain product.
     """
+    gamma, beta, w3, b3, w4, _ = half
     again = not keeps_z
     fold = Fold(w3, b3, gamma, beta, dtype) if again and folded else None
     applied = again and not folded
@@ -229,11 +202,11 @@ def channel_backward_weights(
         w4t,
     ]
     packed = pack(wanted, fold, w3)
-    first = _first_weights(w3, packed.addresses, packed.folds) if again else None
+    first = _first_weights(half, packed.addresses, packed.folds) if again else None
     if w3.dtype is not dtype and product is not NOTHING:
         w3 = _as_tensor(product, packed.addresses[0], packed)[:, : w3.shape[1]]
     _, _, gamma, beta, w4 = packed.addresses
-    return w3, ChannelBackward(first, w4, gamma, beta, packed)
+    return w3, ChannelBackward(first, w4, gamma, beta, sm90, packed)
 
 
 # --------------------------------------------------------------------------------------------- what is to be packed
@@ -268,18 +241,9 @@ class Fold(NamedTuple):
         return _product(self.w3, self.dtype), row, row, row if self.dtype is torch.float16 else NOTHING
 
 
-def _token(
-    gamma: Parameter,
-    beta: Parameter,
-    w1: Tensor,
-    b1: Parameter,
-    w2: Tensor,
-    b2: Parameter,
-    dtype: torch.dtype,
-    sm90: bool,
-) -> tuple[tuple[int, int, int], list[Wanted]]:
+def _token(half: Half, dtype: torch.dtype, sm90: bool) -> tuple[tuple[int, int, int], list[Wanted]]:
     """The three sizes of TokenWeights; w1, b1, w2, b2, gamma, beta."""
-    kernels = loaded()
+    kernels, (gamma, beta, w1, b1, w2, b2) = loaded(), half
     hidden, tokens = w1.shape
     norm = [_vector(gamma), _vector(beta)]
     padded_tokens = kernels.sm90_padded_tokens(tokens) if sm90 else kernels.padded_tokens(tokens)
@@ -303,17 +267,9 @@ def _token(
     ]
 
 
-def _channel(
-    gamma: Parameter,
-    beta: Parameter,
-    w3: Tensor,
-    b3: Parameter,
-    w4: Tensor,
-    b4: Parameter,
-    dtype: torch.dtype,
-    folded: bool,
-) -> tuple[list[Wanted], Fold | None]:
+def _channel(half: Half, dtype: torch.dtype, folded: bool) -> tuple[list[Wanted], Fold | None]:
     """w3, b3, gamma, beta unless they are folded; w4, b4."""
+    gamma, beta, w3, b3, w4, b4 = half
     second = [_product(w4, dtype), _vector(b4)]
     if folded:
         return second, Fold(w3, b3, gamma, beta, dtype)
@@ -329,13 +285,13 @@ def _vector(v: Parameter) -> Wanted:
     return NOTHING if v is None else Wanted(v, torch.float32, 1, v.shape[0])
 
 
-def _first_weights(w3: Tensor, addresses: Sequence[int], folds: Sequence[int]) -> FirstWeights:
+def _first_weights(half: Half, addresses: Sequence[int], folds: Sequence[int]) -> FirstWeights:
     """Of the fold if there is one, else of ``addresses``: w3, b3, gamma, beta."""
     if folds:
-        w3_, wg, wb, scale = folds
-        return FirstWeights(w3.shape[0], w3_, wg=wg, wb=wb, scale=scale)
-    w3_, b3, gamma, beta = addresses[:4]
-    return FirstWeights(w3.shape[0], w3_, b3, gamma=gamma, beta=beta)
+        w3, wg, wb, scale = folds
+        return FirstWeights(half.w_in.shape[0], w3, wg=wg, wb=wb, scale=scale)
+    w3, b3, gamma, beta = addresses[:4]
+    return FirstWeights(half.w_in.shape[0], w3, b3, gamma=gamma, beta=beta)
 
 
 # ------------------------------------------------------------------------------------------------------------- packing

@@ -8,19 +8,35 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import backward_kernels as _backward_kernels
 from . import block_weights as _block_weights
+from . import (
+    branch_gradient,
+    channel_products_backward,
+    has,
+    norm_backward,
+    token_products_backward,
+    weight_gradient,
+)
+from . import channel_backward_weights as _channel_backward_weights
 from . import channel_mixing_forward as _channel_mixing_forward
 from . import mixer_block_forward as _mixer_block_forward
+from . import token_backward_weights as _token_backward_weights
 from . import token_mixing_forward as _token_mixing_forward
 from .library import why_not_sm90 as why_not
 
 __all__ = [
-    "backward_kernels",
     "block_weights",
+    "branch_gradient",
+    "channel_backward_weights",
     "channel_mixing_forward",
+    "channel_products_backward",
+    "has",
     "mixer_block_forward",
+    "norm_backward",
+    "token_backward_weights",
     "token_mixing_forward",
+    "token_products_backward",
+    "weight_gradient",
     "why_not",
 ]
 
@@ -28,4 +44,5 @@ token_mixing_forward = partial(_token_mixing_forward, sm90=True)
 channel_mixing_forward = partial(_channel_mixing_forward, sm90=True)
 mixer_block_forward = partial(_mixer_block_forward, sm90=True)
 block_weights = partial(_block_weights, sm90=True)
-backward_kernels = partial(_backward_kernels, sm90=True)
+token_backward_weights = partial(_token_backward_weights, sm90=True)
+channel_backward_weights = partial(_channel_backward_weights, sm90=True)

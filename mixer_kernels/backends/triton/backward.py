@@ -1,49 +1,31 @@
-"""The Triton kernels of the backward pass, as ``backends.backward`` takes them."""
+"""The steps of the backward pass that choose among kernels."""
 
 from __future__ import annotations
 
-from functools import cache, partial
+from torch import Tensor
 
 from ...tuning.configs import MAX_FUSED_TOKENS
-from ..backward import Kernels
-from ..relatives import RelativesKernels
-from .branch_gradient import branch_gradient
-from .channel_backward import channel_products_backward, recomputed_hidden
-from .gated_mixing_backward import gated_mixing_again, gated_mixing_gradients
-from .hidden_units import hidden_gelu, hidden_gelu_backward
-from .norm_backward import norm_backward
-from .row_statistics import row_statistics
+from ..arguments import Half, Norm, Options
 from .token_data_gradient import token_data_gradient
-from .token_linear import spatial_gate_backward, token_linear_data_gradient
-from .token_products_backward import token_products_backward
-from .token_weight_gradients import weight_gradient
+from .token_products_backward import token_gradients_by_products
 
 
-@cache  # functions and a word, no tensor
-def kernels_with(precision: str) -> Kernels:
-    """All of them with ``precision``, tl.dot's input_precision."""
-    return Kernels(
-        MAX_FUSED_TOKENS,
-        branch_gradient,
-        partial(token_data_gradient, precision=precision),
-        partial(token_products_backward, precision=precision),
-        partial(weight_gradient, precision=precision),
-        partial(channel_products_backward, precision=precision),
-        norm_backward,
-    )
+def token_backward_weights(x: Tensor, g: Tensor, norm: Norm, half: Half, options: Options) -> tuple[Tensor, Norm, Half]:
+    """Each kernel has its weights packed by itself, from the half."""
+    return half.w_in, norm, half
 
 
-@cache  # likewise
-def relatives_kernels_with(precision: str) -> RelativesKernels:
-    """Those of the relatives, likewise."""
-    return RelativesKernels(
-        kernels_with(precision),
-        row_statistics,
-        partial(recomputed_hidden, precision=precision),
-        partial(token_linear_data_gradient, precision=precision),
-        partial(spatial_gate_backward, precision=precision),
-        hidden_gelu,
-        hidden_gelu_backward,
-        partial(gated_mixing_gradients, precision=precision),
-        partial(gated_mixing_again, precision=precision),
-    )
+def channel_backward_weights(
+    u: Tensor, z: Tensor | None, norm: Norm, half: Half, options: Options, want_n: bool
+) -> tuple[Tensor, Norm, Half]:
+    """The same of the channel half."""
+    return half.w_in, norm, half
+
+
+def token_products_backward(
+    g: Tensor, x: Tensor, norm: Norm, half: Half, options: Options, want_a: bool, want_dz: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dn, a and dz by one kernel; SwiGLU's values, gates and gradients do not fit one, nor do many tokens: a and dz."""
+    if x.shape[1] <= MAX_FUSED_TOKENS and not options.swiglu:
+        return token_data_gradient(g, x, norm, half, options, want_a, want_dz)
+    return None, *token_gradients_by_products(g, x, norm, half, options)

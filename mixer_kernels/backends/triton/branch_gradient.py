@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..noise import Noise
+from ..arguments import Options
 from ..rounding import cdiv
 from .launch import launch
 from .noise import kept_branch, kept_image, noise_arguments
@@ -47,24 +47,15 @@ def _branch_gradient_kernel(
     tl.store(g_ptr + offs, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
-def branch_gradient(dy: Tensor, noise: Noise, dtype: torch.dtype) -> Tensor:
-    """The gradient of the branch ``[B, S, C]`` in ``dtype``; ``dy`` itself where it is just that."""
-    if not noise.on_branch:
-        return dy.to(dtype)
+def branch_gradient(dy: Tensor, options: Options) -> Tensor:
+    """The gradient of the branch ``[B, S, C]``."""
+    if not options.noise:
+        return dy.to(options.dtype)
     batch_size, tokens, channels = dy.shape
     rows = batch_size * tokens
-    g = torch.empty(dy.shape, dtype=dtype, device=dy.device)
+    g = torch.empty(dy.shape, dtype=options.dtype, device=dy.device)
     launch(
-        _branch_gradient_kernel,
-        cdiv(rows, 16) * cdiv(channels, 128),
-        dy,
-        g,
-        rows,
-        tokens,
-        channels,
-        **noise_arguments(noise),
-        BLOCK_R=16,
-        BLOCK_C=128,
-        num_warps=4,
-    )
+        _branch_gradient_kernel, cdiv(rows, 16) * cdiv(channels, 128),
+        dy, g, rows, tokens, channels, **noise_arguments(options), BLOCK_R=16, BLOCK_C=128, num_warps=4,
+    )  # fmt: skip
     return g

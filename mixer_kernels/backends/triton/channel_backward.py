@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...tuning.configs import gelu_backward_config
 from ...tuning.target import target_of
-from ..noise import Noise
+from ..arguments import Half, Norm, Options
 from ..rounding import cdiv
 from .channel_epilogue import hidden_dropout, tile_origin
 from .channel_mixing import channel_hidden
@@ -118,98 +118,43 @@ def _channel_gelu_bwd_kernel(
 
 
 def channel_products_backward(
-    g: Tensor,
-    u: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    z: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    w4: Tensor,
-    *,
-    want_a: bool,
-    approximate: str,
-    precision: str,
-    noise: Noise,
-    activation: str = "gelu",
+    g: Tensor, u: Tensor, z: Tensor | None, norm: Norm, half: Half, options: Options, want_a: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(dz [M, rows of w3], a [M, D_C] or None, db3 in float32)`` from ``g [B, S, C]``; ``z`` None: recompute it."""
-    packing, kind = Packing(g.dtype), {"precision": precision, "activation": activation}
-    first = fc1_weights(packing, gamma, beta, w3, b3, u.dtype) if z is None else None
-    w4 = product_weight(packing, "w4", w4)
+    packing = Packing(options.dtype)
+    first = fc1_weights(packing, half, u.dtype) if z is None else None
+    w4 = product_weight(packing, "w4", half.w_out)
     packing.run()
     if first is not None:
-        z = channel_hidden(u, mean, rstd, first, **kind)
-    return channel_gelu_backward(g, w4, z, want_a=want_a, approximate=approximate, noise=noise, **kind)
+        z = channel_hidden(u, norm, first, options)
+    return channel_gelu_backward(g, w4, z, options, want_a)
 
 
-def recomputed_hidden(
-    u: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    *,
-    dtype: torch.dtype,
-    precision: str,
-) -> Tensor:
+def recomputed_hidden(u: Tensor, norm: Norm, half: Half, options: Options) -> Tensor:
     """z ``[B * S, D_C]``, where the backward pass goes on with other kernels than the Mixer's."""
-    packing = Packing(dtype)
-    first = fc1_weights(packing, gamma, beta, w3, b3, u.dtype)
+    packing = Packing(options.dtype)
+    first = fc1_weights(packing, half, u.dtype)
     packing.run()
-    return channel_hidden(u, mean, rstd, first, precision=precision)
+    return channel_hidden(u, norm, first, options)
 
 
 def channel_gelu_backward(
-    g: Tensor,
-    w4: Tensor,
-    z: Tensor,
-    *,
-    want_a: bool,
-    approximate: str,
-    precision: str,
-    noise: Noise,
-    activation: str,
+    g: Tensor, w4: Tensor, z: Tensor, options: Options, want_a: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(dz [M, rows of w3], a [M, D_C] or None, db3 in float32)`` from ``g [B, S, C]``, ``w4``, packed, and z."""
-    channels, hidden, rows, gated = g.shape[2], z.shape[-1], z.shape[0], activation == "swiglu"
-    config = gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee", depth=channels, gated=gated)
+    (rows, hidden), channels = (z.shape[0], z.shape[-1]), g.shape[2]
+    config = gelu_backward_config(target_of(g.device), options.dtype, options.exact, channels, gated=options.swiglu)
     row_tiles = cdiv(rows, config.block_m)
-    columns = hidden * (1 + gated)
+    columns = hidden * (1 + options.swiglu)
     dz = torch.empty(rows, columns, dtype=g.dtype, device=g.device)
     a = torch.empty(rows, hidden, dtype=g.dtype, device=g.device) if want_a else None
     sums = torch.empty(row_tiles, columns, dtype=torch.float32, device=g.device)
     launch(
-        _channel_gelu_bwd_kernel,
-        row_tiles * cdiv(hidden, config.block_n),
-        g,
-        w4,
-        z,
-        dz,
-        a,
-        sums,
-        rows,
-        channels,
-        hidden,
-        w4.shape[1],
-        g.shape[1],
-        z.stride(0),
-        **noise_arguments(noise),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        EVEN_K=channels % config.block_k == 0,
-        TANH=approximate == "tanh",
-        GLU=gated,
-        PRECISION=precision,
+        _channel_gelu_bwd_kernel, row_tiles * cdiv(hidden, config.block_n),
+        g, w4, z, dz, a, sums, rows, channels, hidden, w4.shape[1], g.shape[1], z.stride(0),
+        **noise_arguments(options), **config.launch_options(), GROUP_M=config.group_m,
+        EVEN_K=channels % config.block_k == 0, TANH=options.tanh, GLU=options.swiglu, PRECISION=options.precision,
         INT64=needs_int64((row_tiles + 1,), (max(columns, config.block_m),))
         or needs_int64((channels,), (w4.shape[1],)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    )  # fmt: skip
     return dz, a, sums.sum(0)

@@ -160,42 +160,25 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
     """Write ``product.out`` and ``product.z``; its operands meet ``fits``, and fc1 is folded."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # Triton >= 3.4
 
-    rows, columns = product.shape
+    (rows, columns), options, norm = product.shape, product.options, product.norm
     programs = min(
         config.programs_per_sm * target.multiprocessors,
         cdiv(rows, config.block_m) * cdiv(columns, config.block_n),
     )
-    out_box = [config.block_m, config.block_n // 4]
+
+    def descriptor(t: Tensor | None, columns: int) -> TensorDescriptor | None:
+        return None if t is None else TensorDescriptor.from_tensor(t, [config.block_m, columns])
+
     left = product.left if product.left.dim() == 2 else product.left.flatten(0, 1)
     z, z_gate = product.z.unbind(1) if product.is_gated and product.z is not None else (product.z, None)
+    residual = None if product.is_fc1 else product.u.flatten(0, 1)
     launch(
-        _channel_product_descriptor_kernel,
-        programs,
-        TensorDescriptor.from_tensor(left, [config.block_m, config.block_k]),
+        _channel_product_descriptor_kernel, programs,
+        descriptor(left, config.block_k),
         TensorDescriptor.from_tensor(product.right, [config.block_n, config.block_k]),
-        None if product.out is None else TensorDescriptor.from_tensor(product.out, out_box),
-        None if z is None else TensorDescriptor.from_tensor(z, out_box),
-        None if z_gate is None else TensorDescriptor.from_tensor(z_gate, out_box),
-        None if product.is_fc1 else TensorDescriptor.from_tensor(product.u.flatten(0, 1), out_box),
-        product.bias,
-        product.mean,
-        product.rstd,
-        product.wg,
-        product.wb,
-        product.scale,
-        rows,
-        columns,
-        product.K,
-        product.u.shape[1],
-        **noise_arguments(product.noise),
-        FC1=product.is_fc1,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        PROGRAMS=programs,
-        TANH=product.approximate == "tanh",
-        GLU=product.is_gated,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        *(descriptor(t, config.block_n // 4) for t in (product.out, z, z_gate, residual)),
+        product.bias, norm.mean, norm.rstd, product.wg, product.wb, product.scale,
+        rows, columns, product.K, product.u.shape[1],
+        **noise_arguments(options), **config.launch_options(), GROUP_M=config.group_m, PROGRAMS=programs,
+        FC1=product.is_fc1, TANH=options.tanh, GLU=product.is_gated,
+    )  # fmt: skip

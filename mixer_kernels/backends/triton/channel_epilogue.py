@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..noise import Noise
+from ..arguments import Norm, Options
 from .noise import kept_branch, kept_hidden, kept_image
 
 
@@ -18,7 +18,7 @@ class ChannelProduct:
     """One product of channel mixing with its epilogue: fc1 or fc2.
 
     fc1: ``out = GELU(LN(left) . right' + bias)``; folded if ``wg`` is given; without ``mean``, LN is the affine map
-    alone. ``is_gated``: SwiGLU for GELU, of ``right``'s rows the first half are values, the second half gates.
+    alone; with SwiGLU for GELU the first half of ``right``'s rows are values, the second half gates.
     fc2: ``out = u + left . right' + bias``.
     """
 
@@ -28,19 +28,18 @@ class ChannelProduct:
     u: Tensor  # [B, S, C], any strides
     K: int
     bias: Tensor | None  # [N]: b3 (applied) or b4
-    approximate: str
-    precision: str
-    noise: Noise
+    options: Options
     is_fc1: bool = False
-    is_gated: bool = False
     z: Tensor | None = None  # fc1: [M, N] strided like out, or [M, 2, N], where to keep z for the backward pass
-    mean: Tensor | None = None  # [M] float32
-    rstd: Tensor | None = None  # [M] float32
-    gamma: Tensor | None = None  # [C], applied
-    beta: Tensor | None = None  # [C], applied
+    norm: Norm = Norm(None, None, None, None)  # gamma and beta where they are applied
     wg: Tensor | None = None  # [N] float32, folded
     wb: Tensor | None = None  # [N] float32, folded
     scale: Tensor | None = None  # [N] float32, folded, or None for 1
+
+    @property
+    def is_gated(self) -> bool:
+        """Of fc1 with SwiGLU."""
+        return self.is_fc1 and self.options.swiglu
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -11,8 +11,6 @@ never leaves the chip. Only where a backward pass will ask for it is u written t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +18,8 @@ from torch import Tensor
 
 from ...tuning.configs import GatedMixingConfig, gated_mixer_layer_config, padded_extent
 from ...tuning.target import target_of
-from ..noise import Noise
+from ..arguments import GatedHalf, Options
+from ..relatives import halves_of_layer
 from ..rounding import round_up
 from .gated_mixing import gated_mixing, mlp_of_rows, normalised_rows, pack_gated_mixing, softmax_gate
 from .launch import launch, needs_int64
@@ -110,36 +109,28 @@ def _gated_mixer_layer_kernel(
 
 def gated_mixer_layer(
     x: Tensor,
-    of_patches: Sequence[Tensor | None],
-    of_features: Sequence[Tensor | None],
-    *,
-    eps: tuple[float, float],
-    approximate: str,
-    packing: Packing,
-    precision: str,
-    dropout_p: float,
-    seed: Tensor | None,
+    of_patches: GatedHalf,
+    of_features: GatedHalf,
+    options: Options,
+    eps2: float,
     keep_u: bool,
+    packing: Packing,
 ) -> tuple[Tensor, Tensor | None]:
-    """``y``, contiguous, of ``x [B, channels, patches, features]``, and u if kept; ``seed [2]``, one to a mixer.
+    """``y``, contiguous, of ``x [B, channels, patches, features]``, and u if kept.
 
     A tile that does not fit the registers goes by ``gated_mixing``, twice.
     """
     _, channels, patches, features = x.shape
-    dtype = packing.dtype
     config = gated_mixer_layer_config(
-        target_of(x.device), dtype, x.dtype, patches, features, exact=precision == "ieee", dropout=dropout_p > 0
+        target_of(x.device), options.dtype, x.dtype, patches, features, options.exact, dropout=options.dropout_p > 0
     )
     if config is None:
-        weights = [
-            pack_gated_mixing(packing, x.shape, x.device, mixer, axis=axis, precision=precision, name=f"{axis}.")
-            for axis, mixer in ((2, of_patches), (3, of_features))
-        ]
+        first, second = halves_of_layer(options, eps2)
+        weights1 = pack_gated_mixing(packing, x, of_patches, first, 2, "2.")
+        weights2 = pack_gated_mixing(packing, x, of_features, second, 3, "3.")
         packing.run()
-        shared = {"gate_first": False, "approximate": approximate, "precision": precision}
-        noises = [Noise(dropout_p, seed=one) for one in ((None, None) if seed is None else seed.split(1))]
-        u = gated_mixing(x, *of_patches[:2], weights[0], axis=2, eps=eps[0], noise=noises[0], **shared)
-        y = gated_mixing(u, *of_features[:2], weights[1], axis=3, eps=eps[1], noise=noises[1], **shared)
+        u = gated_mixing(x, of_patches, weights1, first, axis=2, gate_first=False)
+        y = gated_mixing(u, of_features, weights2, second, axis=3, gate_first=False)
         return y, u if keep_u else None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = torch.empty_like(y) if keep_u else None
@@ -147,37 +138,18 @@ def gated_mixer_layer(
     weights2 = _weights(packing, of_features, features, config, "3.")
     packing.run()
     launch(
-        _gated_mixer_layer_kernel,
-        x.shape[0] * channels,
-        x,
-        *of_patches[:2],
-        *weights1,
-        *of_features[:2],
-        *weights2,
-        u,
-        y,
-        patches,
-        features,
-        channels,
-        *x.stride(),
-        *eps,
-        PATCHES=padded_extent(patches),
-        FEATURES=padded_extent(features),
-        HIDDEN1=weights1.w1.shape[0],
-        HIDDEN2=weights2.w1.shape[0],
-        BLOCK_D=config.block_d,
-        STAGES=config.num_stages,
-        TANH=approximate == "tanh",
-        PRECISION=precision,
+        _gated_mixer_layer_kernel, x.shape[0] * channels,
+        x, *of_patches[:2], *weights1, *of_features[:2], *weights2, u, y, patches, features, channels, *x.stride(),
+        options.eps, eps2, **dropout_arguments(options), **config.launch_options(),
+        PATCHES=padded_extent(patches), FEATURES=padded_extent(features),
+        HIDDEN1=weights1.w1.shape[0], HIDDEN2=weights2.w1.shape[0], TANH=options.tanh, PRECISION=options.precision,
         INT64=needs_int64((patches, features), x.stride()[2:]),
-        **dropout_arguments(Noise(dropout_p, seed=seed)),
-        **config.launch_options(),
-    )
+    )  # fmt: skip
     return y, u
 
 
 def _weights(
-    packing: Packing, mixer: Sequence[Tensor | None], extent: int, config: GatedMixingConfig, name: str
+    packing: Packing, half: GatedHalf, extent: int, config: GatedMixingConfig, name: str
 ) -> GatedMixingWeights:
-    hidden = round_up(mixer[2].shape[0], config.block_d)
-    return gated_mixing_weights(packing, mixer[2:], padded_extent(extent), hidden, name)
+    hidden = round_up(half.w_in.shape[0], config.block_d)
+    return gated_mixing_weights(packing, half, padded_extent(extent), hidden, name)

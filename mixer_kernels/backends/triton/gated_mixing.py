@@ -15,8 +15,6 @@ reads all of the image, which lies in the cache, for the sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from ...tuning.configs import gated_mixing_config, padded_extent
 from ...tuning.target import target_of
-from ..noise import Noise
+from ..arguments import GatedHalf, Options
 from ..rounding import cdiv, round_up
 from .channel_descriptors import quarters
 from .gelu import gelu
@@ -256,67 +254,30 @@ def in_rows(t: Tensor, axis: int) -> tuple[Tensor, tuple[int, int, int, int]]:
 
 
 def pack_gated_mixing(
-    packing: Packing,
-    shape: torch.Size,
-    device: torch.device,
-    parameters: Sequence[Tensor | None],
-    *,
-    axis: int,
-    precision: str,
-    name: str = "",
+    packing: Packing, x: Tensor, half: GatedHalf, options: Options, axis: int, name: str = ""
 ) -> GatedMixingWeights:
-    """The weights of ``gated_mixing`` on an x of ``shape``, of all its ``parameters``."""
-    _, rows, extent = extents_of(shape, axis)
-    config = gated_mixing_config(target_of(device), packing.dtype, rows, extent, exact=precision == "ieee")
-    hidden = round_up(parameters[2].shape[0], config.block_d)
-    return gated_mixing_weights(packing, parameters[2:], padded_extent(extent), hidden, name)
+    """The weights of ``gated_mixing`` on ``x``."""
+    _, rows, extent = extents_of(x.shape, axis)
+    config = gated_mixing_config(target_of(x.device), options.dtype, rows, extent, options.exact)
+    hidden = round_up(half.w_in.shape[0], config.block_d)
+    return gated_mixing_weights(packing, half, padded_extent(extent), hidden, name)
 
 
 def gated_mixing(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weights: GatedMixingWeights,
-    *,
-    axis: int,
-    gate_first: bool,
-    eps: float,
-    approximate: str,
-    precision: str,
-    noise: Noise,
+    x: Tensor, half: GatedHalf, weights: GatedMixingWeights, options: Options, axis: int, gate_first: bool
 ) -> Tensor:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis`` 1, 2 or 3."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     images, rows, extent = extents_of(x.shape, axis)
     x, strides = in_rows(x, axis)
     _, y_strides = in_rows(y, axis)
-    config = gated_mixing_config(target_of(x.device), weights.w1.dtype, rows, extent, exact=precision == "ieee")
+    config = gated_mixing_config(target_of(x.device), options.dtype, rows, extent, options.exact)
     hidden, block_k = weights.w1.shape
     launch(
-        _gated_mixing_kernel,
-        images[0] * images[1] * cdiv(rows, config.rows),
-        x,
-        gamma,
-        beta,
-        *weights,
-        y,
-        rows,
-        extent,
-        images[1],
-        *strides,
-        *y_strides,
-        eps,
-        NORM_ROWS=axis != 3,
-        GATE_FIRST=gate_first,
-        ROWS=config.rows,
-        K=block_k,
-        HIDDEN=hidden,
-        BLOCK_D=config.block_d,
-        STAGES=config.num_stages,
-        TANH=approximate == "tanh",
-        PRECISION=precision,
+        _gated_mixing_kernel, images[0] * images[1] * cdiv(rows, config.rows),
+        x, half.gamma, half.beta, *weights, y, rows, extent, images[1], *strides, *y_strides, options.eps,
+        **dropout_arguments(options), **config.launch_options(), NORM_ROWS=axis != 3, GATE_FIRST=gate_first,
+        ROWS=config.rows, K=block_k, HIDDEN=hidden, TANH=options.tanh, PRECISION=options.precision,
         INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, y_strides)),
-        **dropout_arguments(noise),
-        **config.launch_options(),
-    )
+    )  # fmt: skip
     return y

@@ -13,8 +13,6 @@ to a program, which PyTorch adds in a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,19 +20,10 @@ from torch import Tensor
 
 from ...tuning.configs import gated_mixing_backward_config, padded_extent
 from ...tuning.target import target_of
-from ..noise import Noise
-from ..relatives import GatedMixingGradients
+from ..arguments import GatedHalf, GatedMixingGradients, Norm, Options
 from ..rounding import cdiv, round_up
 from .channel_mixing import aligned_rows
-from .gated_mixing import (
-    add_square_product,
-    extents_of,
-    gated_mixing,
-    in_rows,
-    load_affine,
-    pack_gated_mixing,
-    softmax_gate,
-)
+from .gated_mixing import add_square_product, extents_of, in_rows, load_affine, softmax_gate
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
@@ -210,61 +199,33 @@ def _gated_mixing_bwd_kernel(
     tl.store(dn_ptr + offs_dn, dn.to(dn_ptr.dtype.element_ty), mask=mask)
 
 
-def gated_mixing_again(
-    x: Tensor,
-    *parameters: Tensor | None,
-    axis: int,
-    dtype: torch.dtype,
-    precision: str,
-    **options: Any,
-) -> Tensor:
-    """What ``gated_mixing`` gave: the input of the mixer behind it in a layer."""
-    packing = Packing(dtype)
-    weights = pack_gated_mixing(packing, x.shape, x.device, parameters, axis=axis, precision=precision)
-    packing.run()
-    return gated_mixing(x, *parameters[:2], weights, axis=axis, precision=precision, **options)
-
-
 def gated_mixing_gradients(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    *,
+    norm: Norm,
+    half: GatedHalf,
+    options: Options,
     axis: int,
     gate_first: bool,
-    approximate: str,
-    dtype: torch.dtype,
-    precision: str,
-    noise: Noise,
     of_weights: bool,
 ) -> GatedMixingGradients:
     """The gradient of n from ``dy``, contiguous, and, ``of_weights``, what the weights' gradients are products of.
 
-    ``x [B, channels, patches, features]``; ``mean`` and ``rstd [B * channels * patches]``.
+    ``x [B, channels, patches, features]``, its statistics ``[B * channels * patches]``.
     """
+    dtype, hidden, has_gate = options.dtype, half.w_in.shape[0], half.w_gate is not None
     dn = torch.empty(x.shape, dtype=dtype, device=x.device)
     images, rows, extent = extents_of(x.shape, axis)
-    mean_strides = in_rows(mean.view(*x.shape[:3], 1), axis)[1]
+    mean_strides = in_rows(norm.mean.view(*x.shape[:3], 1), axis)[1]
     mean_strides = (*mean_strides[:2], mean_strides[2 if axis == 3 else 3])
     x, strides = in_rows(x, axis)
     _, dn_strides = in_rows(dn, axis)
-    hidden, has_gate = w1.shape[0], w_gate is not None
     config = gated_mixing_backward_config(
-        target_of(x.device), dtype, extent, exact=precision == "ieee", dropout=noise.dropout_p > 0
+        target_of(x.device), dtype, extent, options.exact, dropout=options.dropout_p > 0
     )
-    block_k = padded_extent(extent)
-    padded_hidden = round_up(hidden, config.block_d)
+    block_k, padded_hidden = padded_extent(extent), round_up(hidden, config.block_d)
     packing = Packing(dtype)
-    weights = gated_mixing_weights(packing, (w1, b1, w2, b2, w_gate, b_gate), block_k, padded_hidden)
+    weights = gated_mixing_weights(packing, half, block_k, padded_hidden)
     packing.run()
     programs = images[0] * images[1] * cdiv(rows, config.rows)
 
@@ -278,45 +239,13 @@ def gated_mixing_gradients(
     if of_weights:
         sums = torch.empty(programs, padded_hidden + 2 * block_k, dtype=torch.float32, device=x.device)
     launch(
-        _gated_mixing_bwd_kernel,
-        programs,
-        dy,
-        x,
-        mean,
-        rstd,
-        gamma,
-        beta,
-        *weights,
-        dn,
-        dz,
-        v,
-        a,
-        g,
-        gated,
-        dlogits,
-        sums,
-        rows,
-        extent,
-        hidden,
-        images[1],
-        *strides,
-        *dn_strides,
-        *mean_strides,
-        g.stride(0) if of_weights else 0,
-        dz.stride(0),
-        NORM_ROWS=axis != 3,
-        GATE_FIRST=gate_first,
-        ROWS=config.rows,
-        K=block_k,
-        HIDDEN=padded_hidden,
-        BLOCK_D=config.block_d,
-        STAGES=config.num_stages,
-        TANH=approximate == "tanh",
-        PRECISION=precision,
+        _gated_mixing_bwd_kernel, programs,
+        dy, x, *norm, *weights, dn, dz, v, a, g, gated, dlogits, sums, rows, extent, hidden, images[1],
+        *strides, *dn_strides, *mean_strides, g.stride(0) if of_weights else 0, dz.stride(0),
+        **dropout_arguments(options), **config.launch_options(), NORM_ROWS=axis != 3, GATE_FIRST=gate_first,
+        ROWS=config.rows, K=block_k, HIDDEN=padded_hidden, TANH=options.tanh, PRECISION=options.precision,
         INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, dn_strides)),
-        **dropout_arguments(noise),
-        **config.launch_options(),
-    )
+    )  # fmt: skip
     biases = (None, None, None)
     if of_weights:  # each a tensor of its own: an operator's results may not share memory
         of_z, of_out, of_logits = sums.split((padded_hidden, block_k, block_k), 1)

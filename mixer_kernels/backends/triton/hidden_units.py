@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..noise import Noise
+from ..arguments import Options
 from ..rounding import cdiv
 from .channel_epilogue import hidden_dropout
 from .gelu import gelu, gelu_and_slope
@@ -61,43 +61,28 @@ def _hidden_gelu_kernel(
     tl.store(out_ptr + offs, out.to(DTYPE), mask=mask)
 
 
-def hidden_gelu(z: Tensor, tokens: int, *, approximate: str, noise: Noise) -> Tensor:
+def hidden_gelu(z: Tensor, tokens: int, options: Options) -> Tensor:
     """``a [M, F]`` with dropout, contiguous, from z, of whose rows ``tokens`` are an image's."""
     a = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    _run(z, None, a, None, tokens, approximate, noise)
+    _run(z, None, a, None, tokens, options)
     return a
 
 
-def hidden_gelu_backward(
-    da: Tensor, z: Tensor, tokens: int, *, approximate: str, noise: Noise
-) -> tuple[Tensor, Tensor]:
+def hidden_gelu_backward(da: Tensor, z: Tensor, tokens: int, options: Options) -> tuple[Tensor, Tensor]:
     """``dz [M, F]``, contiguous, and its column sums ``[F]`` in float32."""
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    sums = torch.empty(cdiv(z.shape[0], _BLOCK_M), z.shape[1], dtype=torch.float32, device=z.device)
-    _run(z, da, dz, sums, tokens, approximate, noise)
+    sums = torch.empty(cdiv(z.shape[0], _BLOCK), z.shape[1], dtype=torch.float32, device=z.device)
+    _run(z, da, dz, sums, tokens, options)
     return dz, sums.sum(0)
 
 
-_BLOCK_M = 64
-_BLOCK_N = 64
+_BLOCK = 64
 
 
-def _run(z, da, out, sums, tokens, approximate, noise) -> None:
+def _run(z: Tensor, da: Tensor | None, out: Tensor, sums: Tensor | None, tokens: int, options: Options) -> None:
     rows, hidden = z.shape
     launch(
-        _hidden_gelu_kernel,
-        cdiv(rows, _BLOCK_M) * cdiv(hidden, _BLOCK_N),
-        z,
-        da,
-        out,
-        sums,
-        rows,
-        hidden,
-        tokens,
-        z.stride(0),
-        **noise_arguments(noise),
-        BLOCK_M=_BLOCK_M,
-        BLOCK_N=_BLOCK_N,
-        TANH=approximate == "tanh",
-        num_warps=16,
-    )
+        _hidden_gelu_kernel, cdiv(rows, _BLOCK) * cdiv(hidden, _BLOCK),
+        z, da, out, sums, rows, hidden, tokens, z.stride(0),
+        **noise_arguments(options), BLOCK_M=_BLOCK, BLOCK_N=_BLOCK, TANH=options.tanh, num_warps=16,
+    )  # fmt: skip

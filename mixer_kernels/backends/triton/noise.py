@@ -1,4 +1,11 @@
-"""Dropout and stochastic depth in Triton kernels: factors of 0 or 1 / (1 - p), and the arguments that they take."""
+"""Dropout and stochastic depth in kernels: factors of 0 or 1 / (1 - p), equations (11) and (12) of docs/maths.md.
+
+A random number is a function of the seed and of where it is used (hidden unit or output, its coordinates, the image),
+so that forward, backward and a replay by activation checkpointing agree without a mask in memory. All kernels draw the
+same numbers, by Philox 4x32-10 counted by (coordinate, coordinate, image, site). The seed is a tensor drawn from
+PyTorch's generator: a captured CUDA graph draws a new one on every replay. The numbers, and so the masks, are not
+those that ``torch.nn.Dropout`` would draw.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +14,29 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..noise import Noise
+from ..arguments import Options
 
 SITE_HIDDEN = tl.constexpr(0)
 SITE_BRANCH = tl.constexpr(1)
 SITE_IMAGE = tl.constexpr(2)
 
 
-def noise_arguments(noise: Noise) -> dict[str, Any]:
+def noise_arguments(options: Options) -> dict[str, Any]:
     """What a kernel with both takes."""
-    return dropout_arguments(noise) | {
-        "path_p": noise.drop_path_p,
-        "path_scale": _scale(noise.drop_path_p),
-        "DROP_PATH": noise.drop_path_p > 0,
+    return dropout_arguments(options) | {
+        "path_p": options.drop_path_p,
+        "path_scale": _scale(options.drop_path_p),
+        "DROP_PATH": options.drop_path_p > 0,
     }
 
 
-def dropout_arguments(noise: Noise) -> dict[str, Any]:
+def dropout_arguments(options: Options) -> dict[str, Any]:
     """What a kernel without stochastic depth takes."""
     return {
-        "seed_ptr": noise.seed,
-        "dropout_p": noise.dropout_p,
-        "dropout_scale": _scale(noise.dropout_p),
-        "DROPOUT": noise.dropout_p > 0,
+        "seed_ptr": options.seed,
+        "dropout_p": options.dropout_p,
+        "dropout_scale": _scale(options.dropout_p),
+        "DROPOUT": options.dropout_p > 0,
     }
 
 

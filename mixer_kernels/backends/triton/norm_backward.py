@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...tuning.configs import norm_backward_config
 from ...tuning.target import target_of
-from ..backward import NormGradients
+from ..arguments import Norm, NormGradients
 from ..rounding import cdiv
 from .launch import launch
 
@@ -100,49 +100,26 @@ def norm_backward(
     x: Tensor,
     dn: Tensor,
     dy: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    n_dtype: torch.dtype | None,
+    norm: Norm,
+    n_dtype: torch.dtype | None = None,
     dx: Tensor | None = None,
 ) -> NormGradients:
     """``dx = dy + LayerNorm'(dn)``, the parameters' gradients, and n in ``n_dtype`` if one is given.
 
-    Without ``mean`` and ``rstd`` the norm is the affine map n = gamma * x + beta. ``dx``, if given, is where it goes:
-    in ``x``'s shape, contiguous but for its rows' stride.
+    ``dx``, if given, is where it goes: in ``x``'s shape, contiguous but for its rows' stride.
     """
     batch_size, tokens, channels = x.shape
     rows = batch_size * tokens
-    target = target_of(x.device)
-    config = norm_backward_config(channels, affine=mean is None)
-    programs = min(2 * target.multiprocessors, cdiv(rows, config.block_rows))
+    config = norm_backward_config(channels, affine=norm.mean is None)
+    programs = min(2 * target_of(x.device).multiprocessors, cdiv(rows, config.block_rows))
     stride_dx = None if dx is None else dx.stride(1)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     n = None if n_dtype is None else torch.empty(x.shape, dtype=n_dtype, device=x.device)
     sums = torch.empty(programs, 3, channels, dtype=torch.float32, device=x.device)
     launch(
-        _norm_bwd_kernel,
-        programs,
-        x,
-        dn,
-        dy,
-        mean,
-        rstd,
-        gamma,
-        beta,
-        dx,
-        n,
-        sums,
-        rows,
-        tokens,
-        channels,
-        *x.stride(),
-        stride_dx,
-        BLOCK_R=config.block_rows,
-        BLOCK_C=config.block_c,
-        PROGRAMS=programs,
-        num_warps=config.num_warps,
-    )
+        _norm_bwd_kernel, programs,
+        x, dn, dy, *norm, dx, n, sums, rows, tokens, channels, *x.stride(), stride_dx,
+        BLOCK_R=config.block_rows, BLOCK_C=config.block_c, PROGRAMS=programs, num_warps=config.num_warps,
+    )  # fmt: skip
     # Each a tensor of its own: an operator's results may not share memory.
     return NormGradients(dx, n, *(sums[:, i].sum(0) for i in range(3)))

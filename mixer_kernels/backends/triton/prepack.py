@@ -6,12 +6,12 @@ the kernels every mask on weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..arguments import GatedHalf, Half
 from ..rounding import round_up
 from .pack import K_MULTIPLE, Packing
 
@@ -48,44 +48,39 @@ class FirstWeights(NamedTuple):
     scale: Tensor | None = None
 
 
-def token_weights(
-    packing: Packing, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tokens: int, hidden: int,
-    name: str = "",
-) -> TokenWeights:  # fmt: skip
-    """``w1 [D_S, S]``, ``w2 [S, D_S]`` and their biases, padded to ``tokens`` and ``hidden``.
+def token_weights(packing: Packing, half: Half | GatedHalf, tokens: int, hidden: int, name: str = "") -> TokenWeights:
+    """Weights and biases of ``half``, padded to ``tokens`` and ``hidden``.
 
-    ``w1`` of twice as many rows has values, then gates: each of both is padded.
+    ``w_in`` of twice as many rows has values, then gates: each of both is padded.
     """
     return TokenWeights(
-        *first_token_weights(packing, w1, b1, w2, tokens, hidden, name),
-        *packing.matrix_and_bias(f"{name}w2", w2, b2, tokens, hidden),
+        *first_token_weights(packing, half, tokens, hidden, name),
+        *packing.matrix_and_bias(f"{name}w2", half.w_out, half.b_out, tokens, hidden),
     )
 
 
 def gated_mixing_weights(
-    packing: Packing, parameters: Sequence[Tensor | None], extent: int, hidden: int, name: str = ""
+    packing: Packing, half: GatedHalf, extent: int, hidden: int, name: str = ""
 ) -> GatedMixingWeights:
-    """``w1, b1, w2, b2, w_gate, b_gate``, padded to ``extent`` and ``hidden``; the last two may be None."""
-    *mlp, w_gate, b_gate = parameters
+    """Weights and biases of ``half``, padded to ``extent`` and ``hidden``; the gate's may be None."""
     gate = (None, None)
-    if w_gate is not None:
-        gate = packing.matrix_and_bias(f"{name}w_gate", w_gate, b_gate, extent, extent)
-    return GatedMixingWeights(*token_weights(packing, *mlp, extent, hidden, name), *gate)
+    if half.w_gate is not None:
+        gate = packing.matrix_and_bias(f"{name}w_gate", half.w_gate, half.b_gate, extent, extent)
+    return GatedMixingWeights(*token_weights(packing, half, extent, hidden, name), *gate)
 
 
 def first_token_weights(
-    packing: Packing, w1: Tensor, b1: Tensor | None, w2: Tensor, tokens: int, hidden: int, name: str = ""
+    packing: Packing, half: Half | GatedHalf, tokens: int, hidden: int, name: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """``w1`` and ``b1`` alone."""
-    is_gated = w1.shape[0] == 2 * w2.shape[1] > 0
+    """``w_in`` and ``b_in`` alone."""
+    is_gated = half.w_in.shape[0] == 2 * half.w_out.shape[1] > 0
     pack = packing.halves_and_bias if is_gated else packing.matrix_and_bias
-    return pack(f"{name}w1", w1, b1, hidden, tokens)
+    return pack(f"{name}w1", half.w_in, half.b_in, hidden, tokens)
 
 
-def fc1_weights(
-    packing: Packing, gamma: Tensor | None, beta: Tensor | None, w3: Tensor, b3: Tensor | None, stream: torch.dtype
-) -> FirstWeights:
-    """``w3 [D_C, C]``, for a ``stream`` in which LayerNorm can be folded into it, or to be applied beside it."""
+def fc1_weights(packing: Packing, half: Half, stream: torch.dtype) -> FirstWeights:
+    """``w_in [D_C, C]``, for a ``stream`` in which LayerNorm can be folded into it, or to be applied beside it."""
+    gamma, beta, w3, b3, _, _ = half
     if stream is packing.dtype and stream.itemsize == 2:
         folded = packing.folded("w3", w3, b3, gamma, beta)
         return FirstWeights(folded.w3, wg=folded.wg, wb=folded.wb, scale=folded.scale)

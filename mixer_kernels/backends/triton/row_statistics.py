@@ -75,20 +75,10 @@ def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     launch(
-        _row_statistics_kernel,
-        cdiv(rows, config.block_rows),
-        x,
-        mean,
-        rstd,
-        rows,
-        tokens,
-        channels,
-        *x.stride(),
-        eps,
-        BLOCK_R=config.block_rows,
-        BLOCK_C=config.block_c,
-        ONE_CHUNK=channels <= config.block_c,
+        _row_statistics_kernel, cdiv(rows, config.block_rows),
+        x, mean, rstd, rows, tokens, channels, *x.stride(), eps,
+        BLOCK_R=config.block_rows, BLOCK_C=config.block_c, ONE_CHUNK=channels <= config.block_c,
         INT64=needs_int64(x.shape[1:], x.stride()[1:], config.block_c) or rows + config.block_rows >= 2**31,
         num_warps=config.num_warps,
-    )
+    )  # fmt: skip
     return mean, rstd

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...tuning.configs import token_backward_config, token_segments
 from ...tuning.target import target_of
-from ..noise import Noise
+from ..arguments import Half, Norm, Options
 from ..rounding import cdiv, round_up
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
@@ -183,63 +183,24 @@ def _token_mixing_bwd_kernel(
 
 
 def token_data_gradient(
-    x: Tensor,
-    g: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    dn: Tensor,
-    a: Tensor | None,
-    dz: Tensor | None,
-    *,
-    approximate: str,
-    dtype: torch.dtype,
-    precision: str,
-    noise: Noise,
-) -> None:
-    """Write ``dn [B, S, C]``, and ``a`` and ``dz`` ``[B, D_S, C]`` where they are wanted; S up to 256."""
-    batch_size, tokens, channels = x.shape
-    segments = token_segments(tokens, longest=64)
-    config = token_backward_config(target_of(x.device), dtype, segments, vectorised=is_vectorised(x))
-    packing, hidden = Packing(dtype), round_up(w1.shape[0], config.block_d)
-    weights = token_weights(packing, w1, b1, w2, b2, tokens=sum(segments), hidden=hidden)
+    g: Tensor, x: Tensor, norm: Norm, half: Half, options: Options, want_a: bool, want_dz: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``dn [B, S, C]``, and a and dz ``[B, D_S, C]`` where they are wanted; S up to 256."""
+    (batch_size, tokens, channels), units = x.shape, half.w_in.shape[0]
+    n0, n1, n2, n3 = segments = token_segments(tokens, longest=64)
+    config = token_backward_config(target_of(x.device), options.dtype, segments, vectorised=is_vectorised(x))
+    packing, hidden = Packing(options.dtype), round_up(units, config.block_d)
+    weights = token_weights(packing, half, sum(segments), hidden)
     packing.run()
-    launch(
-        _token_mixing_bwd_kernel,
-        batch_size * cdiv(channels, config.block_c),
-        x,
-        g,
-        mean,
-        rstd,
-        gamma,
-        beta,
-        *weights[:3],
-        dn,
-        a,
-        dz,
-        tokens,
-        channels,
-        w1.shape[0],
-        hidden,
-        hidden // config.block_d,
-        *x.stride(),
-        **noise_arguments(noise),
-        N0=segments[0],
-        N1=segments[1],
-        N2=segments[2],
-        N3=segments[3],
-        BLOCK_C=config.block_c,
-        BLOCK_D=config.block_d,
-        STAGES=config.num_stages,
-        TANH=approximate == "tanh",
-        PRECISION=precision if config.tf32 else "ieee",
-        INT64=needs_int64(x.shape[1:], x.stride()[1:])
-        or needs_int64((max(tokens, w1.shape[0]), channels), (channels, 1)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    dn, a, dz = (
+        torch.empty(batch_size, extent, channels, dtype=options.dtype, device=x.device) if want else None
+        for extent, want in ((tokens, True), (units, want_a), (units, want_dz))
     )
+    launch(
+        _token_mixing_bwd_kernel, batch_size * cdiv(channels, config.block_c),
+        x, g, *norm, *weights[:3], dn, a, dz, tokens, channels, units, hidden, hidden // config.block_d, *x.stride(),
+        **noise_arguments(options), **config.launch_options(), N0=n0, N1=n1, N2=n2, N3=n3,
+        TANH=options.tanh, PRECISION=options.precision if config.tf32 else "ieee",
+        INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64((max(tokens, units), channels), (channels, 1)),
+    )  # fmt: skip
+    return dn, a, dz

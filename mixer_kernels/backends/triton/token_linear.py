@@ -14,6 +14,8 @@ of its output for the factor, equation (28); what else needs v or the factor is 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from ...tuning.configs import ProductConfig, token_linear_config
 from ...tuning.target import target_of
-from ..noise import Noise
+from ..arguments import AffineLinear, Norm, Options, SpatialGate
 from ..rounding import cdiv
 from .launch import launch, needs_int64
 from .noise import kept_image, noise_arguments
@@ -154,144 +156,85 @@ def _token_linear_kernel(
     tl.store(out_ptr + image * out_stride_b + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def token_linear(
-    x: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    w: Tensor,
-    b: Tensor | None,
-    scale: Tensor | None,
-    *,
-    precision: str,
-    noise: Noise,
-) -> Tensor:
-    """``x + scale * (w . (alpha * x + beta) + b)``, contiguous, from ``x [B, S, C]`` and ``w``, packed."""
+_NO_NORM = Norm(None, None, None, None)
+
+
+class _Product(NamedTuple):
+    """The operands of the kernel and where its results go, named as there."""
+
+    w: Tensor  # packed
+    right: Tensor
+    outer: Tensor
+    out: Tensor
+    norm: Norm = _NO_NORM
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    x: Tensor | None = None
+    outer_x: Tensor | None = None
+    v_x: Tensor | None = None
+    sums: Tensor | None = None
+    is_gate: bool = False
+
+
+def token_linear(x: Tensor, linear: AffineLinear, options: Options) -> Tensor:
+    """``x + scale * (w . (alpha * x + beta) + b)``, contiguous, from ``x [B, S, C]`` and a packed ``w``."""
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _run(w, x, x, u, bias=b, gamma=alpha, beta=beta, scale=scale, precision=precision, noise=noise)
+    norm = Norm(None, None, linear.alpha, linear.beta)
+    _run(_Product(linear.w, x, x, u, norm, linear.b, linear.scale), options)
     return u
 
 
 def token_linear_data_gradient(
-    du: Tensor, x: Tensor, w: Tensor, factor: Tensor | None, *, dtype: torch.dtype, precision: str, noise: Noise
+    du: Tensor, x: Tensor, w: Tensor, factor: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dx = du + factor * v`` for ``v = w' . du``, and over images and tokens the sums ``[C]`` of v * x and of v."""
     batch_size, tokens, channels = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiles = cdiv(tokens, _config(dtype, precision, du, x, dx).block_m)
+    tiles = cdiv(tokens, _config(options, du, x, dx).block_m)
     sums = torch.empty(tiles, 2, batch_size, channels, dtype=torch.float32, device=x.device)
-    packing = Packing(dtype)
+    packing = Packing(options.dtype)
     w = transposed_weight(packing, "w", w)
     packing.run()
-    _run(w, du, du, dx, scale=factor, x=x, sums=sums, precision=precision, noise=noise)
+    _run(_Product(w, du, du, dx, scale=factor, x=x, sums=sums), options)
     of_vx, of_v = sums.sum((0, 2))
     return dx, of_vx, of_v
 
 
-def spatial_gate(
-    h: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w: Tensor,
-    b: Tensor | None,
-    out: Tensor,
-    *,
-    precision: str,
-) -> None:
-    """Write ``out = h1 * (w . LN(h2) + b)`` from ``h [B, S, 2 * C]``, halves h1 and h2, h2's row statistics and ``w``,
-    packed."""
-    factor, gate = h.chunk(2, 2)
-    norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
-    _run(w, gate, factor, out, bias=b, is_gate=True, **norm, precision=precision)
+def spatial_gate(h: Tensor, norm: Norm, gate: SpatialGate, out: Tensor, options: Options) -> None:
+    """Write ``out = h1 * (w . LN(h2) + b)`` from ``h [B, S, 2 * C]``, halves h1 and h2, and a packed ``w``."""
+    h1, h2 = h.chunk(2, 2)
+    _run(_Product(gate.w, h2, h1, out, norm, gate.b, is_gate=True), options.without_noise())
 
 
 def spatial_gate_backward(
-    ds: Tensor,
-    h: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w: Tensor,
-    b: Tensor | None,
-    dh1: Tensor,
-    *,
-    precision: str,
+    ds: Tensor, h: Tensor, norm: Norm, gate: SpatialGate, dh1: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Write the gradient of h1; return the gradient of ``v = w . LN(h2) + b``, and ``h1 * v``, both contiguous."""
-    factor, gate = h.chunk(2, 2)
+    h1, h2 = h.chunk(2, 2)
     dv, s = (torch.empty(ds.shape, dtype=ds.dtype, device=ds.device) for _ in range(2))
-    norm = {"mean": mean, "rstd": rstd, "gamma": gamma, "beta": beta}
-    beside = {"x": factor, "outer_x": dv, "v_x": s}
-    packing = Packing(ds.dtype)
-    w = product_weight(packing, "w_gate", w)
+    packing = Packing(options.dtype)
+    w = product_weight(packing, "w_gate", gate.w)
     packing.run()
-    _run(w, gate, ds, dh1, bias=b, is_gate=True, **norm, **beside, precision=precision)
+    _run(_Product(w, h2, ds, dh1, norm, gate.b, x=h1, outer_x=dv, v_x=s, is_gate=True), options)
     return dv, s
 
 
-def _config(dtype: torch.dtype, precision: str, *tensors: Tensor) -> ProductConfig:
+def _config(options: Options, *tensors: Tensor) -> ProductConfig:
     vectorised = all(is_vectorised(t) for t in tensors)
-    return token_linear_config(target_of(tensors[0].device), dtype, exact=precision == "ieee", vectorised=vectorised)
+    return token_linear_config(target_of(tensors[0].device), options.dtype, options.exact, vectorised)
 
 
-def _run(
-    w: Tensor,
-    right: Tensor,
-    outer: Tensor,
-    out: Tensor,
-    *,
-    precision: str,
-    bias: Tensor | None = None,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    scale: Tensor | None = None,
-    x: Tensor | None = None,
-    outer_x: Tensor | None = None,
-    v_x: Tensor | None = None,
-    sums: Tensor | None = None,
-    is_gate: bool = False,
-    noise: Noise | None = None,
-) -> None:
+def _run(product: _Product, options: Options) -> None:
+    w, right, outer, out, norm, bias, scale, x, outer_x, v_x, sums, is_gate = product
     batch_size, tokens, channels = right.shape
     tensors = [t for t in (right, outer, x, out) if t is not None]
-    config = _config(w.dtype, precision, *tensors)
+    config = _config(options, *tensors)
     launch(
-        _token_linear_kernel,
-        batch_size * cdiv(tokens, config.block_m) * cdiv(channels, config.block_n),
-        w,
-        bias,
-        right,
-        mean,
-        rstd,
-        gamma,
-        beta,
-        outer,
-        scale,
-        x,
-        out,
-        outer_x,
-        v_x,
-        sums,
-        tokens,
-        channels,
-        w.shape[1],
-        *right.stride(),
-        *outer.stride(),
-        *(outer if x is None else x).stride(),
-        *out.stride()[:2],
-        **noise_arguments(noise or Noise()),
-        GATE=is_gate,
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        PRECISION=precision,
+        _token_linear_kernel, batch_size * cdiv(tokens, config.block_m) * cdiv(channels, config.block_n),
+        w, bias, right, *norm, outer, scale, x, out, outer_x, v_x, sums, tokens, channels, w.shape[1],
+        *right.stride(), *outer.stride(), *(outer if x is None else x).stride(), *out.stride()[:2],
+        **noise_arguments(options), **config.launch_options("MCK"), STAGES=config.num_stages,
+        GATE=is_gate, PRECISION=options.precision,
         INT64=any(needs_int64(t.shape[1:], t.stride()[1:]) for t in tensors)
         or needs_int64((tokens, channels), (channels, 1)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...tuning.configs import TokenConfig, token_config, token_segments
 from ...tuning.target import target_of
-from ..noise import Noise
+from ..arguments import Norm, Options
 from ..rounding import cdiv, round_up
 from .gelu import gelu
 from .launch import launch, needs_int64
@@ -237,66 +237,30 @@ class TokenTile(NamedTuple):
         return sum(self.segments), round_up(hidden, self.config.block_d)
 
 
-def token_tile(x: Tensor, dtype: torch.dtype, precision: str, noise: Noise, activation: str) -> TokenTile:
+def token_tile(x: Tensor, options: Options) -> TokenTile:
     """The tile of ``token_mixing_fused`` on ``x``."""
     vectorised = is_vectorised(x)
-    segments = token_segments(x.shape[1], longest=128 if vectorised and x.dtype is dtype else 64)
+    segments = token_segments(x.shape[1], longest=128 if vectorised and x.dtype is options.dtype else 64)
     config = token_config(
-        target_of(x.device), dtype, x.dtype, segments,
-        exact=precision == "ieee", vectorised=vectorised, noise=noise.on_branch, gated=activation == "swiglu",
+        target_of(x.device), options.dtype, x.dtype, segments,
+        exact=options.exact, vectorised=vectorised, noise=options.noise, gated=options.swiglu,
     )  # fmt: skip
     return TokenTile(segments, config)
 
 
-def token_mixing_fused(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weights: TokenWeights,
-    tile: TokenTile,
-    *,
-    approximate: str,
-    precision: str,
-    noise: Noise,
-    activation: str = "gelu",
-) -> Tensor:
-    """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; S at most ``MAX_FUSED_TOKENS``."""
+def token_mixing_fused(x: Tensor, norm: Norm, weights: TokenWeights, tile: TokenTile, options: Options) -> Tensor:
+    """``u [B, S, C]``, contiguous, from ``x``; S at most ``MAX_FUSED_TOKENS``."""
     batch_size, tokens, channels = x.shape
-    segments, config = tile
+    (n0, n1, n2, n3), config = tile
     hidden = weights.w2.shape[1]
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
-        _token_mixing_fwd_kernel,
-        batch_size * cdiv(channels, config.block_c),
-        x,
-        mean,
-        rstd,
-        gamma,
-        beta,
-        *weights,
-        u,
-        tokens,
-        channels,
-        hidden,
-        hidden // config.block_d,
-        *x.stride(),
-        **noise_arguments(noise),
-        N0=segments[0],
-        N1=segments[1],
-        N2=segments[2],
-        N3=segments[3],
-        BLOCK_C=config.block_c,
-        BLOCK_D=config.block_d,
-        STAGES=config.num_stages,
-        TANH=approximate == "tanh",
-        GLU=activation == "swiglu",
-        PRECISION=precision if config.tf32 else "ieee",
+        _token_mixing_fwd_kernel, batch_size * cdiv(channels, config.block_c),
+        x, *norm, *weights, u, tokens, channels, hidden, hidden // config.block_d, *x.stride(),
+        **noise_arguments(options), **config.launch_options(), N0=n0, N1=n1, N2=n2, N3=n3,
+        TANH=options.tanh, GLU=options.swiglu, PRECISION=options.precision if config.tf32 else "ieee",
         INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64(x.shape[1:], (channels, 1)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    )  # fmt: skip
     return u
 
 

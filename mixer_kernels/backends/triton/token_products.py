@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...tuning.configs import ProductConfig, token_product_config
 from ...tuning.target import target_of
-from ..noise import Noise
+from ..arguments import Norm, Options
 from ..rounding import cdiv, round_up
 from .gelu import gelu
 from .launch import launch, needs_int64
@@ -145,104 +145,57 @@ def _token_product_kernel(
         tl.store(u_ptr + image * S * C + offs_out, u.to(u_ptr.dtype.element_ty), mask=mask)
 
 
-def token_mixing_products(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weights: TokenWeights,
-    hidden: int,
-    *,
-    approximate: str,
-    precision: str,
-    noise: Noise,
-    activation: str = "gelu",
-) -> Tensor:
-    """``u [B, S, C]``, contiguous, from ``x`` and its row statistics; any S, ``hidden`` units."""
-    a = torch.empty(x.shape[0], hidden, x.shape[2], dtype=weights.w1.dtype, device=x.device)
+def token_mixing_products(x: Tensor, norm: Norm, weights: TokenWeights, hidden: int, options: Options) -> Tensor:
+    """``u [B, S, C]``, contiguous, from ``x``; any S, ``hidden`` units."""
+    a = torch.empty(x.shape[0], hidden, x.shape[2], dtype=options.dtype, device=x.device)
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shared = {"approximate": approximate, "precision": precision, "noise": noise, "activation": activation}
-    _run_product(x, mean, rstd, gamma, beta, weights.w1, weights.b1, hidden, a, u, first=True, **shared)
-    _run_product(x, mean, rstd, gamma, beta, weights.w2, weights.b2, hidden, a, u, first=False, **shared)
+    _run_product(x, norm, weights.w1, weights.b1, hidden, a, None, options)
+    _run_product(x, norm, weights.w2, weights.b2, hidden, a, u, options)
     return u
 
 
-def token_hidden(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    hidden: int,
-    *,
-    precision: str,
-    activation: str = "gelu",
-) -> Tensor:
+def token_hidden(x: Tensor, norm: Norm, w1: Tensor, b1: Tensor, hidden: int, options: Options) -> Tensor:
     """z ``[B, hidden, C]``, with SwiGLU twice as much, recomputed for the backward pass from packed weights."""
-    rows = hidden * (1 + (activation == "swiglu"))
-    z = torch.empty(x.shape[0], rows, x.shape[2], dtype=w1.dtype, device=x.device)
-    _run_product(
-        x, mean, rstd, gamma, beta, w1, b1, hidden, z, None, first=True, keep_z=True,
-        approximate="none", precision=precision, noise=Noise(), activation=activation,
-    )  # fmt: skip
+    z = torch.empty(x.shape[0], hidden * (1 + options.swiglu), x.shape[2], dtype=options.dtype, device=x.device)
+    _run_product(x, norm, w1, b1, hidden, z, None, options.without_noise(), keep_z=True)
     return z
 
 
-def padded_sizes(
-    tokens: int, hidden: int, device: torch.device, dtype: torch.dtype, precision: str, noise: Noise, activation: str
-) -> tuple[int, int]:
+def padded_sizes(tokens: int, hidden: int, device: torch.device, options: Options) -> tuple[int, int]:
     """Tokens and hidden units as the weights of both products have them."""
-    configs = [_config(device, dtype, precision, noise, activation, first) for first in (True, False)]
+    configs = [_config(device, options, first) for first in (True, False)]
     multiple = max(extent for config in configs for extent in (config.block_m, config.block_k))
     return round_up(tokens, multiple), round_up(hidden, multiple)
 
 
-def _config(device, dtype, precision, noise, activation, first) -> ProductConfig:
+def _config(device: torch.device, options: Options, first: bool) -> ProductConfig:
     return token_product_config(
-        target_of(device), dtype, precision == "ieee", noise=noise.on_branch, gated=first and activation == "swiglu"
+        target_of(device), options.dtype, options.exact, noise=options.noise, gated=first and options.swiglu
     )
 
 
 def _run_product(
-    x, mean, rstd, gamma, beta, w, bias, hidden, a, u, *, first, approximate, precision, noise, activation, keep_z=False
+    x: Tensor,
+    norm: Norm,
+    w: Tensor,
+    bias: Tensor,
+    hidden: int,
+    a: Tensor,
+    u: Tensor | None,
+    options: Options,
+    keep_z: bool = False,
 ) -> None:
+    """The first product into ``a``, or the second from ``a`` into ``u``."""
     batch_size, tokens, channels = x.shape
-    gated = activation == "swiglu"
-    config = _config(x.device, a.dtype, precision, noise, activation, first)
+    first = u is None
+    config = _config(x.device, options, first)
     rows = hidden if first else tokens
     launch(
-        _token_product_kernel,
-        batch_size * cdiv(rows, config.block_m) * cdiv(channels, config.block_n),
-        w,
-        bias,
-        x,
-        mean,
-        rstd,
-        gamma,
-        beta,
-        a,
-        u,
-        tokens,
-        channels,
-        hidden,
-        w.shape[1],
-        *x.stride(),
-        **noise_arguments(noise),
-        FIRST=first,
-        KEEP_Z=keep_z,
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        TANH=approximate == "tanh",
-        GLU=gated,
-        M_PAD=w.shape[0] // 2 if gated and first else 0,
-        PRECISION=precision,
+        _token_product_kernel, batch_size * cdiv(rows, config.block_m) * cdiv(channels, config.block_n),
+        w, bias, x, *norm, a, u, tokens, channels, hidden, w.shape[1], *x.stride(),
+        **noise_arguments(options), **config.launch_options("MCK"), STAGES=config.num_stages,
+        FIRST=first, KEEP_Z=keep_z, TANH=options.tanh, GLU=options.swiglu,
+        M_PAD=w.shape[0] // 2 if options.swiglu and first else 0, PRECISION=options.precision,
         INT64=needs_int64(x.shape[1:], x.stride()[1:])
-        or needs_int64((max(tokens, hidden * (1 + gated)), channels), (channels, 1)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        or needs_int64((max(tokens, hidden * (1 + options.swiglu)), channels), (channels, 1)),
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...tuning.configs import token_gelu_backward_config
 from ...tuning.target import target_of
-from ..noise import Noise
+from ..arguments import Half, Norm, Options
 from ..rounding import cdiv
 from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
@@ -98,65 +98,30 @@ def _token_gelu_bwd_kernel(
         tl.store(dz_ptr + offs, (da * slope).to(DTYPE), mask=mask)
 
 
-def token_products_backward(
-    g: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    approximate: str,
-    precision: str,
-    noise: Noise,
-    activation: str = "gelu",
+def token_gradients_by_products(
+    g: Tensor, x: Tensor, norm: Norm, half: Half, options: Options
 ) -> tuple[Tensor, Tensor]:
     """``a [B, D_S, C]`` and dz ``[B, rows of w1, C]`` from ``g [B, S, C]``, any S; z is recomputed."""
-    packing, hidden = Packing(g.dtype), w2.shape[1]
-    sizes = padded_sizes(x.shape[1], hidden, x.device, g.dtype, precision, Noise(), activation)
-    weights = first_token_weights(packing, w1, b1, w2, *sizes)
-    w2 = transposed_weight(packing, "w2", w2)
+    packing, hidden = Packing(options.dtype), half.w_out.shape[1]
+    sizes = padded_sizes(x.shape[1], hidden, x.device, options.without_noise())
+    weights = first_token_weights(packing, half, *sizes)
+    w2 = transposed_weight(packing, "w2", half.w_out)
     packing.run()
-    kind = {"precision": precision, "activation": activation}
-    z = token_hidden(x, mean, rstd, gamma, beta, *weights, hidden, **kind)
-    return token_gelu_backward(g, w2, z, approximate=approximate, noise=noise, **kind)
+    z = token_hidden(x, norm, *weights, hidden, options)
+    return token_gelu_backward(g, w2, z, options)
 
 
-def token_gelu_backward(
-    g: Tensor, w2: Tensor, z: Tensor, *, approximate: str, precision: str, noise: Noise, activation: str
-) -> tuple[Tensor, Tensor]:
+def token_gelu_backward(g: Tensor, w2: Tensor, z: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """``a [B, D_S, C]`` and dz from ``g [B, S, C]``, ``w2``, packed, and z ``[B, rows of w1, C]``, where dz goes."""
     batch_size, tokens, channels = g.shape
-    gated = activation == "swiglu"
-    config = token_gelu_backward_config(target_of(g.device), g.dtype, exact=precision == "ieee", gated=gated)
-    hidden = z.shape[1] // (1 + gated)
+    config = token_gelu_backward_config(target_of(g.device), options.dtype, options.exact, gated=options.swiglu)
+    hidden = z.shape[1] // (1 + options.swiglu)
     a = torch.empty(batch_size, hidden, channels, dtype=z.dtype, device=z.device)
     launch(
-        _token_gelu_bwd_kernel,
-        batch_size * cdiv(hidden, config.block_m) * cdiv(channels, config.block_n),
-        w2,
-        g,
-        z,
-        a,
-        z,
-        tokens,
-        channels,
-        hidden,
-        w2.shape[1],
-        **noise_arguments(noise),
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        TANH=approximate == "tanh",
-        GLU=gated,
-        PRECISION=precision,
+        _token_gelu_bwd_kernel, batch_size * cdiv(hidden, config.block_m) * cdiv(channels, config.block_n),
+        w2, g, z, a, z, tokens, channels, hidden, w2.shape[1],
+        **noise_arguments(options), **config.launch_options("MCK"), STAGES=config.num_stages,
+        TANH=options.tanh, GLU=options.swiglu, PRECISION=options.precision,
         INT64=needs_int64((max(tokens, hidden), channels), (channels, 1)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    )  # fmt: skip
     return a, z

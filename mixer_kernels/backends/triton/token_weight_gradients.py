@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...tuning.configs import weight_gradient_config
 from ...tuning.target import target_of
-from ..noise import Noise
+from ..arguments import Norm, Options
 from ..rounding import cdiv
 from .launch import launch, needs_int64
 from .noise import kept_image, noise_arguments
@@ -119,46 +119,22 @@ def _token_weight_gradient_kernel(
         tl.store(bias_ptr + split * S + offs_s, right_sum, mask=mask_s & (d_tile == tl.zeros_like(offs_s)))
 
 
-def weight_gradient(
-    left: Tensor,
-    right: Tensor,
-    norm: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None,
-    *,
-    precision: str,
-    noise: Noise,
-) -> tuple[Tensor, Tensor]:
+def weight_gradient(left: Tensor, right: Tensor, norm: Norm | None, options: Options) -> tuple[Tensor, Tensor]:
     """A weight's and its bias's gradient, float32: ``(dW1 [D_S, S], db1 [D_S])`` from ``left`` dz, ``right`` x and
-    ``norm`` (mean, rstd, gamma, beta); ``(dW2' [D_S, S], db2 [S])`` from ``left`` a, ``right`` g and no ``norm``."""
+    ``norm``; ``(dW2' [D_S, S], db2 [S])`` from ``left`` a, ``right`` g and no ``norm``."""
     batch_size, hidden, channels = left.shape
     tokens = right.shape[1]
     target = target_of(left.device)
-    config = weight_gradient_config(target, left.dtype, right.dtype, exact=precision == "ieee")
+    config = weight_gradient_config(target, left.dtype, right.dtype, options.exact)
     tiles = cdiv(hidden, config.block_m) * cdiv(tokens, config.block_n)
     splits = max(1, min(batch_size * cdiv(channels, config.block_k), 2 * target.multiprocessors // tiles))
     partial = torch.empty(splits, hidden, tokens, dtype=torch.float32, device=left.device)
     bias = torch.empty(splits, tokens if norm is None else hidden, dtype=torch.float32, device=left.device)
     launch(
-        _token_weight_gradient_kernel,
-        tiles * splits,
-        left,
-        right,
-        *(norm or (None, None, None, None)),
-        partial,
-        bias,
-        batch_size,
-        tokens,
-        channels,
-        hidden,
-        *right.stride(),
-        **noise_arguments(noise),
-        IS_W1=norm is not None,
-        SPLITS=splits,
-        BLOCK_D=config.block_m,
-        BLOCK_S=config.block_n,
-        BLOCK_C=config.block_k,
-        PRECISION=precision,
+        _token_weight_gradient_kernel, tiles * splits,
+        left, right, *(norm or (None,) * 4), partial, bias, batch_size, tokens, channels, hidden, *right.stride(),
+        **noise_arguments(options), **config.launch_options("DSC"),
+        IS_W1=norm is not None, SPLITS=splits, PRECISION=options.precision,
         INT64=needs_int64((hidden, channels), (channels, 1)) or needs_int64(right.shape[1:], right.stride()[1:]),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    )  # fmt: skip
     return partial.sum(0), bias.sum(0)
