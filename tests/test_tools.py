@@ -303,7 +303,7 @@ again.load_state_dict(block.state_dict())
 assert len(mixer_kernels.fuse_(again, backend="triton")) == 1
 assert all(map(torch.equal, gradients(again), first)), "the new one"
 import importlib
-import mixer_kernels.ops.library
+import mixer_kernels.ops
 for module in [m for n, m in sorted(sys.modules.items()) if n.startswith("mixer_kernels.ops.")]:
     importlib.reload(module)
 importlib.reload(mixer_kernels.ops)

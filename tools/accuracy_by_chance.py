@@ -35,9 +35,8 @@ BLOCKS = (
     (1, MixerShape(S=1, C=1, D_S=1, D_C=1)),
     (2, MixerShape(S=1, C=2, D_S=1, D_C=1)),
     (3, MixerShape(S=7, C=5, D_S=3, D_C=9)),
-    (2, MixerShape(S=20, C=24, D_S=16, D_C=32)),
 )
-SERIES = ((2, 3, 4, 8), (2, 5, 6, 20))  # batch, channels, patches, features
+SERIES = ((2, 3, 4, 8),)  # batch, channels, patches, features
 MIXERS = ("channels", "patches", "features")
 
 

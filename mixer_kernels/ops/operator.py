@@ -128,7 +128,9 @@ def define_operator(name: str, schema: str, implementation: Callable, fake: Call
     """PyTorch registers a name once, for as long as the process lives, and models may hold the operator when this
     package is removed from ``sys.modules`` and imported again: one that is there stays."""
     qualified = f"mixer_kernels::{name}"
-    if not hasattr(torch.ops.mixer_kernels, name):
+    if hasattr(torch.ops.mixer_kernels, name):
+        _defined.discard(name)
+    else:
         torch.library.define(qualified, schema)
         torch.library.impl(qualified, "default", implementation)
         torch.library.register_fake(qualified, fake)
