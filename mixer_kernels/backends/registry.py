@@ -1,9 +1,7 @@
 """Which backend runs: the names, the user's choice, and the one rule for ``auto``.
 
-A backend is a module with ``why_not``, ``token_mixing_forward`` and ``channel_mixing_forward`` and, unless autograd
-differentiates it, ``backward_kernels``, which ``backends.backward`` puts in order; it may have ``mixer_block_forward``.
-Its name is the module's; that of "cuda:sm90" is cuda.sm90. Backends are imported when first asked for: importing
-mixer_kernels needs neither Triton nor a GPU.
+A backend is a module with the functions of ``protocol.Backend``. Its name is the module's; that of "cuda:sm90" is
+cuda.sm90. Backends are imported when first asked for: importing mixer_kernels needs neither Triton nor a GPU.
 
 ``auto`` on a GPU prefers, of the two backends with kernels,
 
@@ -12,10 +10,11 @@ mixer_kernels needs neither Triton nor a GPU.
    ``triton``;
 3. else ``triton``, which has the instructions of 9.0 and 10.x, then ``cuda``.
 
-What cannot run (not built, not installed, a dtype) is passed over; ``torch`` is the last resort and on the CPU the only
-one. It is also what ``auto`` takes while a model is exported to ONNX or traced by TorchScript, which know PyTorch's
-operators alone. ``torch.export`` and AOTInductor keep ours. ``cuda:sm90`` has to be asked for: it is ``cuda`` with
-kernels for compute capability 9.0, and ``cuda`` uses those itself once they have passed on a GPU.
+What cannot run (not built, not installed, a dtype, a feature that it does not have) is passed over; ``torch`` is the
+last resort and on the CPU the only one. It is also what ``auto`` takes while a model is exported to ONNX or traced by
+TorchScript, which know PyTorch's operators alone. ``torch.export`` and AOTInductor keep ours. ``cuda:sm90`` has to be
+asked for: it is ``cuda`` with kernels for compute capability 9.0, and ``cuda`` uses those itself once they have passed
+on a GPU.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 
 from ..tracing import constant_while_tracing
 from ..words import one_of, warn_once
 from .measured import measured_gpus
+from .protocol import Backend
 
 BACKENDS = ("cuda", "cuda:sm90", "triton", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
@@ -69,8 +68,9 @@ def choose(
     device_type: str,
     device_index: int | None,
     dtype: torch.dtype,
+    features: tuple[str, ...] = (),
 ) -> str:
-    """The name of the backend that runs products in ``dtype`` on tensors of that device.
+    """The name of the backend that runs products in ``dtype`` on tensors of that device, and has these ``features``.
 
     Raises:
         ValueError: the name is not one of ``CHOICES``.
@@ -84,7 +84,7 @@ def choose(
             raise RuntimeError(f"backend={name!r} cannot run: {target} has no such operators; use backend='torch'")
         return "torch"
     if name != "auto":
-        reason = why_not(name, device, dtype)
+        reason = why_not(name, device, dtype, features)
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run: {reason}")
         return name
@@ -94,7 +94,7 @@ def choose(
         return "torch"
     reasons = {}
     for candidate in preferred(device):
-        reason = why_not(candidate, device, dtype)
+        reason = why_not(candidate, device, dtype, features)
         if reason is None:
             return candidate
         reasons[candidate] = reason
@@ -116,18 +116,29 @@ def preferred(device: torch.device) -> tuple[str, ...]:
     return first, *(backend for backend in KERNEL_BACKENDS if backend != first)
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(name: str, device: torch.device, dtype: torch.dtype, features: tuple[str, ...] = ()) -> str | None:
     """Why backend ``name`` cannot run this, or None if it can."""
     try:
-        module = load(name)
+        backend = load(name)
     except ImportError as error:
         return f"{error}. Install it (pip install {name}) or use backend='torch'"
-    return module.why_not(device, dtype)
+    for feature in features:
+        if not backend.has(feature):
+            others = (other for other in (*KERNEL_BACKENDS, "torch") if other != name and _has(other, features))
+            return f"it has no kernels for {feature}; use {' or '.join(f'backend={other!r}' for other in others)}"
+    return backend.why_not(device, dtype)
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """The module of backend ``name``, imported on first use."""
     return importlib.import_module(f"{__package__}.{name.replace(':', '.')}")
+
+
+def _has(name: str, features: tuple[str, ...]) -> bool:
+    try:
+        return all(map(load(name).has, features))
+    except ImportError:
+        return False
 
 
 def _exported_to() -> str | None:

@@ -20,23 +20,16 @@ ACTIVATIONS = ("gelu", "swiglu")
 NORMS = ("layer", "affine")
 
 
-def choose(
-    backend: str | None, x: Tensor, dtype: torch.dtype, relative: str | None = None, unfit: str | None = None
-) -> str:
-    """The name of the backend that runs products in ``dtype`` on ``x``.
-
-    ``relative``: what is asked for that is not a Mixer's; the cuda backend has nothing of that. ``unfit``: why no
-    kernel can take these sizes.
-    """
-    name = backends.choose(backend, x.device.type, x.device.index, dtype)
-    if name == "torch":
-        return name
-    reason = transform()
-    if reason is not None:
-        return _choose_torch(backend, reason)
-    if unfit is None and (relative is None or name.partition(":")[0] != "cuda"):
-        return name
-    return _choose_for_relative(backend, x.device.type, x.device.index, dtype, relative, unfit)
+def choose(backend: str | None, x: Tensor, options: Options, operator: str, *more: str) -> str:
+    """The name of the backend that runs ``operator`` on ``x``; ``more``: what it has to have besides."""
+    features = (operator, *more)
+    if options.activation != "gelu":
+        features += (f"activation={options.activation!r}",)
+    if options.norm != "layer":
+        features += (f"norm={options.norm!r}",)
+    name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features)
+    reason = None if name == "torch" else transform()
+    return name if reason is None else _choose_torch(backend, reason)
 
 
 @constant_while_tracing
@@ -46,28 +39,6 @@ def _choose_torch(backend: str | None, reason: str) -> str:
     if asked != "auto":
         raise RuntimeError(f"backend={asked!r} cannot run: {reason}; use backend='torch'")
     warn_once(f"backend 'auto': running on 'torch', because {reason}")
-    return "torch"
-
-
-@constant_while_tracing
-def _choose_for_relative(
-    backend: str | None,
-    device_type: str,
-    device_index: int | None,
-    dtype: torch.dtype,
-    relative: str,
-    unfit: str | None,
-) -> str:
-    asked = backends.requested_backend() if backend is None else backend
-    lacks = f"it has no kernels for {relative}"
-    if asked.partition(":")[0] == "cuda":
-        raise RuntimeError(f"backend={asked!r} cannot run: {lacks}; use backend='triton' or backend='torch'")
-    if asked == "triton":
-        raise RuntimeError(f"backend='triton' cannot run: {unfit}; use backend='torch'")
-    reason = unfit or backends.why_not("triton", torch.device(device_type, device_index), dtype)
-    if reason is None:
-        return "triton"
-    warn_once(f"{relative}: running on 'torch', because {reason}")
     return "torch"
 
 

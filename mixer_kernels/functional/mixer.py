@@ -63,7 +63,7 @@ def token_mixing(
     )
     x, options = check(x, parameters, options)
     check_token_shapes(x, parameters, activation)
-    name, half = choose(backend, x, options.dtype, _relative(activation)), Half(*parameters.values())
+    name, half = choose(backend, x, options, "token_mixing"), Half(*parameters.values())
     if takes_packs(packs, name, options, x, *half):
         return ops.packed("token_mixing", packs, x, *half, *options.inputs, name)
     return _token_mixing(x, half, options, name)
@@ -118,7 +118,7 @@ def channel_mixing(
     )  # fmt: skip
     u, options = check(u, parameters, options, memory, name="u")
     check_channel_shapes(u, parameters, activation)
-    name, half = choose(backend, u, options.dtype, _relative(activation, norm)), Half(*parameters.values())
+    name, half = choose(backend, u, options, "channel_mixing"), Half(*parameters.values())
     if takes_packs(packs, name, options, u, *half):
         return ops.packed("channel_mixing", packs, u, *half, *options.inputs, name, False)
     return _channel_mixing(u, half, options, name, memory)
@@ -173,7 +173,7 @@ def mixer_block(
     x, options = check(x, parameters, options, memory, eps2)
     check_token_shapes(x, parameters, activation, half="1")
     check_channel_shapes(x, parameters, activation, half="2")
-    name = choose(backend, x, options.dtype, _relative(activation))
+    name = choose(backend, x, options, "mixer_block")
     tokens, channels = Half(gamma1, beta1, w1, b1, w2, b2), Half(gamma2, beta2, w3, b3, w4, b4)
     arguments = (x, *tokens, *channels, *options.inputs, name, eps2)
     if takes_packs(packs, name, options, x, *tokens, *channels):
@@ -195,10 +195,3 @@ def _channel_mixing(u: Tensor, half: Half, options: Options, name: str, memory: 
         return torch_backend.channel_mixing_forward(u, half, options)
     keep_z = memory == "fast" and needs_grad(u, *half)
     return ops.channel_mixing(u, *half, *seeded(u, options).inputs, name, keep_z)[0]
-
-
-def _relative(activation: str, norm: str = "layer") -> str | None:
-    """What a backend for the Mixer alone does not have."""
-    if norm != "layer":
-        return f"norm={norm!r}"
-    return None if activation == "gelu" else f"activation={activation!r}"

@@ -50,7 +50,7 @@ def token_linear(
     check_shape("b", b, (x.shape[1],))
     for vector in ("alpha", "beta", "scale"):
         check_shape(vector, parameters[vector], (x.shape[2],))
-    name, linear = choose(backend, x, options.dtype, "token_linear"), AffineLinear(alpha, beta, w, b, scale)
+    name, linear = choose(backend, x, options, "token_linear"), AffineLinear(alpha, beta, w, b, scale)
     if name == "torch":
         return torch_backend.token_linear_forward(x, linear, options)
     if takes_packs(packs, name, options, x, *linear):
@@ -91,7 +91,7 @@ def spatial_gating(
     if h.shape[2] % 2 != 0:
         raise ValueError(f"h must have an even number of channels, factors and gates, got {h.shape[2]}")
     _check_gate(h, gate, ("gamma", "beta", "w", "b"), h.shape[2] // 2)
-    name = choose(backend, h, options.dtype, "spatial_gating")
+    name = choose(backend, h, options, "spatial_gating")
     if name == "torch":
         return torch_backend.spatial_gating_forward(h, gate, options)
     return ops.spatial_gating(h, *gate, *options.inputs, name)
@@ -164,7 +164,7 @@ def gated_channel_mixing(
     _check_gate(x, gate, ("gate_gamma", "gate_beta", "w_gate", "b_gate"), hidden // 2)
     check_shape("w2", w2, (channels, hidden // 2))
     check_shape("b2", b2, (channels,))
-    name = choose(backend, x, options.dtype, "gated_channel_mixing")
+    name = choose(backend, x, options, "gated_channel_mixing")
     if name == "torch":
         return torch_backend.gated_channel_mixing_forward(x, half, gate, options, gate_eps)
     if takes_packs(packs, name, options, x, *half, *gate):

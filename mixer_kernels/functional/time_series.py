@@ -73,7 +73,7 @@ def gated_mixing(
     options = Options(eps=eps, approximate=approximate, dropout_p=dropout_p)
     x, options = check(x, parameters, options, dim=4)
     _check_mixer(x, parameters, axis)
-    name = choose(backend, x, options.dtype, "gated_mixing", _unfit(x.shape[axis]))
+    name = choose(backend, x, options, "gated_mixing", *_too_long(x.shape[axis]))
     half = GatedHalf(*parameters.values())
     if name == "torch":
         y = torch_backend.gated_mixing_forward(x, half, options, axis + 4, gate_first)
@@ -159,7 +159,7 @@ def gated_mixer_layer(
     x, options = check(x, of_patches | of_features, options, memory, eps2, dim=4)
     _check_mixer(x, of_patches, axis=-2, half="1")
     _check_mixer(x, of_features, axis=-1, half="2")
-    name = choose(backend, x, options.dtype, "gated_mixer_layer", _unfit(max(x.shape[2:])))
+    name = choose(backend, x, options, "gated_mixer_layer", *_too_long(max(x.shape[2:])))
     patches, features = GatedHalf(*of_patches.values()), GatedHalf(*of_features.values())
     if name == "torch":
         u = torch_backend.gated_mixing_forward(x, patches, options, axis=2, gate_first=False)
@@ -200,6 +200,6 @@ def _check_mixer(x: Tensor, parameters: dict[str, Tensor | None], axis: int, hal
         raise ValueError(f"{b_gate} is given without {w_gate}")
 
 
-def _unfit(extent: int) -> str | None:
-    """Why the kernels do not mix an axis of ``extent``."""
-    return f"its kernel mixes axes of up to {MAX_GATED_EXTENT}, got {extent}" if extent > MAX_GATED_EXTENT else None
+def _too_long(extent: int) -> tuple[str, ...]:
+    """What kernels would have to have beside the operator, to mix an axis of ``extent``."""
+    return (f"an axis of {extent}, only up to {MAX_GATED_EXTENT}",) if extent > MAX_GATED_EXTENT else ()
