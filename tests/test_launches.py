@@ -169,6 +169,7 @@ def test_more_rows_than_int32_holds():
     with intercept_launches(note):
         u = torch.empty(rows, 1, 1, dtype=torch.bfloat16, device="meta")
         backend.channel_mixing_forward(u, half, Options(torch.bfloat16))
+    seen.pop("_pack_kernel", None)  # it is launched on weights alone
     assert seen and all(programs <= MAX_GRID and wide for programs, wide in seen.values()), seen
 
 

@@ -200,7 +200,7 @@ def test_empty_batch_and_second_derivative(device):
 
 
 def test_launches(device):
-    """One forward; three backward, beside the products of the weights' gradients."""
+    """One forward; three backward, beside the products of the weights' gradients; one that packs in each."""
     if device == "cuda":
         pytest.skip("waits for a machine without a GPU: counts in the strict interpreter")
     import strict_interpreter
@@ -209,8 +209,8 @@ def test_launches(device):
         x, parameters = make(mixer, (2, 5, 6, 20), torch.float32, device)
         with strict_interpreter.record() as launches:
             evaluate(mixer, x, parameters, "triton", x)
-        kernels = ["_gated_mixing_kernel", "_row_statistics_kernel", "_gated_mixing_bwd_kernel", "_norm_bwd_kernel"]
-        assert [one.kernel for one in launches] == kernels
+        backward = ["_row_statistics_kernel", "_pack_kernel", "_gated_mixing_bwd_kernel", "_norm_bwd_kernel"]
+        assert [one.kernel for one in launches] == ["_pack_kernel", "_gated_mixing_kernel", *backward]
 
 
 @pytest.mark.parametrize("wanted", (("x",), ("gamma", "beta"), ("w1",), ("b2", "w_gate")), ids=" ".join)

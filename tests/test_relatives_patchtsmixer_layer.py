@@ -160,12 +160,12 @@ def test_only_what_is_wanted(wanted, device):
         assert leaf.grad is None or torch.equal(leaf.grad, everything[f"gradient of {k}"])
 
 
-BACKWARD_OF_A_MIXER = ["_row_statistics_kernel", "_gated_mixing_bwd_kernel", "_norm_bwd_kernel"]
+BACKWARD_OF_A_MIXER = ["_row_statistics_kernel", "_pack_kernel", "_gated_mixing_bwd_kernel", "_norm_bwd_kernel"]
 
 
 @pytest.mark.parametrize("case", ("small, bfloat16", "large, bfloat16"))
 def test_launches(case, device):
-    """One forward for a small layer, two for a large; memory="min" computes u once more."""
+    """One forward for a small layer, two for a large; memory="min" computes u once more; one packs for each."""
     if device == "cuda":
         pytest.skip("waits for a machine without a GPU: counts in the strict interpreter")
     import strict_interpreter
@@ -173,10 +173,10 @@ def test_launches(case, device):
     shape, dtype, forward = CASES[case]
     x, parameters = make_layer(shape, dtype, device)
     kernels = ["_gated_mixer_layer_kernel"] if forward == 1 else 2 * ["_gated_mixing_kernel"]
-    for memory, again in (("fast", []), ("min", ["_gated_mixing_kernel"])):
+    for memory, again in (("fast", []), ("min", ["_pack_kernel", "_gated_mixing_kernel"])):
         with strict_interpreter.record() as launches:
             evaluate(x, parameters, "triton", x, memory=memory)
-        assert [one.kernel for one in launches] == kernels + again + 2 * BACKWARD_OF_A_MIXER
+        assert [one.kernel for one in launches] == ["_pack_kernel", *kernels, *again, *2 * BACKWARD_OF_A_MIXER]
 
 
 def test_u_computed_again_is_the_u_that_was_kept(device):
