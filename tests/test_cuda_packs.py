@@ -328,12 +328,16 @@ def test_weights_that_need_nothing_are_passed_on(watched, backend, device):
     for name, p in block.parameters.items():
         if p.dim() == 1:
             block.parameters[name] = p.float()
-    run_with_packs(block, x, backend, None)
+    run_with_packing(block, x, backend, None)
     ((packings, folding),) = watched.packs
     sources = {job[0] for job in packings}
     names = {name for name, p in block.parameters.items() if p.data_ptr() in sources}
     assert names == ({"w1"} if backend == "cuda:sm90" else set())  # it takes the transpose
     assert folding[0][0] == block.parameters["w3"].data_ptr()
+    packing = prepack.Packing(BF16)
+    run_with_packing(block, x, backend, packing)
+    made = {name.rpartition(" ")[2] for name in packing.made}
+    assert made == names | {"w3", "wg", "wb"}  # a parameter is no pack: its owner keeps it
 
 
 @pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
@@ -412,45 +416,62 @@ def test_backward_takes_the_weights_as_they_are(write, memory, backend, device):
 # ---------------------------------------------------------------------------------------- weights that stay
 
 
-def options(eps=1e-6, approximate="none"):
-    return {"eps1": eps, "eps2": eps, "approximate": approximate}
-
-
 def in_order(block):
     return (*block.token(), *block.channel())
 
 
-def run_with_packs(block, x, backend, packs, dtype=None):
+def run_with_packing(block, x, backend, packing, dtype=None):
+    options = {"eps1": 1e-6, "eps2": 1e-6, "approximate": "none"}
     with torch.no_grad():
         return backends.load(backend).mixer_block_forward(
-            x, *in_order(block), **options(), dtype=dtype or x.dtype, packs=packs
+            x, *in_order(block), **options, dtype=dtype or x.dtype, packing=packing
         )  # fmt: skip
+
+
+def halves(block, x, backend, dtype, kept):
+    """u and y by the two halves, as the block does it."""
+    module, options = backends.load(backend), {"eps": 1e-6, "approximate": "none", "dtype": dtype}
+    with torch.no_grad():
+        u = module.token_mixing_forward(x, *block.token(), **options, packing=module.Packing(dtype, kept))[0]
+        return module.channel_mixing_forward(u, *block.channel(), **options, packing=module.Packing(dtype, kept))[0]
 
 
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
 @pytest.mark.parametrize("stream", (F32, None), ids=("float32 stream", "16-bit stream"))
 @pytest.mark.parametrize("shape", (SHAPE, WHOLE, LONG, MixerShape(1, 1, 1, 1)), ids=str)
 @pytest.mark.parametrize("bias", (True, False), ids=("", "bare"))
-def test_packs_made_once_give_the_same(bias, shape, stream, dtype, watched, backend, device):
+def test_packs_that_are_kept_give_the_same(bias, shape, stream, dtype, watched, backend, device):
     library.install(watched)
     block = make_block(shape, F32, device, affine=bias, bias=bias)
     x = make_x(2, shape, stream or dtype, device)
-    expected = run_with_packs(block, x, backend, None, dtype)
-    packs = backends.load(backend).block_weights(x, *in_order(block), dtype=dtype)
-    assert all(t is None or isinstance(t, torch.Tensor) for t in packs)
+    expected = run_with_packing(block, x, backend, None, dtype)
+    packing = prepack.Packing(dtype)
+    assert torch.equal(run_with_packing(block, x, backend, packing, dtype), expected)
     watched.calls.clear()
-    for each in (packs, copy.deepcopy(packs), prepack.BlockWeights(*packs)):
-        assert torch.equal(run_with_packs(block, x, backend, each, dtype), expected)
-    assert watched.calls == ["mixer_block_forward"] * 3
+    for kept in (packing.made, copy.deepcopy(packing.made)):
+        again = prepack.Packing(dtype, kept)
+        assert torch.equal(run_with_packing(block, x, backend, again, dtype), expected)
+        assert not again.made
+    assert watched.calls == ["mixer_block_forward"] * 2
+    assert torch.equal(halves(block, x, backend, dtype, packing.made), expected)
+    assert "pack_weights" not in watched.calls
 
 
-def test_packs_for_other_kernels_are_not_used(watched, hopper_kernels, device):
+def test_packs_of_several_kinds_are_kept_side_by_side(watched, hopper_kernels, device):
     """Of another stream or dtype, or for a tensor that the kernels of csrc/sm90 do not take."""
     library.install(watched)
     block, x = make_block(SHAPE, BF16, device), make_x(2, SHAPE, BF16, device)
-    packs = backends.load("cuda:sm90").block_weights(x, *in_order(block), dtype=BF16)
-    for other, dtype in ((x.float(), BF16), (x.half(), F16), (make_x(2, SHAPE, BF16, device, "transposed"), BF16)):
-        watched.calls.clear()
-        expected = run_with_packs(block, other, "cuda:sm90", None, dtype)
-        assert torch.equal(run_with_packs(block, other, "cuda:sm90", packs, dtype), expected)
-        assert watched.calls == ["pack_weights", "mixer_block_forward"] * 2
+    kinds = ((x, BF16), (x.float(), BF16), (x.half(), F16), (make_x(2, SHAPE, BF16, device, "transposed"), BF16))
+    kept = {}
+    expected = []
+    for x, dtype in kinds:
+        packing = prepack.Packing(dtype, kept)
+        expected.append(run_with_packing(block, x, "cuda:sm90", packing, dtype))
+        assert not set(packing.made) & set(kept)
+        kept = kept | packing.made
+    assert not packing.made  # the token half's of the float32 stream, the channel half's of the first
+    watched.calls.clear()
+    for (x, dtype), y in zip(kinds, expected, strict=True):
+        assert torch.equal(run_with_packing(block, x, "cuda:sm90", prepack.Packing(dtype, kept), dtype), y)
+        assert torch.equal(run_with_packing(block, x, "cuda:sm90", None, dtype), y)
+    assert watched.calls == ["mixer_block_forward", "pack_weights", "mixer_block_forward"] * len(kinds)

@@ -20,14 +20,13 @@ from ..noise import Noise
 from ..rounding import round_up
 from .backward import backward_kernels
 from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of, why_not
-from .prepack import BlockWeights, channel_weights, forward_weights, frozen_weights, token_weights
+from .prepack import Packing, channel_weights, forward_weights, token_weights
 
 SM90_STATISTICS_CHANNELS = 64  # see mk_sm90_token_mixing_arguments in csrc/sm90/launchers.h
 
 __all__ = [
-    "BlockWeights",
+    "Packing",
     "backward_kernels",
-    "block_weights",
     "channel_mixing_forward",
     "mixer_block_forward",
     "token_mixing_forward",
@@ -51,15 +50,22 @@ def token_mixing_forward(
     drop_path_p: float = 0.0,
     seed: Tensor | None = None,
     sm90: bool | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``; products in ``dtype``."""
+    """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``; products in ``dtype``.
+
+    ``packing`` as for ``mixer_block_forward``.
+    """
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = _statistics(x)
     if x.numel() == 0:
         return u, mean, rstd
     with device_of(x):
         sm90 = sm90_takes(x, dtype, sm90, tokens=True)
-        weights, packed = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90)
+        if packing is None:
+            weights, packed = token_weights(gamma, beta, w1, b1, w2, b2, dtype, sm90)
+        else:
+            weights, packed = packing.token((gamma, beta, w1, b1, w2, b2), sm90), packing
         a = _token_scratch(x, w1, dtype)
         loaded().token_mixing_forward(
             layout(x), x.shape, eps, weights, TYPES[dtype], approximate == "tanh",
@@ -87,15 +93,22 @@ def channel_mixing_forward(
     seed: Tensor | None = None,
     keep_z: bool = False,
     sm90: bool | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``u [B, S, C]``, and z ``[B * S, D_C]`` if kept."""
+    """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``u [B, S, C]``, and z ``[B * S, D_C]`` if kept.
+
+    ``packing`` as for ``mixer_block_forward``.
+    """
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     mean, rstd = _statistics(u)
     z = _hidden(u, w3, dtype) if keep_z else None
     if u.numel() > 0:
         with device_of(u):
             folded = u.dtype is dtype
-            first, second, packed = channel_weights(gamma, beta, w3, b3, w4, b4, dtype, folded)
+            if packing is None:
+                first, second, packed = channel_weights(gamma, beta, w3, b3, w4, b4, dtype, folded)
+            else:
+                (first, second), packed = packing.channel((gamma, beta, w3, b3, w4, b4), folded), packing
             a = _hidden(u, w3, dtype)
             loaded().channel_mixing_forward(
                 layout(u), u.shape, eps, first, second, TYPES[dtype], approximate == "tanh",
@@ -126,24 +139,24 @@ def mixer_block_forward(
     approximate: str,
     dtype: torch.dtype,
     sm90: bool | None = None,
-    packs: BlockWeights | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """``y [B, S, C]``, contiguous, of the whole block, without dropout and stochastic depth.
 
-    ``packs``: of ``block_weights``, of the same parameters as they are now. Where they were made for other kernels than
-    those that take ``x``, weights are packed as without.
+    ``packing``: packs that are kept. None: weights are packed in this call and for it alone.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
     with device_of(x):
         sm90_tokens = sm90_takes(x, dtype, sm90, tokens=True)
-        kind = (dtype, x.dtype is dtype, sm90_tokens)
-        if packs is not None and packs.fit(*kind):
-            tokens, first, second = packs.addresses(w1.shape[0])
+        token, channel = (gamma1, beta1, w1, b1, w2, b2), (gamma2, beta2, w3, b3, w4, b4)
+        folded = x.dtype is dtype
+        if packing is None:
+            tokens, first, second, packed = forward_weights(token, channel, dtype, folded, sm90_tokens)
         else:
-            token, channel = (gamma1, beta1, w1, b1, w2, b2), (gamma2, beta2, w3, b3, w4, b4)
-            tokens, first, second, packs = forward_weights(token, channel, *kind)
+            tokens, packed = packing.token(token, sm90_tokens), packing
+            first, second = packing.channel(channel, folded)
         statistics = torch.empty(4, x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
         u = torch.empty_like(y)
         partial = _partial_statistics(x) if sm90_tokens else None
@@ -153,18 +166,8 @@ def mixer_block_forward(
             limits_of(x), sm90_takes(u, dtype, sm90), pointer(statistics), pointer(partial), pointer(a_tokens),
             pointer(u), pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
         )  # fmt: skip
-        del packs  # their memory is read until here
+        del packed  # its memory is read until here
     return y
-
-
-def block_weights(x: Tensor, *parameters: Tensor | None, dtype: torch.dtype, sm90: bool | None = None) -> BlockWeights:
-    """What ``mixer_block_forward`` makes of its ``parameters`` in every call on a tensor like ``x``, to be made once.
-
-    Right until a parameter changes, which the caller has to see. Tensors, or None: they can be moved and copied.
-    """
-    with device_of(x):
-        sm90_tokens = sm90_takes(x, dtype, sm90, tokens=True)
-        return frozen_weights(parameters[:6], parameters[6:], dtype, x.dtype is dtype, sm90_tokens)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

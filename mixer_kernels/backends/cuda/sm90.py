@@ -9,15 +9,15 @@ from __future__ import annotations
 from functools import partial
 
 from . import backward_kernels as _backward_kernels
-from . import block_weights as _block_weights
 from . import channel_mixing_forward as _channel_mixing_forward
 from . import mixer_block_forward as _mixer_block_forward
 from . import token_mixing_forward as _token_mixing_forward
 from .library import why_not_sm90 as why_not
+from .prepack import Packing
 
 __all__ = [
+    "Packing",
     "backward_kernels",
-    "block_weights",
     "channel_mixing_forward",
     "mixer_block_forward",
     "token_mixing_forward",
@@ -27,5 +27,4 @@ __all__ = [
 token_mixing_forward = partial(_token_mixing_forward, sm90=True)
 channel_mixing_forward = partial(_channel_mixing_forward, sm90=True)
 mixer_block_forward = partial(_mixer_block_forward, sm90=True)
-block_weights = partial(_block_weights, sm90=True)
 backward_kernels = partial(_backward_kernels, sm90=True)
