@@ -329,12 +329,16 @@ def test_weights_that_need_nothing_are_passed_on(watched, backend, device):
     for name, p in block.parameters.items():
         if p.dim() == 1:
             block.parameters[name] = p.float()
-    run_with_packs(block, x, backend, None)
+    run_with_packing(block, x, backend, None)
     ((packings, folding),) = watched.packs
     sources = {job[0] for job in packings}
     names = {name for name, p in block.parameters.items() if p.data_ptr() in sources}
     assert names == ({"w1"} if backend == "cuda:sm90" else set())  # it takes the transpose
     assert folding[0][0] == block.parameters["w3"].data_ptr()
+    packing = prepack.Packing(BF16)
+    run_with_packing(block, x, backend, packing)
+    made = {name.rpartition(" ")[2] for name in packing.made}
+    assert made == names | {"w3", "wg", "wb"}  # a parameter is no pack: its owner keeps it
 
 
 @pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
@@ -373,8 +377,7 @@ WRITES = (write_data, write_uncounted, swap_data)
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
-@pytest.mark.parametrize("shape", (SHAPE, WHOLE, LONG), ids=("padded", "whole", "long"))
+@pytest.mark.parametrize(("shape", "dtype"), ((SHAPE, BF16), (WHOLE, F16), (LONG, BF16)), ids=("", "whole", "long"))
 def test_every_write_is_seen(shape, dtype, write, backend, device):
     """By a block, by halves, and by the backward of both, after each parameter in turn."""
     block, x = make_block(shape, dtype, device), make_x(1, shape, dtype, device)
@@ -414,41 +417,61 @@ def test_backward_takes_the_weights_as_they_are(write, memory, backend, device):
 # ---------------------------------------------------------------------------------------- weights that stay
 
 
-def halves(block):
+def halves_of(block):
     return Half(*block.token()), Half(*block.channel())
 
 
-def run_with_packs(block, x, backend, packs, dtype=None):
+def run_with_packing(block, x, backend, packing, dtype=None):
     with torch.no_grad():
         return backends.load(backend).mixer_block_forward(
-            x, *halves(block), Options(dtype or x.dtype), eps2=1e-6, packs=packs
+            x, *halves_of(block), Options(dtype or x.dtype), eps2=1e-6, packing=packing
         )
+
+
+def halves(block, x, backend, dtype, kept):
+    """u and y by the two halves, as the block does it."""
+    module, (tokens, channels), options = backends.load(backend), halves_of(block), Options(dtype)
+    with torch.no_grad():
+        u = module.token_mixing_forward(x, tokens, options, packing=module.Packing(dtype, kept))[0]
+        return module.channel_mixing_forward(u, channels, options, packing=module.Packing(dtype, kept))[0]
 
 
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
 @pytest.mark.parametrize("stream", (F32, None), ids=("float32 stream", "16-bit stream"))
 @pytest.mark.parametrize("shape", (SHAPE, WHOLE, LONG, MixerShape(1, 1, 1, 1)), ids=str)
 @pytest.mark.parametrize("bias", (True, False), ids=("", "bare"))
-def test_packs_made_once_give_the_same(bias, shape, stream, dtype, watched, backend, device):
+def test_packs_that_are_kept_give_the_same(bias, shape, stream, dtype, watched, backend, device):
     library.install(watched)
     block = make_block(shape, F32, device, affine=bias, bias=bias)
     x = make_x(2, shape, stream or dtype, device)
-    expected = run_with_packs(block, x, backend, None, dtype)
-    packs = backends.load(backend).block_weights(x, *halves(block), Options(dtype))
-    assert all(t is None or isinstance(t, torch.Tensor) for t in packs)
+    expected = run_with_packing(block, x, backend, None, dtype)
+    packing = prepack.Packing(dtype)
+    assert torch.equal(run_with_packing(block, x, backend, packing, dtype), expected)
     watched.calls.clear()
-    for each in (packs, copy.deepcopy(packs), prepack.BlockWeights(*packs)):
-        assert torch.equal(run_with_packs(block, x, backend, each, dtype), expected)
-    assert watched.calls == ["mixer_block_forward"] * 3
+    for kept in (packing.made, copy.deepcopy(packing.made)):
+        again = prepack.Packing(dtype, kept)
+        assert torch.equal(run_with_packing(block, x, backend, again, dtype), expected)
+        assert not again.made
+    assert watched.calls == ["mixer_block_forward"] * 2
+    assert torch.equal(halves(block, x, backend, dtype, packing.made), expected)
+    assert "pack_weights" not in watched.calls
 
 
-def test_packs_for_other_kernels_are_not_used(watched, hopper_kernels, device):
+def test_packs_of_several_kinds_are_kept_side_by_side(watched, hopper_kernels, device):
     """Of another stream or dtype, or for a tensor that the kernels of csrc/sm90 do not take."""
     library.install(watched)
     block, x = make_block(SHAPE, BF16, device), make_x(2, SHAPE, BF16, device)
-    packs = backends.load("cuda:sm90").block_weights(x, *halves(block), Options(BF16))
-    for other, dtype in ((x.float(), BF16), (x.half(), F16), (make_x(2, SHAPE, BF16, device, "transposed"), BF16)):
-        watched.calls.clear()
-        expected = run_with_packs(block, other, "cuda:sm90", None, dtype)
-        assert torch.equal(run_with_packs(block, other, "cuda:sm90", packs, dtype), expected)
-        assert watched.calls == ["pack_weights", "mixer_block_forward"] * 2
+    kinds = ((x, BF16), (x.float(), BF16), (x.half(), F16), (make_x(2, SHAPE, BF16, device, "transposed"), BF16))
+    kept = {}
+    expected = []
+    for x, dtype in kinds:
+        packing = prepack.Packing(dtype, kept)
+        expected.append(run_with_packing(block, x, "cuda:sm90", packing, dtype))
+        assert not set(packing.made) & set(kept)
+        kept = kept | packing.made
+    assert not packing.made  # the token half's of the float32 stream, the channel half's of the first
+    watched.calls.clear()
+    for (x, dtype), y in zip(kinds, expected, strict=True):
+        assert torch.equal(run_with_packing(block, x, "cuda:sm90", prepack.Packing(dtype, kept), dtype), y)
+        assert torch.equal(run_with_packing(block, x, "cuda:sm90", None, dtype), y)
+    assert watched.calls == ["mixer_block_forward", "pack_weights", "mixer_block_forward"] * len(kinds)

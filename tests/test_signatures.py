@@ -1,4 +1,4 @@
-"""Backends have the functions that protocol.Backend says, and no function takes names that belong together one by one."""
+"""Backends have the functions that protocol.Backend says; what belongs together is one argument."""
 
 from __future__ import annotations
 

@@ -28,13 +28,12 @@ from .backward import (
     weight_gradient,
 )
 from .library import TYPES, has, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of, why_not
-from .prepack import BlockWeights, channel_weights, forward_weights, frozen_weights, token_weights
+from .prepack import Packing, channel_weights, forward_weights, token_weights
 
 SM90_STATISTICS_CHANNELS = 64  # see mk_sm90_token_mixing_arguments in csrc/sm90/launchers.h
 
 __all__ = [
-    "BlockWeights",
-    "block_weights",
+    "Packing",
     "branch_gradient",
     "channel_backward_weights",
     "channel_mixing_forward",
@@ -51,16 +50,23 @@ __all__ = [
 
 
 def token_mixing_forward(
-    x: Tensor, half: Half, options: Options, sm90: bool | None = None
+    x: Tensor, half: Half, options: Options, sm90: bool | None = None, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``."""
+    """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``.
+
+    ``packing`` as for ``mixer_block_forward``.
+    """
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = _statistics(x)
     if x.numel() == 0:
         return u, mean, rstd
     dtype = options.dtype
     with device_of(x):
-        weights, packed = token_weights(half, dtype, sm90_takes(x, dtype, sm90, tokens=True))
+        sm90 = sm90_takes(x, dtype, sm90, tokens=True)
+        if packing is None:
+            weights, packed = token_weights(half, dtype, sm90)
+        else:
+            weights, packed = packing.token(half, sm90), packing
         a = _token_scratch(x, half, dtype)
         loaded().token_mixing_forward(
             layout(x), x.shape, options.eps, weights, TYPES[dtype], options.tanh, noise_of(options), limits_of(x),
@@ -71,16 +77,28 @@ def token_mixing_forward(
 
 
 def channel_mixing_forward(
-    u: Tensor, half: Half, options: Options, keep_z: bool = False, sm90: bool | None = None
+    u: Tensor,
+    half: Half,
+    options: Options,
+    keep_z: bool = False,
+    sm90: bool | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``u [B, S, C]``, and z ``[B * S, D_C]`` if kept."""
+    """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``u [B, S, C]``, and z ``[B * S, D_C]`` if kept.
+
+    ``packing`` as for ``mixer_block_forward``.
+    """
     dtype = options.dtype
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     mean, rstd = _statistics(u)
     z = _hidden(u, half, dtype) if keep_z else None
     if u.numel() > 0:
         with device_of(u):
-            first, second, packed = channel_weights(half, dtype, folded=u.dtype is dtype)
+            folded = u.dtype is dtype
+            if packing is None:
+                first, second, packed = channel_weights(half, dtype, folded)
+            else:
+                (first, second), packed = packing.channel(half, folded), packing
             a = _hidden(u, half, dtype)
             loaded().channel_mixing_forward(
                 layout(u), u.shape, options.eps, first, second, TYPES[dtype], options.tanh, noise_of(options),
@@ -98,12 +116,11 @@ def mixer_block_forward(
     options: Options,
     eps2: float,
     sm90: bool | None = None,
-    packs: BlockWeights | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """``y [B, S, C]``, contiguous, of the whole block, without dropout and stochastic depth.
 
-    ``packs``: of ``block_weights``, of the same parameters as they are now. Where they were made for other kernels than
-    those that take ``x``, weights are packed as without.
+    ``packing``: packs that are kept. None: weights are packed in this call and for it alone.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -111,11 +128,12 @@ def mixer_block_forward(
     dtype = options.dtype
     with device_of(x):
         sm90_tokens = sm90_takes(x, dtype, sm90, tokens=True)
-        kind = (dtype, x.dtype is dtype, sm90_tokens)
-        if packs is not None and packs.fit(*kind):
-            token, first, second = packs.addresses(tokens.w_in.shape[0])
+        folded = x.dtype is dtype
+        if packing is None:
+            token, first, second, packed = forward_weights(tokens, channels, dtype, folded, sm90_tokens)
         else:
-            token, first, second, packs = forward_weights(tokens, channels, *kind)
+            token, packed = packing.token(tokens, sm90_tokens), packing
+            first, second = packing.channel(channels, folded)
         statistics = torch.empty(4, x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
         u = torch.empty_like(y)
         partial = _partial_statistics(x) if sm90_tokens else None
@@ -125,18 +143,8 @@ def mixer_block_forward(
             sm90_takes(u, dtype, sm90), pointer(statistics), pointer(partial), pointer(a_tokens), pointer(u),
             pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
         )  # fmt: skip
-        del packs  # their memory is read until here
+        del packed  # its memory is read until here
     return y
-
-
-def block_weights(x: Tensor, tokens: Half, channels: Half, options: Options, sm90: bool | None = None) -> BlockWeights:
-    """What ``mixer_block_forward`` makes of its parameters in every call on a tensor like ``x``, to be made once.
-
-    Right until a parameter changes, which the caller has to see. Tensors, or None: they can be moved and copied.
-    """
-    dtype = options.dtype
-    with device_of(x):
-        return frozen_weights(tokens, channels, dtype, x.dtype is dtype, sm90_takes(x, dtype, sm90, tokens=True))
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

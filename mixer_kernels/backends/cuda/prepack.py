@@ -4,13 +4,13 @@ They are made in the call that uses them, by one launch, into one piece of memor
 a later write to a parameter could make stale. A weight that is already what a kernel takes is passed on as it is.
 
 Kernels take addresses. Beside them each function returns the memory, to be held until the kernels that read it are
-launched: it is freed in the order of the stream. ``BlockWeights`` are tensors, for a caller who promises that a block's
-weights stay.
+launched: it is freed in the order of the stream. ``Packing`` makes tensors, for an owner who promises that weights
+stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,43 +56,6 @@ class SecondWeights(NamedTuple):
 
     w4: int  # [C, D_pad]
     b4: int  # [C] float32, or 0
-
-
-class BlockWeights(NamedTuple):
-    """What ``mixer_block_forward`` makes of a block's parameters, as tensors, for a block whose weights stay.
-
-    Views of one tensor, or parameters that need nothing. They say themselves which kernels they are for.
-    """
-
-    w1: Tensor  # [D, S_pad] or [D_S, S_pad]; for csrc/sm90 strided as the transpose that it takes
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
-    gamma1: Parameter
-    beta1: Parameter
-    w3: Tensor
-    b3: Parameter
-    gamma2: Parameter
-    beta2: Parameter
-    wg: Parameter
-    wb: Parameter
-    scale: Parameter
-    w4: Tensor
-    b4: Parameter
-
-    def fit(self, dtype: torch.dtype, folded: bool, sm90: bool) -> bool:
-        """Whether they are for products in ``dtype``, with LayerNorm ``folded``, by the token kernel of csrc/sm90."""
-        return (self.w1.dtype, self.wg is not None, self.w1.stride(0) == 1) == (dtype, folded, sm90)
-
-    def addresses(self, hidden: int) -> tuple[TokenWeights, FirstWeights, SecondWeights]:
-        """As ``_C`` takes them; ``hidden``: D_S."""
-        sizes, sm90 = self.w1.shape, self.w1.stride(0) == 1
-        w1, b1, w2, b2, gamma1, beta1, w3, b3, gamma2, beta2, wg, wb, scale, w4, b4 = map(pointer, self)
-        return (
-            TokenWeights(hidden, *sizes, w1, b1, w2, b2, gamma1, beta1, sm90),
-            FirstWeights(self.w3.shape[0], w3, b3, wg, wb, scale, gamma2, beta2),
-            SecondWeights(w4, b4),
-        )
 
 
 class TokenBackward(NamedTuple):
@@ -150,19 +113,51 @@ def forward_weights(
     return TokenWeights(*sizes, *addresses[:6], sm90), first, SecondWeights(*addresses[-2:]), packed
 
 
-def frozen_weights(tokens: Half, channels: Half, dtype: torch.dtype, folded: bool, sm90: bool) -> BlockWeights:
-    """The same as tensors, right until one of the parameters changes."""
-    _, of_tokens = _token(tokens, dtype, sm90)
-    of_channels, fold = _channel(channels, dtype, folded)
-    wanted = [*of_tokens, *of_channels]
-    packed = pack(wanted, fold, channels.w_in)
-    w1, *rest, w4, b4 = (_as_tensor(each, at, packed) for each, at in zip(wanted, packed.addresses, strict=True))
-    if fold is None:
-        rest += [None, None, None]
-    else:
-        w3, *sums = (_as_tensor(each, at, packed) for each, at in zip(fold.results(), packed.folds, strict=True))
-        rest += [w3, None, None, None, *sums]
-    return BlockWeights(w1.t() if sm90 else w1, *rest, w4, b4)
+class Packing:
+    """Packs of weights that their owner promises to leave as they are: made once, then ``kept``, by their names.
+
+    What is not among ``kept``, for another dtype or other kernels, is packed as in any call, and put into ``made``.
+    Weights that need nothing are in neither.
+    """
+
+    def __init__(self, dtype: torch.dtype, kept: Mapping[str, Tensor] | None = None) -> None:
+        self.dtype = dtype
+        self.made: dict[str, Tensor] = {}
+        self._kept = kept or {}
+
+    def token(self, half: Half, sm90: bool) -> TokenWeights:
+        """As ``token_weights``."""
+        sizes, wanted = _token(half, self.dtype, sm90)
+        names = ("w1", "b1", "w2", "b2", "gamma", "beta")
+        kind = f"token {self.dtype}{' sm90' if sm90 else ''}"
+        return TokenWeights(*sizes, *self._addresses(kind, names, wanted, None), sm90)
+
+    def channel(self, half: Half, folded: bool) -> tuple[FirstWeights, SecondWeights]:
+        """As ``channel_weights``."""
+        wanted, fold = _channel(half, self.dtype, folded)
+        if fold is None:
+            names = ("w3", "b3", "gamma", "beta", "w4", "b4")
+            addresses = self._addresses(f"channel {self.dtype}", names, wanted, None)
+            return _first_weights(half, addresses, ()), SecondWeights(*addresses[4:])
+        names = ("w4", "b4", "w3", "wg", "wb", "scale")
+        addresses = self._addresses(f"channel {self.dtype} folded", names, wanted, fold)
+        return _first_weights(half, (), addresses[2:]), SecondWeights(*addresses[:2])
+
+    def _addresses(self, kind: str, names: Sequence[str], wanted: Sequence[Wanted], fold: Fold | None) -> list[int]:
+        """Of ``wanted``, and of the four results of ``fold`` behind them."""
+        full = [f"{kind} {name}" for name in names]
+        tensors = [self._kept.get(name) for name in full]
+        if any(t is not None for t in tensors):  # they were made together: the others need nothing
+            sources = [each.w for each in wanted] + [None] * 4
+            return [pointer(source if t is None else t) for t, source in zip(tensors, sources, strict=False)]
+        packed = pack(wanted, fold, wanted[0].w)
+        results = zip(full, (*wanted, *(fold.results() if fold else ())), strict=True)
+        addresses = packed.addresses + packed.folds
+        for (name, each), address in zip(results, addresses, strict=True):
+            t = _as_tensor(each, address, packed)
+            if t is not None and (each.w is None or address != each.w.data_ptr()):
+                self.made[name] = t
+        return addresses
 
 
 # ------------------------------------------------------------------------------------------------------ backward pass

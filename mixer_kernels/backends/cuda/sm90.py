@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import block_weights as _block_weights
 from . import (
     branch_gradient,
     channel_products_backward,
@@ -23,9 +22,10 @@ from . import mixer_block_forward as _mixer_block_forward
 from . import token_backward_weights as _token_backward_weights
 from . import token_mixing_forward as _token_mixing_forward
 from .library import why_not_sm90 as why_not
+from .prepack import Packing
 
 __all__ = [
-    "block_weights",
+    "Packing",
     "branch_gradient",
     "channel_backward_weights",
     "channel_mixing_forward",
@@ -43,6 +43,5 @@ __all__ = [
 token_mixing_forward = partial(_token_mixing_forward, sm90=True)
 channel_mixing_forward = partial(_channel_mixing_forward, sm90=True)
 mixer_block_forward = partial(_mixer_block_forward, sm90=True)
-block_weights = partial(_block_weights, sm90=True)
 token_backward_weights = partial(_token_backward_weights, sm90=True)
 channel_backward_weights = partial(_channel_backward_weights, sm90=True)
