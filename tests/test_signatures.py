@@ -1,4 +1,4 @@
-"""Backends have the functions that protocol.Backend says, and no function takes a list of names that belong together."""
+"""Backends have the functions that protocol.Backend says; parameters that belong together travel together."""
 
 from __future__ import annotations
 
