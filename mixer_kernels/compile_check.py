@@ -269,7 +269,7 @@ def _run(backend, case: Case) -> None:
         return None if case.bare else parameter(size)
 
     def half(columns: int, hidden: int) -> Half:
-        rows = hidden * (1 + options.swiglu)
+        rows = hidden * (1 + options.glu)
         fc1, fc2 = (parameter(rows, columns), vector(rows)), (parameter(columns, hidden), vector(columns))
         return Half(vector(shape.C), vector(shape.C), *fc1, *fc2)
 

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .layers import DropPath, Mlp
 from .tracing import transform
 
+PLAIN_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}  # beside GELU, whose modules have forms
+
 
 def why_not_fused(block: nn.Module) -> str | None:
     """Why ``functional.mixer_block`` does not compute what this ``MixerBlock`` computes right now; None if it does.
@@ -66,7 +68,7 @@ def why_not_layers(name: str, mlp: nn.Module) -> str | None:
     if activation_of(mlp) is None:
         if is_timm(type(mlp), "mlp", "GluMlp"):
             return f"{name} is GluMlp with {type(act).__name__} and gate_last={mlp.gate_last}, not SiLU and True"
-        return f"{name} has {type(act).__name__}, not GELU"
+        return f"{name} has {type(act).__name__}, not GELU, ReLU or SiLU"
     for part in (mlp, act, norm):
         if is_hooked(part):
             return f"{name} or a part of it has hooks or a replaced forward"
@@ -134,12 +136,17 @@ def why_not_same_activation(mlp1: nn.Module, mlp2: nn.Module) -> str | None:
 
 
 def activation_of(mlp: nn.Module) -> dict[str, str] | None:
-    """``activation`` and ``approximate`` for ``functional``, of an ``Mlp`` or a ``GluMlp``; None if it has neither."""
+    """``activation`` and ``approximate`` for ``functional``, of an ``Mlp`` or a ``GluMlp``; None if those are others.
+    ``GatedMlp`` has GELU alone."""
     act = mlp._modules["act"]
     if is_timm(type(mlp), "mlp", "GluMlp"):
         return {"activation": "swiglu"} if type(act) is nn.SiLU and mlp.gate_last else None
     approximate = approximate_of(act)
-    return None if approximate is None else {"activation": "gelu", "approximate": approximate}
+    if approximate is not None:
+        return {"activation": "gelu", "approximate": approximate}
+    if type(act) not in PLAIN_ACTIVATIONS or is_timm(type(mlp), "mlp", "GatedMlp"):
+        return None
+    return {"activation": PLAIN_ACTIVATIONS[type(act)]}
 
 
 def approximate_of(act: nn.Module) -> str | None:

@@ -33,9 +33,9 @@ class FusedMixerBlock(Freezable, nn.Module):
 
     and computed just so, with one warning for each reason on the logger "mixer_kernels", where the kernels do not
     cover the submodules (``why_not_fused`` says why): norms other than LayerNorm over C, MLPs other than ``Mlp`` with
-    GELU (erf or tanh) and timm's ``GluMlp`` with SiLU, active dropouts that differ, stochastic depth that does not
-    rescale, hooks on a submodule. On the ``torch`` backend a seed gives timm's dropout masks; on the kernels it gives
-    others.
+    GELU (erf or tanh), ReLU or SiLU and timm's ``GluMlp`` with SiLU, active dropouts that differ, stochastic depth that
+    does not rescale, hooks on a submodule. On the ``torch`` backend a seed gives timm's dropout masks; on the kernels
+    it gives others.
 
     Args:
         dim: channels C.
@@ -45,8 +45,8 @@ class FusedMixerBlock(Freezable, nn.Module):
         mlp_layer: called as ``mlp_layer(in_features, hidden_features, act_layer=, drop=)``; ``Mlp``, or timm's ``Mlp``
             or ``GluMlp`` to be fused.
         norm_layer: called as ``norm_layer(dim)``; by default LayerNorm with eps 1e-6.
-        act_layer: ``nn.GELU``, ``partial(nn.GELU, approximate="tanh")``, timm's ``GELU`` or ``GELUTanh`` to be fused;
-            ``nn.SiLU`` with ``GluMlp``.
+        act_layer: ``nn.GELU``, ``partial(nn.GELU, approximate="tanh")``, timm's ``GELU`` or ``GELUTanh``, ``nn.ReLU``
+            or ``nn.SiLU`` to be fused; ``nn.SiLU`` with ``GluMlp``.
         drop: dropout probability after the activation and after the second product of both MLPs.
         drop_path: stochastic depth probability of both branches.
         device, dtype: of the parameters; passed on to the layers if given.

@@ -7,19 +7,26 @@ import torch
 import triton
 import triton.language as tl
 
-from mixer_kernels.backends.triton.gelu import gelu, gelu_and_slope
+from mixer_kernels.backends.arguments import Options
+from mixer_kernels.backends.triton.activation import activation_of
+
+
+def gelu(tanh: bool, exact: bool):
+    """As kernels take it: float32 products have the exact form."""
+    dtype = torch.float32 if exact else torch.bfloat16
+    return activation_of(Options(dtype, approximate="tanh" if tanh else "none"))
 
 
 @triton.jit
-def _gelu_kernel(z_ptr, a_ptr, n, BLOCK: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr):
+def _gelu_kernel(z_ptr, a_ptr, n, BLOCK: tl.constexpr, ACT: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(z_ptr + offs, mask=offs < n, other=0.0)
-    tl.store(a_ptr + offs, gelu(z, TANH, EXACT), mask=offs < n)
+    tl.store(a_ptr + offs, ACT(z), mask=offs < n)
 
 
 def run_gelu(z: torch.Tensor, tanh: bool, exact: bool) -> torch.Tensor:
     a = torch.empty_like(z)
-    _gelu_kernel[(triton.cdiv(z.numel(), 4096),)](z, a, z.numel(), BLOCK=4096, TANH=tanh, EXACT=exact)
+    _gelu_kernel[(triton.cdiv(z.numel(), 4096),)](z, a, z.numel(), BLOCK=4096, ACT=gelu(tanh, exact).function)
     return a
 
 
@@ -64,10 +71,10 @@ def test_ends_of_the_range(tanh, exact, device):
 
 
 @triton.jit
-def _slope_kernel(z_ptr, a_ptr, slope_ptr, n, BLOCK: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr):
+def _slope_kernel(z_ptr, a_ptr, slope_ptr, n, BLOCK: tl.constexpr, SLOPE: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(z_ptr + offs, mask=offs < n, other=0.0)
-    a, slope = gelu_and_slope(z, TANH, EXACT)
+    a, slope = SLOPE(z)
     tl.store(a_ptr + offs, a, mask=offs < n)
     tl.store(slope_ptr + offs, slope, mask=offs < n)
 
@@ -77,7 +84,9 @@ def test_slope(tanh, exact, device):
     """Equation (13): against autograd in float64, over the whole range."""
     z = sweep(device)
     a, slope = torch.empty_like(z), torch.empty_like(z)
-    _slope_kernel[(triton.cdiv(z.numel(), 4096),)](z, a, slope, z.numel(), BLOCK=4096, TANH=tanh, EXACT=exact)
+    _slope_kernel[(triton.cdiv(z.numel(), 4096),)](
+        z, a, slope, z.numel(), BLOCK=4096, SLOPE=gelu(tanh, exact).and_slope
+    )
     leaf = z.double().requires_grad_()
     value = torch.nn.functional.gelu(leaf, approximate="tanh" if tanh else "none")
     (expected,) = torch.autograd.grad(value.sum(), leaf)

@@ -54,7 +54,7 @@ UNCOVERED = {
     "group norm": ({"norm_layer": lambda dim, **factory: GroupNormOverTokens(dim, **factory)}, "norm1 is GroupNormOv"),
     "norm in float32": ({"norm_layer": timm.layers.LayerNormFp32}, "norm1 is LayerNormFp32"),
     "norm subclass": ({"norm_layer": PlainSubclass}, "norm1 is PlainSubclass"),
-    "relu": ({"act_layer": nn.ReLU}, "mlp_tokens has ReLU"),
+    "tanh": ({"act_layer": nn.Tanh}, "mlp_tokens has Tanh"),
     "quick gelu": ({"act_layer": timm.layers.QuickGELU}, "mlp_tokens has QuickGELU"),
     "glu": ({"mlp_layer": timm.layers.GluMlp, "act_layer": nn.Sigmoid}, "mlp_tokens is GluMlp with Sigmoid"),
     "glu, gate first": ({"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}, "gate_last=False"),
@@ -316,7 +316,7 @@ def test_copies_compute_the_same() -> None:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
-    "config", [{}, {"drop_path": 0.3}, {"act_layer": nn.ReLU}], ids=["covered", "stochastic_depth", "uncovered"]
+    "config", [{}, {"drop_path": 0.3}, {"act_layer": nn.Tanh}], ids=["covered", "stochastic_depth", "uncovered"]
 )
 def test_compiles_in_one_graph(config, training: bool) -> None:
     _, block = twins(torch.float64, **config)

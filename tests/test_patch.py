@@ -121,16 +121,17 @@ def test_wrong_arguments_are_named(model) -> None:
 
 
 def test_the_report_reads_as_a_table_and_as_data(model) -> None:
-    model.blocks[1].mlp_tokens.act = nn.ReLU()
+    model.blocks[1].mlp_tokens.act = nn.Tanh()
     report = fuse_(model)
     assert str(report).splitlines() == [
         "blocks.[0,2]  2 x MixerBlock  fused  functional.mixer_block",
-        "blocks.1      1 x MixerBlock  left   mlp_tokens has ReLU, not GELU",
+        "blocks.1      1 x MixerBlock  left   mlp_tokens has Tanh, not GELU, ReLU or SiLU",
         "2 fused, 1 left",
     ]
     assert report and len(report) == 2 and len(report.left) == 1
     assert json.loads(json.dumps(report.as_dicts()))[1] == {
-        "name": "blocks.1", "block": "MixerBlock", "outcome": "left", "detail": "mlp_tokens has ReLU, not GELU",
+        "name": "blocks.1", "block": "MixerBlock", "outcome": "left",
+        "detail": "mlp_tokens has Tanh, not GELU, ReLU or SiLU",
     }  # fmt: skip
     assert str(unfuse_(model)).splitlines() == ["blocks.[0,2]  2 x MixerBlock  restored", "2 restored"]
 

@@ -56,7 +56,7 @@ def test_what_is_changed_later_is_computed_as_changed(model, calls, said) -> Non
     twin = copy.deepcopy(unfuse_and_return(copy.deepcopy(model)))
     x = images()
     for m in (model, twin):
-        m.blocks[0].mlp_tokens.act = nn.ReLU()
+        m.blocks[0].mlp_tokens.act = nn.Tanh()
         m.blocks[1].norm1.register_forward_hook(lambda module, inputs, output: output * 2)
     assert_same(run(twin, x), run(model, x))
     assert len(calls) == 1

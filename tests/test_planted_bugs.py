@@ -35,7 +35,7 @@ BUGS = {
     "rows past the hidden units": (
         "token_products.py", "mask_k = rows < K", "mask_k = rows <= K", KERNELS, "test_matches_eager and beyond"),
     "b1 dropped": (
-        "token_mixing.py", "gelu(z + tl.load(b1_ptr + offs_d)[None, :], ", "gelu(z, ", KERNELS,
+        "token_mixing.py", "ACT(z + tl.load(b1_ptr + offs_d)[None, :])", "ACT(z)", KERNELS,
         "test_matches_eager and below"),
     "b2 dropped": (
         "token_mixing.py", " + tl.load(b2_ptr + offs_s)[:, None]", "", KERNELS, "test_matches_eager and below"),

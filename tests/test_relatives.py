@@ -359,7 +359,12 @@ def test_the_cuda_backend_says_what_it_lacks(name, device, request):
 
 
 BAD = {
-    "activation": ("gmixer", {"activation": "relu"}, {}, "activation must be one of 'gelu', 'swiglu', got 'relu'"),
+    "activation": (
+        "gmixer",
+        {"activation": "tanh"},
+        {},
+        "activation must be one of 'gelu', 'relu', 'silu', 'swiglu', got 'tanh'",
+    ),
     "tanh of swiglu": ("gmixer", {"approximate": "tanh"}, {}, "approximate='tanh' is a form of GELU, but activation"),
     "odd rows": ("gmixer", {}, {"w1": torch.zeros(7, 20)}, "w1 must have an even number of rows.*got 7"),
     "norm": ("resmlp channels", {"norm": "batch"}, {}, "norm must be one of 'layer', 'affine', got 'batch'"),

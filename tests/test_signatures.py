@@ -1,4 +1,4 @@
-"""Backends have the functions that protocol.Backend says; what belongs together is one argument."""
+"""Backends have the functions that protocol.Backend says; parameters that belong together travel together."""
 
 from __future__ import annotations
 

@@ -87,8 +87,8 @@ class Options(NamedTuple):
         return self.dropout_p > 0 or self.drop_path_p > 0
 
     @property
-    def swiglu(self) -> bool:
-        """Whether ``w_in`` has values and gates: twice the rows, as z and its gradient."""
+    def glu(self) -> bool:
+        """Whether the activation is of the GLU family: ``w_in`` has values and gates, twice the rows, and so has z."""
         return self.activation == "swiglu"
 
     @property

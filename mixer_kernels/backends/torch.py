@@ -91,10 +91,14 @@ def _output(a: Tensor, half: Half | GatedHalf, options: Options) -> Tensor:
 
 
 def _activate(z: Tensor, options: Options) -> Tensor:
-    if options.activation == "swiglu":
-        value, gate = z.chunk(2, -1)
-        return value * F.silu(gate)
-    return F.gelu(z, approximate=options.approximate)
+    if options.activation == "gelu":
+        return F.gelu(z, approximate=options.approximate)
+    if options.activation == "relu":
+        return F.relu(z)
+    if options.activation == "silu":
+        return F.silu(z)
+    value, gate = z.chunk(2, -1)
+    return value * F.silu(gate)
 
 
 def _linear(n: Tensor, w: Tensor, b: Tensor | None, options: Options) -> Tensor:

@@ -16,7 +16,7 @@ from ..words import one_of, warn_once
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 APPROXIMATIONS = ("none", "tanh")
 MEMORY_MODES = ("fast", "min")
-ACTIVATIONS = ("gelu", "swiglu")
+ACTIVATIONS = ("gelu", "relu", "silu", "swiglu")
 NORMS = ("layer", "affine")
 
 

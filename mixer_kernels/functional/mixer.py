@@ -51,7 +51,7 @@ def token_mixing(
         drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
         backend: "auto", "cuda", "cuda:sm90", "triton" or "torch"; None for what ``use_backend`` or
             ``MIXER_KERNELS_BACKEND`` says.
-        activation: "gelu", or "swiglu", which the cuda backend does not have.
+        activation: "gelu", "relu", "silu" or "swiglu"; the cuda backend has GELU alone.
         packs: the weights as kernels take them, of a block that ``freeze_`` froze.
 
     Returns:

@@ -39,7 +39,7 @@ def _token_mixing_fake(x: Tensor, half: Half, options: Options):
 def _channel_mixing_fake(x: Tensor, half: Half, options: Options, keep_z: bool):
     statistics = (None, None) if options.norm == "affine" else _new_statistics(x)
     rows, z = x.shape[0] * x.shape[1], None
-    if keep_z and options.swiglu:
+    if keep_z and options.glu:
         z = _new_z(2 * rows, half.w_out.shape[1], options.dtype, x).unflatten(0, (rows, 2))
     elif keep_z:
         z = _new_z(rows, half.w_in.shape[0], options.dtype, x)

@@ -75,9 +75,9 @@ MAX_FUSED_TOKENS = 256
 SEGMENTS = (128, 64, 32, 16)
 
 
-def are_fused(tokens: int, dtype: torch.dtype, gated: bool) -> bool:
+def are_fused(tokens: int, dtype: torch.dtype, glu: bool) -> bool:
     """Whether token mixing is one kernel. SwiGLU's second accumulator spills in float32."""
-    return tokens <= MAX_FUSED_TOKENS and not (gated and dtype is torch.float32)
+    return tokens <= MAX_FUSED_TOKENS and not (glu and dtype is torch.float32)
 
 
 @functools.cache  # of numbers alone
@@ -122,11 +122,11 @@ def token_config(
     exact: bool,
     vectorised: bool,
     noise: bool,
-    gated: bool = False,
+    glu: bool = False,
 ) -> TokenConfig:
     """The tile of fused token mixing. ``exact``: float32 products in IEEE arithmetic rather than TF32;
     ``vectorised``: channels are contiguous and rows start on 16 bytes; ``noise``: dropout or stochastic depth;
-    ``gated``: the hidden units are values and gates, in two accumulators.
+    ``glu``: the hidden units are values and gates, in two accumulators.
 
     o (BLOCK_C x padded tokens, float32) and n (the same, in ``dtype``) live in registers: they decide the tile. A
     float32 stream or a transposed view takes registers for addresses and conversions on top, noise its counters.
@@ -147,28 +147,28 @@ def token_config(
     if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
         # On sm_100 four segments, or gates, leave no tensor memory for 64 hidden units.
-        block_d = 32 if target.capability == 90 or segments[3] or gated else 64
+        block_d = 32 if target.capability == 90 or segments[3] or glu else 64
         fits = lean and (sum(segments) <= 224 or target.capability > 90)
         if fits:
             return TokenConfig(128, block_d, num_warps=8, num_stages=2)
-        return TokenConfig(64, 32 if gated else 64, num_warps=8, num_stages=2)
+        return TokenConfig(64, 32 if glu else 64, num_warps=8, num_stages=2)
     if noise:
-        return TokenConfig(16, 16, 4, 2) if gated else TokenConfig(32, 16, num_warps=8, num_stages=2)
+        return TokenConfig(16, 16, 4, 2) if glu else TokenConfig(32, 16, num_warps=8, num_stages=2)
     if lean and few_tokens:
-        return TokenConfig(128, 16 if gated or target.capability >= 120 else 32, num_warps=8, num_stages=2)
+        return TokenConfig(128, 16 if glu or target.capability >= 120 else 32, num_warps=8, num_stages=2)
     if lean:
         return TokenConfig(64, 16, num_warps=4, num_stages=2)
-    if gated and not vectorised:
+    if glu and not vectorised:
         return TokenConfig(32, 16, num_warps=4, num_stages=2)
     return TokenConfig(64, 16, 4, 2) if few_tokens and vectorised else TokenConfig(64, 16, 8, 2)
 
 
 def token_product_config(
-    target: Target, dtype: torch.dtype, exact: bool, noise: bool, gated: bool = False
+    target: Target, dtype: torch.dtype, exact: bool, noise: bool, glu: bool = False
 ) -> ProductConfig:
-    """The tile of the two products of token mixing over more than ``MAX_FUSED_TOKENS`` tokens. ``gated``: of the first,
+    """The tile of the two products of token mixing over more than ``MAX_FUSED_TOKENS`` tokens. ``glu``: of the first,
     with values and gates."""
-    if gated:
+    if glu:
         config = _two_accumulators(token_product_config(target, dtype, exact, noise))
         wide = dtype is torch.float32 and (exact or target.capability in (100, 103))
         return replace(config, num_warps=8) if wide else config
@@ -198,16 +198,16 @@ def channel_product_config(
     depth: int,
     descriptors: bool,
     noise: bool,
-    gated: bool = False,
+    glu: bool = False,
 ) -> ProductConfig:
     """The tile of a channel product over ``depth``: fc1 (``first``) or fc2, on tensor descriptors or on pointers.
 
-    ``noise``: dropout or stochastic depth, whose random numbers take registers in the epilogue; ``gated``: fc1 of
+    ``noise``: dropout or stochastic depth, whose random numbers take registers in the epilogue; ``glu``: fc1 of
     values and gates.
     """
-    if gated and dtype is torch.float32 and exact:
+    if glu and dtype is torch.float32 and exact:
         return ProductConfig(64, 64, 16, num_warps=4 if target.capability in (100, 103) else 8, num_stages=2)
-    if gated:
+    if glu:
         config = _two_accumulators(channel_product_config(target, dtype, exact, first, depth, descriptors, noise))
         return replace(config, num_warps=4) if descriptors and noise else config
     if dtype is torch.float32 and exact:
@@ -355,17 +355,17 @@ def weight_gradient_config(target: Target, dtype: torch.dtype, stream_dtype: tor
     return ProductConfig(64, 64, block_k, num_warps=num_warps, num_stages=2 if target.is_nvidia else 1)
 
 
-def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, gated: bool = False) -> ProductConfig:
-    """The tile of W2' . g with GELU's backward in the epilogue; ``gated``: SwiGLU's."""
-    config = token_product_config(target, dtype, exact, noise=False, gated=gated)
+def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, glu: bool = False) -> ProductConfig:
+    """The tile of W2' . g with GELU's backward in the epilogue; ``glu``: SwiGLU's."""
+    config = token_product_config(target, dtype, exact, noise=False, glu=glu)
     return config if dtype is torch.float32 else replace(config, num_warps=8)
 
 
 def gelu_backward_config(
-    target: Target, dtype: torch.dtype, exact: bool, depth: int, gated: bool = False
+    target: Target, dtype: torch.dtype, exact: bool, depth: int, glu: bool = False
 ) -> ProductConfig:
-    """The tile of g . W4 with GELU's backward in the epilogue, over ``depth`` channels; ``gated``: SwiGLU's."""
-    if gated:
+    """The tile of g . W4 with GELU's backward in the epilogue, over ``depth`` channels; ``glu``: SwiGLU's."""
+    if glu:
         return _two_accumulators(gelu_backward_config(target, dtype, exact, depth))
     if dtype is torch.float32 and exact:
         return ProductConfig(64, 64, 16, num_warps=8, num_stages=2)

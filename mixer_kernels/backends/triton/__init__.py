@@ -15,6 +15,7 @@ from torch import Tensor
 from ...tuning.configs import are_fused
 from ..arguments import AffineLinear, GatedHalf, Half, Norm, Options, SpatialGate
 from ..devices import device_of
+from .activation import ACTIVATIONS
 from .backward import channel_backward_weights, token_backward_weights, token_products_backward
 from .branch_gradient import branch_gradient
 from .channel_backward import channel_products_backward
@@ -64,8 +65,8 @@ __all__ = [
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FEATURES = {
-    "token_mixing", "channel_mixing", "mixer_block", "activation='swiglu'", "norm='affine'", "token_linear",
-    "spatial_gating", "gated_channel_mixing", "gated_mixing", "gated_mixer_layer",
+    "token_mixing", "channel_mixing", "mixer_block", "norm='affine'", "token_linear", "spatial_gating",
+    "gated_channel_mixing", "gated_mixing", "gated_mixer_layer", *(f"activation={name!r}" for name in ACTIVATIONS),
 }  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def channel_mixing_forward(
     """``y [B, S, C]``, contiguous; mean and rstd ``[B * S]`` of ``u [B, S, C]``, None for the affine norm; and z if
     kept, ``[B * S, D_C]``, with SwiGLU ``[B * S, 2, D_C]``."""
     if u.numel() == 0:
-        shape = (0, 2, half.w_out.shape[1]) if options.swiglu else (0, half.w_in.shape[0])
+        shape = (0, 2, half.w_out.shape[1]) if options.glu else (0, half.w_in.shape[0])
         return _new_like(u), *_no_statistics(u), u.new_empty(shape, dtype=options.dtype) if keep_z else None
     packing = packing or Packing(options.dtype)
     with device_of(u):
@@ -224,7 +225,7 @@ def gated_mixer_layer_forward(
 def _token_half(packing: Packing, x: Tensor, half: Half, options: Options) -> Callable[[Norm], Tensor]:
     """Ask for the weights of token mixing on ``x``; what is returned takes the norm and gives u."""
     hidden = half.w_out.shape[1]
-    if are_fused(x.shape[1], options.dtype, gated=options.swiglu):
+    if are_fused(x.shape[1], options.dtype, glu=options.glu):
         tile = token_tile(x, options)
         weights = token_weights(packing, half, *tile.padded(hidden))
         return lambda norm: token_mixing_fused(x, norm, weights, tile, options)

@@ -26,6 +26,6 @@ def token_products_backward(
     g: Tensor, x: Tensor, norm: Norm, half: Half, options: Options, want_a: bool, want_dz: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dn, a and dz by one kernel; SwiGLU's values, gates and gradients do not fit one, nor do many tokens: a and dz."""
-    if x.shape[1] <= MAX_FUSED_TOKENS and not options.swiglu:
+    if x.shape[1] <= MAX_FUSED_TOKENS and not options.glu:
         return token_data_gradient(g, x, norm, half, options, want_a, want_dz)
     return None, *token_gradients_by_products(g, x, norm, half, options)

@@ -21,14 +21,13 @@ from ...tuning.configs import gelu_backward_config
 from ...tuning.target import target_of
 from ..arguments import Half, Norm, Options
 from ..rounding import cdiv
+from .activation import activation_of
 from .channel_epilogue import hidden_dropout, tile_origin
 from .channel_mixing import channel_hidden
-from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import noise_arguments
 from .pack import Packing
 from .prepack import fc1_weights, product_weight
-from .swiglu import swiglu_and_slopes
 
 
 @triton.jit
@@ -55,7 +54,7 @@ def _channel_gelu_bwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
-    TANH: tl.constexpr,
+    SLOPE: tl.constexpr,
     GLU: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -63,7 +62,6 @@ def _channel_gelu_bwd_kernel(
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = w4_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     tile = tl.program_id(0)
     if INT64:
         tile = tile.to(tl.int64)
@@ -92,9 +90,9 @@ def _channel_gelu_bwd_kernel(
     if GLU:
         gate_ptr = z_ptr + stride_z // 2
         gate = tl.load(gate_ptr + row[:, None] * stride_z + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        a, slope, gate_slope = swiglu_and_slopes(z, gate)
+        a, slope, gate_slope = SLOPE(z, gate)
     else:
-        a, slope = gelu_and_slope(z, TANH, EXACT)
+        a, slope = SLOPE(z)
     if DROPOUT:
         a = hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
         da = hidden_dropout(da, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
@@ -143,9 +141,9 @@ def channel_gelu_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(dz [M, rows of w3], a [M, D_C] or None, db3 in float32)`` from ``g [B, S, C]``, ``w4``, packed, and z."""
     (rows, hidden), channels = (z.shape[0], z.shape[-1]), g.shape[2]
-    config = gelu_backward_config(target_of(g.device), options.dtype, options.exact, channels, gated=options.swiglu)
+    config = gelu_backward_config(target_of(g.device), options.dtype, options.exact, channels, glu=options.glu)
     row_tiles = cdiv(rows, config.block_m)
-    columns = hidden * (1 + options.swiglu)
+    columns = hidden * (1 + options.glu)
     dz = torch.empty(rows, columns, dtype=g.dtype, device=g.device)
     a = torch.empty(rows, hidden, dtype=g.dtype, device=g.device) if want_a else None
     sums = torch.empty(row_tiles, columns, dtype=torch.float32, device=g.device)
@@ -153,7 +151,8 @@ def channel_gelu_backward(
         _channel_gelu_bwd_kernel, row_tiles * cdiv(hidden, config.block_n),
         g, w4, z, dz, a, sums, rows, channels, hidden, w4.shape[1], g.shape[1], z.stride(0),
         **noise_arguments(options), **config.launch_options(), GROUP_M=config.group_m,
-        EVEN_K=channels % config.block_k == 0, TANH=options.tanh, GLU=options.swiglu, PRECISION=options.precision,
+        EVEN_K=channels % config.block_k == 0, SLOPE=activation_of(options).and_slope, GLU=options.glu,
+        PRECISION=options.precision,
         INT64=needs_int64((row_tiles + 1,), (max(columns, config.block_m),))
         or needs_int64((channels,), (w4.shape[1],)),
     )  # fmt: skip

@@ -16,11 +16,10 @@ from torch import Tensor
 from ...tuning.configs import ProductConfig
 from ...tuning.target import Target
 from ..rounding import cdiv
+from .activation import activation_of
 from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden_dropout, tile_origin
-from .gelu import gelu
 from .launch import launch
 from .noise import kept_image, noise_arguments
-from .swiglu import swiglu
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def _channel_product_descriptor_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    TANH: tl.constexpr,
+    ACT: tl.constexpr,
     GLU: tl.constexpr,  # of fc1
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
@@ -119,9 +118,9 @@ def _channel_product_descriptor_kernel(
                         z_gate.store([m0, first], g.to(z.dtype))
                 if out is not None:
                     if GLU:
-                        v = swiglu(v, g)
+                        v = ACT(v, g)
                     else:
-                        v = gelu(v, TANH, False)
+                        v = ACT(v)
                     if DROPOUT:
                         v = hidden_dropout(v, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
                     out.store([m0, first], v.to(out.dtype))
@@ -170,7 +169,7 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
         return None if t is None else TensorDescriptor.from_tensor(t, [config.block_m, columns])
 
     left = product.left if product.left.dim() == 2 else product.left.flatten(0, 1)
-    z, z_gate = product.z.unbind(1) if product.is_gated and product.z is not None else (product.z, None)
+    z, z_gate = product.z.unbind(1) if product.is_glu and product.z is not None else (product.z, None)
     residual = None if product.is_fc1 else product.u.flatten(0, 1)
     launch(
         _channel_product_descriptor_kernel, programs,
@@ -180,5 +179,5 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
         product.bias, norm.mean, norm.rstd, product.wg, product.wb, product.scale,
         rows, columns, product.K, product.u.shape[1],
         **noise_arguments(options), **config.launch_options(), GROUP_M=config.group_m, PROGRAMS=programs,
-        FC1=product.is_fc1, TANH=options.tanh, GLU=product.is_gated,
+        FC1=product.is_fc1, ACT=activation_of(options).function, GLU=product.is_glu,
     )  # fmt: skip

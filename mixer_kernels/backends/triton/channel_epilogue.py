@@ -37,14 +37,14 @@ class ChannelProduct:
     scale: Tensor | None = None  # [N] float32, folded, or None for 1
 
     @property
-    def is_gated(self) -> bool:
+    def is_glu(self) -> bool:
         """Of fc1 with SwiGLU."""
-        return self.is_fc1 and self.options.swiglu
+        return self.is_fc1 and self.options.glu
 
     @property
     def shape(self) -> tuple[int, int]:
         """M and N of what the product writes."""
-        return self.u.shape[0] * self.u.shape[1], self.right.shape[0] // (1 + self.is_gated)
+        return self.u.shape[0] * self.u.shape[1], self.right.shape[0] // (1 + self.is_glu)
 
     @property
     def row_stride(self) -> int:

@@ -43,7 +43,7 @@ def channel_fc1(
     u: Tensor, norm: Norm, first: FirstWeights, options: Options, keep_z: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """a ``[B * S, D_C]``, rows aligned, and z if ``keep_z``, as ``channel_hidden``'s."""
-    hidden = first.right.shape[0] // (1 + options.swiglu)
+    hidden = first.right.shape[0] // (1 + options.glu)
     a = aligned_rows(u.shape[0] * u.shape[1], hidden, options.dtype, u.device)
     z = _empty_z(u, first, options) if keep_z else None
     _run_fc1(u, norm, first, a, z, options)
@@ -71,7 +71,7 @@ def aligned_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
 
 def _empty_z(u: Tensor, first: FirstWeights, options: Options) -> Tensor:
     rows, columns = u.shape[0] * u.shape[1], first.right.shape[0]
-    if not options.swiglu:
+    if not options.glu:
         return aligned_rows(rows, columns, options.dtype, u.device)
     return aligned_rows(2 * rows, columns // 2, options.dtype, u.device).unflatten(0, (rows, 2))
 
@@ -87,7 +87,7 @@ def _run(product: ChannelProduct) -> None:
     descriptors = channel_descriptors.fits(target, product.u, product.right)
     config = channel_product_config(
         target, options.dtype, options.exact, product.is_fc1, product.K, descriptors,
-        noise=options.noise, gated=product.is_gated,
+        noise=options.noise, glu=product.is_glu,
     )  # fmt: skip
     if descriptors:
         channel_descriptors.run_product(config, product, target)

@@ -7,11 +7,10 @@ import triton.language as tl
 
 from ...tuning.configs import ProductConfig
 from ..rounding import cdiv
+from .activation import activation_of
 from .channel_epilogue import ChannelProduct, fc1_epilogue, fc2_epilogue, hidden_dropout, tile_origin
-from .gelu import gelu
 from .launch import launch, needs_int64
 from .noise import kept_image, noise_arguments
-from .swiglu import swiglu
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def _channel_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    TANH: tl.constexpr,
+    ACT: tl.constexpr,
     GLU: tl.constexpr,  # of fc1
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -59,7 +58,6 @@ def _channel_product_kernel(
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = right_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     tile = tl.program_id(0)
     offs_k = tl.arange(0, BLOCK_K)
     if INT64:
@@ -134,9 +132,9 @@ def _channel_product_kernel(
                 tl.store(z_ptr + offs_out, z.to(DTYPE), mask=mask)
         if out_ptr is not None:
             if GLU:
-                a = swiglu(z, gate)
+                a = ACT(z, gate)
             else:
-                a = gelu(z, TANH, EXACT)
+                a = ACT(z)
             if DROPOUT:
                 a = hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
             tl.store(out_ptr + offs_out, a.to(DTYPE), mask=mask)
@@ -159,6 +157,6 @@ def run_product(config: ProductConfig, product: ChannelProduct) -> None:
         u.shape[1], *u.stride(), product.left.stride(0), product.row_stride,
         **noise_arguments(options), **config.launch_options(), GROUP_M=config.group_m,
         FC1=product.is_fc1, FOLD=product.is_folded, EVEN_K=product.K % config.block_k == 0,
-        TANH=options.tanh, GLU=product.is_gated, PRECISION=options.precision,
+        ACT=activation_of(options).function, GLU=product.is_glu, PRECISION=options.precision,
         INT64=needs_int64(u.shape[1:], u.stride()[1:]) or rows + config.block_m >= 2**31,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from ...tuning.target import target_of
 from ..arguments import GatedHalf, Options
 from ..relatives import halves_of_layer
 from ..rounding import round_up
+from .activation import activation_of
 from .gated_mixing import gated_mixing, mlp_of_rows, normalised_rows, pack_gated_mixing, softmax_gate
 from .launch import launch, needs_int64
 from .noise import dropout_arguments
@@ -67,7 +68,7 @@ def _gated_mixer_layer_kernel(
     HIDDEN2: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-    TANH: tl.constexpr,
+    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
@@ -88,7 +89,7 @@ def _gated_mixer_layer_kernel(
     # Rows and images of the random numbers as gated_mixing counts them, whose backward draws them again.
     v = mlp_of_rows(
         n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_f, series, seed_ptr, dropout_p, dropout_scale, FEATURES, PATCHES,
-        HIDDEN1, BLOCK_D, STAGES, TANH, PRECISION, DROPOUT,
+        HIDDEN1, BLOCK_D, STAGES, ACT, PRECISION, DROPOUT,
     )  # fmt: skip
     if gate1_ptr is not None:
         v *= softmax_gate(v, gate1_ptr, gate1_bias_ptr, patches, FEATURES, PATCHES, PRECISION)
@@ -100,7 +101,7 @@ def _gated_mixer_layer_kernel(
     n = normalised_rows(u, gamma2_ptr, beta2_ptr, mask, features, eps2, FEATURES)
     v = mlp_of_rows(
         n, w3_ptr, b3_ptr, w4_ptr, b4_ptr, series * patches + offs_p, 0 * series, seed2_ptr, dropout_p, dropout_scale,
-        PATCHES, FEATURES, HIDDEN2, BLOCK_D, STAGES, TANH, PRECISION, DROPOUT,
+        PATCHES, FEATURES, HIDDEN2, BLOCK_D, STAGES, ACT, PRECISION, DROPOUT,
     )  # fmt: skip
     if gate2_ptr is not None:
         v *= softmax_gate(v, gate2_ptr, gate2_bias_ptr, features, PATCHES, FEATURES, PRECISION)
@@ -142,8 +143,8 @@ def gated_mixer_layer(
         x, *of_patches[:2], *weights1, *of_features[:2], *weights2, u, y, patches, features, channels, *x.stride(),
         options.eps, eps2, **dropout_arguments(options), **config.launch_options(),
         PATCHES=padded_extent(patches), FEATURES=padded_extent(features),
-        HIDDEN1=weights1.w1.shape[0], HIDDEN2=weights2.w1.shape[0], TANH=options.tanh, PRECISION=options.precision,
-        INT64=needs_int64((patches, features), x.stride()[2:]),
+        HIDDEN1=weights1.w1.shape[0], HIDDEN2=weights2.w1.shape[0], ACT=activation_of(options).function,
+        PRECISION=options.precision, INT64=needs_int64((patches, features), x.stride()[2:]),
     )  # fmt: skip
     return y, u
 

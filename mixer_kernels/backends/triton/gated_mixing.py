@@ -24,8 +24,8 @@ from ...tuning.configs import gated_mixing_config, padded_extent
 from ...tuning.target import target_of
 from ..arguments import GatedHalf, Options
 from ..rounding import cdiv, round_up
+from .activation import activation_of
 from .channel_descriptors import quarters
-from .gelu import gelu
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
 from .pack import Packing
@@ -138,12 +138,11 @@ def softmax_gate(v, w_ptr, b_ptr, extent, ROWS: tl.constexpr, K: tl.constexpr, P
 @triton.jit
 def mlp_of_rows(
     n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_r, image, seed_ptr, dropout_p, dropout_scale, ROWS: tl.constexpr,
-    K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TANH: tl.constexpr,
+    K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ACT: tl.constexpr,
     PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """fc2(GELU(fc1(n))) of each row of ``n [ROWS, K]``, with dropout; the hidden units never leave the chip."""
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     offs_k = tl.arange(0, K)
     n = n.to(DTYPE)
     v = tl.zeros((ROWS, K), tl.float32)
@@ -151,7 +150,7 @@ def mlp_of_rows(
         offs_d = d0 + tl.arange(0, BLOCK_D)
         w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
         z = tl.dot(n, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
-        a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+        a = ACT(z + tl.load(b1_ptr + offs_d)[None, :])
         if DROPOUT:
             a *= kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
         w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
@@ -196,7 +195,7 @@ def _gated_mixing_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-    TANH: tl.constexpr,
+    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
@@ -226,7 +225,7 @@ def _gated_mixing_kernel(
         n *= softmax_gate(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
     v = mlp_of_rows(
         n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_r, image, seed_ptr, dropout_p, dropout_scale, ROWS, K, HIDDEN, BLOCK_D,
-        STAGES, TANH, PRECISION, DROPOUT,
+        STAGES, ACT, PRECISION, DROPOUT,
     )  # fmt: skip
     if not GATE_FIRST and gate_ptr is not None:
         v *= softmax_gate(v, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
@@ -277,7 +276,7 @@ def gated_mixing(
         _gated_mixing_kernel, images[0] * images[1] * cdiv(rows, config.rows),
         x, half.gamma, half.beta, *weights, y, rows, extent, images[1], *strides, *y_strides, options.eps,
         **dropout_arguments(options), **config.launch_options(), NORM_ROWS=axis != 3, GATE_FIRST=gate_first,
-        ROWS=config.rows, K=block_k, HIDDEN=hidden, TANH=options.tanh, PRECISION=options.precision,
+        ROWS=config.rows, K=block_k, HIDDEN=hidden, ACT=activation_of(options).function, PRECISION=options.precision,
         INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, y_strides)),
     )  # fmt: skip
     return y

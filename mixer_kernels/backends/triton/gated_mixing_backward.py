@@ -22,9 +22,9 @@ from ...tuning.configs import gated_mixing_backward_config, padded_extent
 from ...tuning.target import target_of
 from ..arguments import GatedHalf, GatedMixingGradients, Norm, Options
 from ..rounding import cdiv, round_up
+from .activation import activation_of
 from .channel_mixing import aligned_rows
 from .gated_mixing import add_square_product, extents_of, in_rows, load_affine, softmax_gate
-from .gelu import gelu_and_slope
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
 from .pack import Packing
@@ -94,13 +94,12 @@ def _gated_mixing_bwd_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-    TANH: tl.constexpr,
+    SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     row_tiles = tl.cdiv(rows, ROWS)
     image = (tl.program_id(0) // row_tiles).to(tl.int64)
     offs_r = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
@@ -144,7 +143,7 @@ def _gated_mixing_bwd_kernel(
         offs_d = d0 + tl.arange(0, BLOCK_D)
         w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
         z = tl.dot(v, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
-        a, slope = gelu_and_slope(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+        a, slope = SLOPE(z + tl.load(b1_ptr + offs_d)[None, :])
         if DROPOUT:
             kept = kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
             a *= kept
@@ -243,8 +242,8 @@ def gated_mixing_gradients(
         dy, x, *norm, *weights, dn, dz, v, a, g, gated, dlogits, sums, rows, extent, hidden, images[1],
         *strides, *dn_strides, *mean_strides, g.stride(0) if of_weights else 0, dz.stride(0),
         **dropout_arguments(options), **config.launch_options(), NORM_ROWS=axis != 3, GATE_FIRST=gate_first,
-        ROWS=config.rows, K=block_k, HIDDEN=padded_hidden, TANH=options.tanh, PRECISION=options.precision,
-        INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, dn_strides)),
+        ROWS=config.rows, K=block_k, HIDDEN=padded_hidden, SLOPE=activation_of(options).and_slope,
+        PRECISION=options.precision, INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, dn_strides)),
     )  # fmt: skip
     biases = (None, None, None)
     if of_weights:  # each a tensor of its own: an operator's results may not share memory

@@ -1,4 +1,9 @@
-"""GELU on a tile and its derivative, equations (4), (9) and (13) of docs/maths.md."""
+"""GELU on a tile and its derivative, equations (4), (9) and (13) of docs/maths.md: the tanh form, the erf form for
+float32 outputs, and a fit to the erf form.
+
+Both sigmoid forms keep the negative tail's relative accuracy, which 1 + tanh(...) cancels away. The fit's slope takes
+the exact z * phi(z): a systematic error would not average out in a weight gradient.
+"""
 
 import triton
 import triton.language as tl
@@ -19,34 +24,36 @@ def _fitted_cdf(z):
 
 
 @triton.jit
-def gelu(z, TANH: tl.constexpr, EXACT: tl.constexpr):
-    """GELU of float32 ``z``: the tanh form, the erf form (``EXACT``, for float32 outputs), or a fit to the erf form.
-
-    Both sigmoid forms keep the negative tail's relative accuracy, which 1 + tanh(...) cancels away.
-    """
-    if TANH:
-        return z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
-    elif EXACT:
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    else:
-        return z * _fitted_cdf(z)
+def gelu_tanh(z):
+    return z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
 
 
 @triton.jit
-def gelu_and_slope(z, TANH: tl.constexpr, EXACT: tl.constexpr):
-    """GELU of float32 ``z`` and its derivative, in the same three forms.
+def gelu_erf(z):
+    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
-    The fit's slope takes the exact z * phi(z): a systematic error would not average out in a weight gradient.
-    """
-    if TANH:
-        # z * sigmoid(v): slope = sigmoid + z * v' * sigmoid * (1 - sigmoid); past the clamp sigmoid is 0 or 1
-        t = tl.minimum(z * z, 100.0)
-        cdf = 1.0 / (1.0 + tl.exp(-z * (1.5957691216057308 + 0.07135481282636886 * t)))
-        a = z * cdf
-        return a, cdf + a * (1.0 - cdf) * (1.5957691216057308 + 0.21406443847910659 * t)
-    else:
-        if EXACT:
-            cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-        else:
-            cdf = _fitted_cdf(z)
-        return z * cdf, cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+
+@triton.jit
+def gelu_fit(z):
+    return z * _fitted_cdf(z)
+
+
+@triton.jit
+def gelu_tanh_and_slope(z):
+    # z * sigmoid(v): slope = sigmoid + z * v' * sigmoid * (1 - sigmoid); past the clamp sigmoid is 0 or 1
+    t = tl.minimum(z * z, 100.0)
+    cdf = 1.0 / (1.0 + tl.exp(-z * (1.5957691216057308 + 0.07135481282636886 * t)))
+    a = z * cdf
+    return a, cdf + a * (1.0 - cdf) * (1.5957691216057308 + 0.21406443847910659 * t)
+
+
+@triton.jit
+def gelu_erf_and_slope(z):
+    cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    return z * cdf, cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+
+
+@triton.jit
+def gelu_fit_and_slope(z):
+    cdf = _fitted_cdf(z)
+    return z * cdf, cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))

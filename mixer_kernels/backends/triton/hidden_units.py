@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..arguments import Options
 from ..rounding import cdiv
+from .activation import activation_of
 from .channel_epilogue import hidden_dropout
-from .gelu import gelu, gelu_and_slope
 from .launch import launch
 from .noise import noise_arguments
 
@@ -35,12 +35,12 @@ def _hidden_gelu_kernel(
     path_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TANH: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     n_tiles = tl.cdiv(F, BLOCK_N)
     m_tile = (tl.program_id(0) // n_tiles).to(tl.int64)
     offs_m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -50,9 +50,9 @@ def _hidden_gelu_kernel(
     offs = offs_m[:, None] * F + offs_n[None, :]
     z = tl.load(z_ptr + offs_m[:, None] * stride_z + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
     if da_ptr is None:
-        out = gelu(z, TANH, EXACT)
+        out = ACT(z)
     else:
-        _, slope = gelu_and_slope(z, TANH, EXACT)
+        _, slope = SLOPE(z)
         out = slope * tl.load(da_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
         out = hidden_dropout(out, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
@@ -80,9 +80,10 @@ _BLOCK = 64
 
 
 def _run(z: Tensor, da: Tensor | None, out: Tensor, sums: Tensor | None, tokens: int, options: Options) -> None:
-    rows, hidden = z.shape
+    (rows, hidden), activation = z.shape, activation_of(options)
     launch(
         _hidden_gelu_kernel, cdiv(rows, _BLOCK) * cdiv(hidden, _BLOCK),
         z, da, out, sums, rows, hidden, tokens, z.stride(0),
-        **noise_arguments(options), BLOCK_M=_BLOCK, BLOCK_N=_BLOCK, TANH=options.tanh, num_warps=16,
+        **noise_arguments(options), ACT=activation.function, SLOPE=activation.and_slope,
+        BLOCK_M=_BLOCK, BLOCK_N=_BLOCK, num_warps=16,
     )  # fmt: skip

@@ -73,8 +73,8 @@ def first_token_weights(
     packing: Packing, half: Half | GatedHalf, tokens: int, hidden: int, name: str = ""
 ) -> tuple[Tensor, Tensor]:
     """``w_in`` and ``b_in`` alone."""
-    is_gated = half.w_in.shape[0] == 2 * half.w_out.shape[1] > 0
-    pack = packing.halves_and_bias if is_gated else packing.matrix_and_bias
+    is_glu = half.w_in.shape[0] == 2 * half.w_out.shape[1] > 0
+    pack = packing.halves_and_bias if is_glu else packing.matrix_and_bias
     return pack(f"{name}w1", half.w_in, half.b_in, hidden, tokens)
 
 

@@ -21,7 +21,7 @@ from ...tuning.configs import token_backward_config, token_segments
 from ...tuning.target import target_of
 from ..arguments import Half, Norm, Options
 from ..rounding import cdiv, round_up
-from .gelu import gelu_and_slope
+from .activation import activation_of
 from .launch import launch, needs_int64
 from .noise import kept_hidden, kept_image, noise_arguments
 from .pack import Packing
@@ -92,14 +92,13 @@ def _token_mixing_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-    TANH: tl.constexpr,
+    SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     S1: tl.constexpr = N0
     S2: tl.constexpr = N0 + N1
     S3: tl.constexpr = N0 + N1 + N2
@@ -151,7 +150,7 @@ def _token_mixing_bwd_kernel(
         if N3 > 0:
             z = _hidden(z, n3, w1_ptr, offs_d, S3, N3, S_PAD, PRECISION)
             da = _backward(da, g3, w2_ptr, offs_d, D, S3, N3, PRECISION)
-        a, slope = gelu_and_slope(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+        a, slope = SLOPE(z + tl.load(b1_ptr + offs_d)[None, :])
         if DROPOUT:
             kept = kept_hidden(seed_ptr, offs_d[None, :], offs_c[:, None], image, dropout_p, dropout_scale)
             a *= kept
@@ -200,7 +199,7 @@ def token_data_gradient(
         _token_mixing_bwd_kernel, batch_size * cdiv(channels, config.block_c),
         x, g, *norm, *weights[:3], dn, a, dz, tokens, channels, units, hidden, hidden // config.block_d, *x.stride(),
         **noise_arguments(options), **config.launch_options(), N0=n0, N1=n1, N2=n2, N3=n3,
-        TANH=options.tanh, PRECISION=options.precision if config.tf32 else "ieee",
+        SLOPE=activation_of(options).and_slope, PRECISION=options.precision if config.tf32 else "ieee",
         INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64((max(tokens, units), channels), (channels, 1)),
     )  # fmt: skip
     return dn, a, dz

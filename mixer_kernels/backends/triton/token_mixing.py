@@ -26,11 +26,10 @@ from ...tuning.configs import TokenConfig, token_config, token_segments
 from ...tuning.target import target_of
 from ..arguments import Norm, Options
 from ..rounding import cdiv, round_up
-from .gelu import gelu
+from .activation import activation_of
 from .launch import launch, needs_int64
 from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
 from .prepack import TokenWeights
-from .swiglu import swiglu
 
 
 @triton.jit
@@ -131,7 +130,7 @@ def _token_mixing_fwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-    TANH: tl.constexpr,
+    ACT: tl.constexpr,
     GLU: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -139,7 +138,6 @@ def _token_mixing_fwd_kernel(
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     S1: tl.constexpr = N0
     S2: tl.constexpr = N0 + N1
     S3: tl.constexpr = N0 + N1 + N2
@@ -189,9 +187,9 @@ def _token_mixing_fwd_kernel(
                 gate = _hidden(gate, n2, w1_ptr, D + offs_d, S2, N2, S_PAD, PRECISION)
             if N3 > 0:
                 gate = _hidden(gate, n3, w1_ptr, D + offs_d, S3, N3, S_PAD, PRECISION)
-            a = swiglu(z + tl.load(b1_ptr + offs_d)[None, :], gate + tl.load(b1_ptr + D + offs_d)[None, :])
+            a = ACT(z + tl.load(b1_ptr + offs_d)[None, :], gate + tl.load(b1_ptr + D + offs_d)[None, :])
         else:
-            a = gelu(z + tl.load(b1_ptr + offs_d)[None, :], TANH, EXACT)
+            a = ACT(z + tl.load(b1_ptr + offs_d)[None, :])
         if DROPOUT:
             a *= kept_hidden(seed_ptr, offs_d[None, :], offs_c[:, None], image, dropout_p, dropout_scale)
         a = a.to(DTYPE)
@@ -243,7 +241,7 @@ def token_tile(x: Tensor, options: Options) -> TokenTile:
     segments = token_segments(x.shape[1], longest=128 if vectorised and x.dtype is options.dtype else 64)
     config = token_config(
         target_of(x.device), options.dtype, x.dtype, segments,
-        exact=options.exact, vectorised=vectorised, noise=options.noise, gated=options.swiglu,
+        exact=options.exact, vectorised=vectorised, noise=options.noise, glu=options.glu,
     )  # fmt: skip
     return TokenTile(segments, config)
 
@@ -258,7 +256,7 @@ def token_mixing_fused(x: Tensor, norm: Norm, weights: TokenWeights, tile: Token
         _token_mixing_fwd_kernel, batch_size * cdiv(channels, config.block_c),
         x, *norm, *weights, u, tokens, channels, hidden, hidden // config.block_d, *x.stride(),
         **noise_arguments(options), **config.launch_options(), N0=n0, N1=n1, N2=n2, N3=n3,
-        TANH=options.tanh, GLU=options.swiglu, PRECISION=options.precision if config.tf32 else "ieee",
+        ACT=activation_of(options).function, GLU=options.glu, PRECISION=options.precision if config.tf32 else "ieee",
         INT64=needs_int64(x.shape[1:], x.stride()[1:]) or needs_int64(x.shape[1:], (channels, 1)),
     )  # fmt: skip
     return u

@@ -18,11 +18,10 @@ from ...tuning.configs import ProductConfig, token_product_config
 from ...tuning.target import target_of
 from ..arguments import Norm, Options
 from ..rounding import cdiv, round_up
-from .gelu import gelu
+from .activation import activation_of
 from .launch import launch, needs_int64
 from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
 from .prepack import TokenWeights
-from .swiglu import swiglu
 
 
 @triton.jit
@@ -54,7 +53,7 @@ def _token_product_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    TANH: tl.constexpr,
+    ACT: tl.constexpr,
     GLU: tl.constexpr,
     M_PAD: tl.constexpr,  # GLU's FIRST: rows of W1 from a value to its gate
     PRECISION: tl.constexpr,
@@ -63,7 +62,6 @@ def _token_product_kernel(
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     M = D_S if FIRST else S
     K = S if FIRST else D_S
     m_tiles = tl.cdiv(M, BLOCK_M)
@@ -131,9 +129,9 @@ def _token_product_kernel(
                 tl.store(a_ptr + D_S * C + offs_out, gate.to(DTYPE), mask=mask)
         if not KEEP_Z:
             if GLU:
-                a = swiglu(acc, gate)
+                a = ACT(acc, gate)
             else:
-                a = gelu(acc, TANH, EXACT)
+                a = ACT(acc)
             if DROPOUT:
                 a *= kept_hidden(seed_ptr, offs_m[:, None], offs_c[None, :], image, dropout_p, dropout_scale)
         tl.store(a_ptr + offs_out, a.to(DTYPE), mask=mask)
@@ -156,7 +154,7 @@ def token_mixing_products(x: Tensor, norm: Norm, weights: TokenWeights, hidden: 
 
 def token_hidden(x: Tensor, norm: Norm, w1: Tensor, b1: Tensor, hidden: int, options: Options) -> Tensor:
     """z ``[B, hidden, C]``, with SwiGLU twice as much, recomputed for the backward pass from packed weights."""
-    z = torch.empty(x.shape[0], hidden * (1 + options.swiglu), x.shape[2], dtype=options.dtype, device=x.device)
+    z = torch.empty(x.shape[0], hidden * (1 + options.glu), x.shape[2], dtype=options.dtype, device=x.device)
     _run_product(x, norm, w1, b1, hidden, z, None, options.without_noise(), keep_z=True)
     return z
 
@@ -170,7 +168,7 @@ def padded_sizes(tokens: int, hidden: int, device: torch.device, options: Option
 
 def _config(device: torch.device, options: Options, first: bool) -> ProductConfig:
     return token_product_config(
-        target_of(device), options.dtype, options.exact, noise=options.noise, gated=first and options.swiglu
+        target_of(device), options.dtype, options.exact, noise=options.noise, glu=first and options.glu
     )
 
 
@@ -194,8 +192,8 @@ def _run_product(
         _token_product_kernel, batch_size * cdiv(rows, config.block_m) * cdiv(channels, config.block_n),
         w, bias, x, *norm, a, u, tokens, channels, hidden, w.shape[1], *x.stride(),
         **noise_arguments(options), **config.launch_options("MCK"), STAGES=config.num_stages,
-        FIRST=first, KEEP_Z=keep_z, TANH=options.tanh, GLU=options.swiglu,
-        M_PAD=w.shape[0] // 2 if options.swiglu and first else 0, PRECISION=options.precision,
+        FIRST=first, KEEP_Z=keep_z, ACT=activation_of(options).function, GLU=options.glu,
+        M_PAD=w.shape[0] // 2 if options.glu and first else 0, PRECISION=options.precision,
         INT64=needs_int64(x.shape[1:], x.stride()[1:])
-        or needs_int64((max(tokens, hidden * (1 + options.swiglu)), channels), (channels, 1)),
+        or needs_int64((max(tokens, hidden * (1 + options.glu)), channels), (channels, 1)),
     )  # fmt: skip

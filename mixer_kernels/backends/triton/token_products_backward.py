@@ -19,12 +19,11 @@ from ...tuning.configs import token_gelu_backward_config
 from ...tuning.target import target_of
 from ..arguments import Half, Norm, Options
 from ..rounding import cdiv
-from .gelu import gelu_and_slope
+from .activation import activation_of
 from .launch import launch, needs_int64
 from .noise import kept_hidden, noise_arguments
 from .pack import Packing
 from .prepack import first_token_weights, transposed_weight
-from .swiglu import swiglu_and_slopes
 from .token_products import padded_sizes, token_hidden
 
 
@@ -48,7 +47,7 @@ def _token_gelu_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    TANH: tl.constexpr,
+    SLOPE: tl.constexpr,
     GLU: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -56,7 +55,6 @@ def _token_gelu_bwd_kernel(
     INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
     d_tiles = tl.cdiv(D_S, BLOCK_M)
     c_tiles = tl.cdiv(C, BLOCK_C)
     offs_d = (tl.program_id(0) % d_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -80,12 +78,12 @@ def _token_gelu_bwd_kernel(
     if GLU:
         offs_z = offs + image * D_S * C
         offs_gate = offs_z + D_S * C
-        a, slope, gate_slope = swiglu_and_slopes(
+        a, slope, gate_slope = SLOPE(
             tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(tl.float32),
             tl.load(z_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32),
         )
     else:
-        a, slope = gelu_and_slope(tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32), TANH, EXACT)
+        a, slope = SLOPE(tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32))
     if DROPOUT:
         kept = kept_hidden(seed_ptr, offs_d[:, None], offs_c[None, :], image, dropout_p, dropout_scale)
         a *= kept
@@ -114,14 +112,14 @@ def token_gradients_by_products(
 def token_gelu_backward(g: Tensor, w2: Tensor, z: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """``a [B, D_S, C]`` and dz from ``g [B, S, C]``, ``w2``, packed, and z ``[B, rows of w1, C]``, where dz goes."""
     batch_size, tokens, channels = g.shape
-    config = token_gelu_backward_config(target_of(g.device), options.dtype, options.exact, gated=options.swiglu)
-    hidden = z.shape[1] // (1 + options.swiglu)
+    config = token_gelu_backward_config(target_of(g.device), options.dtype, options.exact, glu=options.glu)
+    hidden = z.shape[1] // (1 + options.glu)
     a = torch.empty(batch_size, hidden, channels, dtype=z.dtype, device=z.device)
     launch(
         _token_gelu_bwd_kernel, batch_size * cdiv(hidden, config.block_m) * cdiv(channels, config.block_n),
         w2, g, z, a, z, tokens, channels, hidden, w2.shape[1],
         **noise_arguments(options), **config.launch_options("MCK"), STAGES=config.num_stages,
-        TANH=options.tanh, GLU=options.swiglu, PRECISION=options.precision,
+        SLOPE=activation_of(options).and_slope, GLU=options.glu, PRECISION=options.precision,
         INT64=needs_int64((max(tokens, hidden), channels), (channels, 1)),
     )  # fmt: skip
     return a, z

@@ -1,0 +1,71 @@
+"""Activations beside GELU: ReLU and SiLU, forward and backward, from functional to fuse_."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accuracy import assert_all_accurate
+from blocks import make_block, make_x
+from test_backward import exact_gradients, gradients
+from torch import nn
+
+import mixer_kernels.functional as F
+from mixer_kernels import FusedMixerBlock
+from mixer_kernels.coverage import why_not_fused
+from mixer_kernels.shapes import MixerShape
+
+SHAPES = {"fused": MixerShape(S=20, C=24, D_S=16, D_C=32), "products": MixerShape(S=260, C=24, D_S=16, D_C=32)}
+MODULES = {"relu": nn.ReLU, "silu": nn.SiLU}
+PLAIN = {"relu": nn.functional.relu, "silu": nn.functional.silu}
+
+each_activation = pytest.mark.parametrize("activation", MODULES)
+
+
+@each_activation
+@pytest.mark.parametrize("memory", F.MEMORY_MODES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_matches_eager(shape, dtype, memory, activation, device):
+    block, x = make_block(shape, dtype, device), make_x(2, shape, dtype, device)
+    dy = torch.randn_like(x)
+    options = {"activation": activation, "memory": memory}
+    actual = gradients(block, x, dy, "triton", **options)
+    eager = gradients(block, x, dy, "torch", **options)
+    assert_all_accurate(actual, eager, exact_gradients(block, x, dy, **options))
+
+
+@each_activation
+def test_torch_backend_is_what_it_says_it_is(activation):
+    block, x = make_block(SHAPES["fused"], torch.float64, "cpu"), make_x(2, SHAPES["fused"], torch.float64, "cpu")
+    gamma, beta, w1, b1, w2, b2 = block.token()
+    n = nn.functional.layer_norm(x, (24,), gamma, beta, 1e-6).transpose(1, 2)
+    a = PLAIN[activation](nn.functional.linear(n, w1, b1))
+    expected = x + nn.functional.linear(a, w2, b2).transpose(1, 2)
+    actual = F.token_mixing(x, *block.token(), activation=activation, backend="torch")
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@each_activation
+def test_a_block_is_fused(activation, device):
+    block = FusedMixerBlock(24, 20, act_layer=MODULES[activation]).to(device)
+    x = torch.randn(2, 20, 24, device=device)
+    assert why_not_fused(block) is None
+    plain = copy.deepcopy(block)
+    plain.mlp_tokens.register_forward_hook(lambda *_: None)  # computes by its own modules
+    assert why_not_fused(plain) is not None
+    torch.testing.assert_close(block(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_two_activations_in_one_block_are_not_fused():
+    block = FusedMixerBlock(24, 20)
+    block.mlp_tokens.act = nn.ReLU()
+    assert "different activations" in why_not_fused(block)
+
+
+@each_activation
+def test_the_cuda_backend_says_what_it_lacks(activation, cuda_kernels, device):
+    block, x = make_block(SHAPES["fused"], torch.bfloat16, device), make_x(1, SHAPES["fused"], torch.bfloat16, device)
+    with pytest.raises(RuntimeError, match=f"no kernels for activation='{activation}'.*backend='triton'"):
+        F.mixer_block(x, **block.parameters, activation=activation, backend="cuda")
