@@ -62,4 +62,4 @@ def packed(function: str, packs: Mapping[str, Tensor], *arguments: Any) -> Tenso
 @constant_while_tracing
 def takes_packs(backend: str) -> bool:
     """Whether ``backend`` can keep packs."""
-    return hasattr(backends.load(backend), "Packing")
+    return backends.load(backend).has("packs")

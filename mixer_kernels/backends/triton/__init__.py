@@ -65,7 +65,7 @@ __all__ = [
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FEATURES = {
-    "token_mixing", "channel_mixing", "mixer_block", "norm='affine'", "token_linear", "spatial_gating",
+    "packs", "token_mixing", "channel_mixing", "mixer_block", "norm='affine'", "token_linear", "spatial_gating",
     "gated_channel_mixing", "gated_mixing", "gated_mixer_layer", *(f"activation={name!r}" for name in ACTIVATIONS),
 }  # fmt: skip
 
