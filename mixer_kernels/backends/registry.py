@@ -37,7 +37,7 @@ from .measured import measured_gpus
 
 logger = logging.getLogger("mixer_kernels")
 
-BACKENDS = ("cuda", "cuda:sm90", "triton", "torch")
+BACKENDS = ("cuda", "cuda:sm90", "triton", "cpu", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"

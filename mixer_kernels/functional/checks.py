@@ -30,6 +30,11 @@ def choose(
     kernel can take these sizes.
     """
     name = backends.choose(backend, x.device.type, x.device.index, dtype)
+    if name == "cpu":
+        if relative not in backends.load(name).FUNCTIONS:
+            what = "the Mixer" if relative is None else relative
+            raise RuntimeError(f"backend='cpu' cannot run: it has no kernels for {what}; use backend='torch'")
+        return name  # which takes any size
     if name == "torch" or (unfit is None and (relative is None or name.partition(":")[0] != "cuda")):
         return name
     return _choose_for_relative(backend, x.device.type, x.device.index, dtype, relative, unfit)

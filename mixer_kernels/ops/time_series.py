@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
+
 from .. import backends
 from ..backends import relatives
 from .library import absent, define, differentiate, new_gradients, new_like, or_absent, or_none
@@ -13,6 +18,13 @@ def _mixer(first: int, second: int, half: str) -> str:
         f"Tensor? gamma{half}, Tensor? beta{half}, Tensor w{first}, Tensor? b{first}, Tensor w{second}, "
         f"Tensor? b{second}, Tensor? w_gate{half}, Tensor? b_gate{half}"
     )
+
+
+def _backward(backend: str, name: str, dtype: torch.dtype) -> Callable:
+    """The backend's own backward pass, or that which puts its kernels in order."""
+    module = backends.load(backend)
+    own = getattr(module, name, None)
+    return own or functools.partial(getattr(relatives, name), module.relatives_kernels(dtype))
 
 
 # -------------------------------------------------------------------------------------------- one mixer: gated_mixing
@@ -38,8 +50,8 @@ def _gated_mixing_backward(
     dy, x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate, axis, gate_first, eps, approximate, dtype,
     dropout_p, seed, backend, wanted,
 ):  # fmt: skip
-    gradients = relatives.gated_mixing_backward(
-        backends.load(backend).relatives_kernels(dtype), dy, x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate,
+    gradients = _backward(backend, "gated_mixing_backward", dtype)(
+        dy, x, gamma, beta, w1, b1, w2, b2, w_gate, b_gate,
         axis=axis, gate_first=gate_first, eps=eps, approximate=approximate, dtype=dtype,
         dropout_p=dropout_p, seed=seed, wanted=wanted,
     )  # fmt: skip
@@ -102,8 +114,8 @@ def _gated_mixer_layer_fake(x, *arguments):
 
 def _gated_mixer_layer_backward(dy, u, x, *arguments):
     *parameters, eps1, eps2, approximate, dtype, dropout_p, seed, backend, wanted = arguments
-    gradients = relatives.gated_mixer_layer_backward(
-        backends.load(backend).relatives_kernels(dtype), dy, u, x, parameters[:8], parameters[8:], eps=(eps1, eps2),
+    gradients = _backward(backend, "gated_mixer_layer_backward", dtype)(
+        dy, u, x, parameters[:8], parameters[8:], eps=(eps1, eps2),
         approximate=approximate, dtype=dtype, dropout_p=dropout_p, seed=seed, wanted=wanted,
     )  # fmt: skip
     return or_absent(gradients, x)
