@@ -36,7 +36,8 @@ struct Tile {
           rows(arena.take(kLanes * round_up(shape.F, kLanes))),
           gamma(arena.take(round_up(shape.F, kLanes))),
           beta(arena.take(round_up(shape.F, kLanes))),
-          statistics(reinterpret_cast<Statistics*>(backward ? arena.take(2 * rows_of(shape, most)) : nullptr)),
+          statistics(reinterpret_cast<Statistics*>(backward ? arena.take(2 * round_up(rows_of(shape, most), kLanes))
+                                                            : nullptr)),
           dgamma(backward ? arena.take(round_up(shape.F, kLanes)) : nullptr),
           dbeta(backward ? arena.take(round_up(shape.F, kLanes)) : nullptr),
           noise_rows(reinterpret_cast<uint32_t*>(arena.take(call.options.dropout_p > 0.0f ? stride : 0))),
@@ -63,9 +64,10 @@ struct Tile {
         normalised(first, count, in, false);
         for (int64_t c = 0, all = columns_of(shape, count); c < all; c += mlp.columns)
             mlp.forward(plane, stride, c, least(mlp.columns, all - c), dropout);
-        read_plane(shape, count, plane, stride, rows, [&](int64_t row, const float* branch) {
-            for (int64_t f = 0; f < shape.F; f += kLanes)
-                store(out[row] + f, load(in[row] + f, shape.F - f) + load(branch + f), shape.F - f);
+        Plane{shape, count, stride, plane, rows}.read([&](int64_t row, int64_t number, float** branch) {
+            for (int64_t i = 0; i < number; ++i)
+                for (int64_t f = 0; f < shape.F; f += kLanes)
+                    store(out[row + i] + f, load(in[row + i] + f, shape.F - f) + load(branch[i] + f), shape.F - f);
         });
     }
 
@@ -73,16 +75,18 @@ struct Tile {
     void backward(int64_t first, int64_t count, const float* const* in, const float* const* dy, float* const* dx,
                   const Sums* sums) {
         normalised(first, count, in, true);
-        const auto copy = [&](int64_t row, float* out) {
-            for (int64_t f = 0; f < shape.F; f += kLanes) store(out + f, load(dy[row] + f, shape.F - f));
-        };
-        fill_plane(shape, count, copy, gradient, stride, rows);
+        const Plane of_gradient{shape, count, stride, gradient, rows};
+        of_gradient.fill([&](int64_t row, int64_t number, float** places) {
+            for (int64_t i = 0; i < number; ++i)
+                for (int64_t f = 0; f < shape.F; f += kLanes) store(places[i] + f, load(dy[row + i] + f, shape.F - f));
+        });
         for (int64_t c = 0, all = columns_of(shape, count); c < all; c += mlp.columns)
             mlp.backward(plane, gradient, stride, c, least(mlp.columns, all - c), dropout, sums);
         const int64_t F = round_up(shape.F, kLanes);
         for (int64_t f = 0; f < F; ++f) dgamma[f] = dbeta[f] = 0.0f;
-        read_plane(shape, count, gradient, stride, rows, [&](int64_t row, const float* dn) {
-            normalise_backward(in[row], statistics[row], shape.F, gamma, dn, dy[row], dx[row], dgamma, dbeta);
+        of_gradient.read([&](int64_t row, int64_t number, float** dn) {
+            normalise_backward(in + row, statistics[row / kLanes], number, shape.F, gamma, dn, dy + row, dx + row,
+                               dgamma, dbeta);
         });
         if (!sums) return;
         for (int64_t f = 0; f < F; ++f) {
@@ -93,11 +97,12 @@ struct Tile {
 
   private:
     void normalised(int64_t first, int64_t count, const float* const* in, bool keep) {
-        const auto change = [&](int64_t row, float* out) {
-            const Statistics s = normalise(in[row], shape.F, gamma, beta, mixer.eps, out);
-            if (keep) statistics[row] = s;
-        };
-        fill_plane(shape, count, change, plane, stride, rows);
+        Plane{shape, count, stride, plane, rows}.fill([&](int64_t row, int64_t number, float** places) {
+            const Statistics s = statistics_of(in + row, number, shape.F, mixer.eps);
+            for (int64_t i = 0; i < number; ++i)
+                normalise(in[row + i], s.mean[i], s.rstd[i], shape.F, gamma, beta, places[i]);
+            if (keep) statistics[row / kLanes] = s;
+        });
         if (!dropout.on()) return;
         const int64_t columns = columns_of(shape, count);
         for (int64_t c = 0; c < round_up(columns, kLanes); ++c) {

@@ -183,7 +183,7 @@ struct Mlp {
             Vector most = load(column), total{};
             for (int64_t k = 1; k < K; ++k) most = greater(most, load(column + k * stride));
             for (int64_t k = 0; k < K; ++k) {
-                const Vector e = exp(load(column + k * stride) - most);
+                const Vector e = exp_of_negative(load(column + k * stride) - most);
                 total += e;
                 store(column + k * stride, e);
             }

@@ -25,18 +25,16 @@ struct Shape {
 inline int64_t rows_of(Shape shape, int64_t count) { return shape.features ? count : count * shape.K; }
 inline int64_t columns_of(Shape shape, int64_t count) { return shape.features ? count : count * shape.F; }
 
-// Up to kLanes rows as columns: `row(i)` gives the address of a row in whole vectors.
-template <class ROW>
-inline void rows_to_columns(int64_t rows, int64_t F, ROW row, float* plane, int64_t stride) {
+// kLanes rows of whole vectors become columns; of the features that there are.
+inline void rows_to_columns(const float* rows, int64_t row_stride, int64_t F, float* plane, int64_t stride) {
     for (int64_t f = 0; f < F; f += kLanes) {
         Vector tile[kLanes];
-        for (int i = 0; i < kLanes; ++i) tile[i] = i < rows ? load(row(i) + f) : Vector{};
+        for (int i = 0; i < kLanes; ++i) tile[i] = load(rows + i * row_stride + f);
         transpose(tile);
         for (int i = 0; i < kLanes && f + i < F; ++i) store(plane + (f + i) * stride, tile[i]);
     }
 }
 
-// kLanes columns as rows of whole vectors.
 inline void columns_to_rows(const float* plane, int64_t stride, int64_t F, float* rows, int64_t row_stride) {
     for (int64_t f = 0; f < F; f += kLanes) {
         Vector tile[kLanes];
@@ -46,38 +44,53 @@ inline void columns_to_rows(const float* plane, int64_t stride, int64_t F, float
     }
 }
 
-// Each row in memory goes through `change(row, out)`, which writes whole vectors, into the plane.
-// `rows` has room for kLanes rows of whole vectors.
-template <class CHANGE>
-inline void fill_plane(Shape shape, int64_t count, CHANGE change, float* plane, int64_t stride, float* rows) {
-    if (shape.features) {
-        const int64_t row_stride = round_up(shape.F, kLanes);
-        for (int64_t r = 0; r < count; r += kLanes) {
-            const int64_t left = least(count - r, kLanes);
-            for (int64_t i = 0; i < left; ++i) change(r + i, rows + i * row_stride);
-            rows_to_columns(left, shape.F, [&](int64_t i) { return rows + i * row_stride; }, plane + r, stride);
-        }
-        return;
-    }
-    // An image's vectors end in the columns of the next image, which come later.
-    for (int64_t k = 0; k < shape.K; ++k) store(plane + k * stride + count * shape.F, Vector{});
-    for (int64_t image = 0; image < count; ++image)
-        for (int64_t k = 0; k < shape.K; ++k) change(image * shape.K + k, plane + k * stride + image * shape.F);
-}
+// The plane of `count` images or rows, and where the rows of memory are in it.
+struct Plane {
+    Shape shape;
+    int64_t count, stride;
+    float* data;
+    float* rows;  // room for kLanes rows of whole vectors
 
-// `use(row, values)` for each row in memory, with the values of the plane as a row of whole vectors.
-template <class USE>
-inline void read_plane(Shape shape, int64_t count, const float* plane, int64_t stride, float* rows, USE use) {
-    if (shape.features) {
-        const int64_t row_stride = round_up(shape.F, kLanes);
-        for (int64_t r = 0; r < count; r += kLanes) {
-            columns_to_rows(plane + r, stride, shape.F, rows, row_stride);
-            for (int64_t i = 0; i < least(count - r, kLanes); ++i) use(r + i, rows + i * row_stride);
+    int64_t row_stride() const { return round_up(shape.F, kLanes); }
+
+    // `fill(first, number, places)` writes up to kLanes rows at places of whole vectors.
+    template <class FILL>
+    void fill(FILL fill) const {
+        const int64_t all = rows_of(shape, count);
+        if (shape.features) {
+            for (int64_t i = 0; i < kLanes * row_stride(); ++i) rows[i] = 0.0f;
+        } else {
+            // An image's vectors end in the columns of the next image, which come later.
+            for (int64_t k = 0; k < shape.K; ++k) store(data + k * stride + count * shape.F, Vector{});
         }
-        return;
+        for (int64_t row = 0; row < all; row += kLanes) {
+            float* places[kLanes];
+            const int64_t number = least(all - row, kLanes);
+            at(row, number, places);
+            fill(row, number, places);
+            if (shape.features) rows_to_columns(rows, row_stride(), shape.F, data + row, stride);
+        }
     }
-    for (int64_t image = 0; image < count; ++image)
-        for (int64_t k = 0; k < shape.K; ++k) use(image * shape.K + k, plane + k * stride + image * shape.F);
-}
+
+    // `use(first, number, places)` reads them.
+    template <class USE>
+    void read(USE use) const {
+        const int64_t all = rows_of(shape, count);
+        for (int64_t row = 0; row < all; row += kLanes) {
+            float* places[kLanes];
+            const int64_t number = least(all - row, kLanes);
+            at(row, number, places);
+            if (shape.features) columns_to_rows(data + row, stride, shape.F, rows, row_stride());
+            use(row, number, places);
+        }
+    }
+
+  private:
+    void at(int64_t row, int64_t number, float** places) const {
+        for (int64_t i = 0; i < number; ++i)
+            places[i] = shape.features ? rows + i * row_stride()
+                                       : data + (row + i) % shape.K * stride + (row + i) / shape.K * shape.F;
+    }
+};
 
 }  // namespace

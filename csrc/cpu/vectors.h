@@ -9,6 +9,10 @@
 
 #include <utility>
 
+#ifdef __AVX2__
+#include <immintrin.h>  // loads and stores of parts of a vector
+#endif
+
 namespace {
 
 constexpr int kLanes = MIXER_KERNELS_LANES;
@@ -27,32 +31,45 @@ inline Vector all(float value) { return value - Vector{}; }
 inline Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<UnalignedVector*>(p) = v; }
 
-// The first `lanes` elements; zeros behind.
-inline Vector load(const float* p, int64_t lanes) {
-    if (lanes >= kLanes) return load(p);
-    float values[kLanes] = {};
-    for (int64_t i = 0; i < lanes; ++i) values[i] = p[i];
-    return load(values);
-}
-
-inline void store(float* p, Vector v, int64_t lanes) {
-    if (lanes >= kLanes) return store(p, v);
-    float values[kLanes];
-    store(values, v);
-    for (int64_t i = 0; i < lanes; ++i) p[i] = values[i];
-}
-
 template <int... I>
 inline Integers counted(std::integer_sequence<int, I...>) {
     return Integers{I...};
 }
 
-// Zero behind the first `lanes` elements.
-inline Vector only(Vector v, int64_t lanes) {
-    if (lanes >= kLanes) return v;
-    const Integers number = counted(std::make_integer_sequence<int, kLanes>());
-    return number < static_cast<int32_t>(lanes) ? v : Vector{};
+// All bits of the first `lanes` elements.
+inline Integers first(int64_t lanes) {
+    return counted(std::make_integer_sequence<int, kLanes>()) < static_cast<int32_t>(least(lanes, kLanes));
 }
+
+// The first `lanes` elements; zeros behind.
+inline Vector load(const float* p, int64_t lanes) {
+    if (lanes >= kLanes) return load(p);
+#if defined(__AVX512F__) && MIXER_KERNELS_LANES == 16
+    return (Vector)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << lanes) - 1), p);
+#elif defined(__AVX2__) && MIXER_KERNELS_LANES == 8
+    return (Vector)_mm256_maskload_ps(p, (__m256i)first(lanes));
+#else
+    float values[kLanes] = {};
+    for (int64_t i = 0; i < lanes; ++i) values[i] = p[i];
+    return load(values);
+#endif
+}
+
+inline void store(float* p, Vector v, int64_t lanes) {
+    if (lanes >= kLanes) return store(p, v);
+#if defined(__AVX512F__) && MIXER_KERNELS_LANES == 16
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << lanes) - 1), (__m512)v);
+#elif defined(__AVX2__) && MIXER_KERNELS_LANES == 8
+    _mm256_maskstore_ps(p, (__m256i)first(lanes), (__m256)v);
+#else
+    float values[kLanes];
+    store(values, v);
+    for (int64_t i = 0; i < lanes; ++i) p[i] = values[i];
+#endif
+}
+
+// Zero behind the first `lanes` elements.
+inline Vector only(Vector v, int64_t lanes) { return lanes >= kLanes ? v : (first(lanes) ? v : Vector{}); }
 
 inline Vector greater(Vector a, Vector b) { return a > b ? a : b; }
 
@@ -96,6 +113,15 @@ inline void transpose(Vector (&rows)[kLanes]) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
     }
+}
+
+// The sums of kLanes vectors, as a vector.
+inline Vector sums(Vector (&rows)[kLanes]) {
+    transpose(rows);
+    Vector total{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) total += rows[i];
+    return total;
 }
 
 }  // namespace
