@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray, degree: int, rounds: int = 300) -> np.ndarray:
-    """Coefficients from the constant upwards, in float32, of least largest ``weight * error``; the constant is exact."""
+    """Coefficients from the constant upwards, in float32, of least largest weighted error; the constant is exact."""
     powers = np.stack([x**k for k in range(1, degree + 1)], 1)
     constant = np.round(y[np.abs(x).argmin()])
     lawson = np.full_like(x, 1 / len(x))

@@ -10,7 +10,7 @@ namespace {
 
 using namespace mixer_kernels::cpu;
 
-constexpr int64_t kTileFloats = 16384;  // of x in a tile: what is around it stays in the L2 cache
+constexpr int64_t kTileFloats = 65536;  // of x in a tile: what is around it stays in the L2 cache
 constexpr int64_t kLeastColumns = 128;  // of a tile, where there are as many
 constexpr int64_t kBackwardTasks = 16;  // sets of sums, at most
 

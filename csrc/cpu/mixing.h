@@ -56,10 +56,11 @@ struct Mlp {
 
     Mlp(Arena& arena, const Mixer& mixer, Shape shape, bool gate_first, bool tanh, int64_t most_columns, bool backward)
         : mixer(mixer), shape(shape), gate_first(gate_first), tanh(tanh) {
-        constexpr int64_t kPanel = kBlockVectors * kLanes, kFloats = 49152;  // 192 KiB, of an L2 cache of 512
+        constexpr int64_t kPanel = kBlockVectors * kLanes, kFloats = 32768;  // in the L2 cache, with x
+        constexpr int64_t kLeast = 96;  // or weights, from a slower cache, would be the most that is read
         const int64_t H = mixer.hidden, K = shape.K;
         columns = kFloats / (2 * H + 6 * K) / kPanel * kPanel;
-        columns = least(largest(columns, 2 * kPanel), round_up(most_columns, kLanes));
+        columns = least(largest(columns, round_up(kLeast, kPanel)), round_up(most_columns, kLanes));
         stride = plane_stride(columns);
         hidden = arena.take(H * stride);
         gate = arena.take(K * stride);

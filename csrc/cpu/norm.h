@@ -31,7 +31,8 @@ inline Statistics statistics_of(const float* const* x, int64_t rows, int64_t F, 
     }
     // rstd multiplies the rounding error of the mean, by a thousand in a row without variance: the rest corrects it.
     const Vector rest = sums(parts) * scale;
-    const Vector variance = sums(squares) * scale - rest * rest + eps;
+    const Vector square = sums(squares) * scale;
+    const Vector variance = square - (square < __builtin_inff() ? rest * rest : Vector{}) + eps;  // or infinity twice
     store(s.mean, mean + rest);
     for (int64_t i = 0; i < kLanes; ++i) s.rstd[i] = 1.0f / __builtin_sqrtf(variance[i]);
     return s;
