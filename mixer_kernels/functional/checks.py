@@ -31,13 +31,18 @@ def choose(
     """
     name = backends.choose(backend, x.device.type, x.device.index, dtype)
     if name == "cpu":
-        if relative not in backends.load(name).FUNCTIONS:
+        if not _cpu_has(relative):
             what = "the Mixer" if relative is None else relative
             raise RuntimeError(f"backend='cpu' cannot run: it has no kernels for {what}; use backend='torch'")
-        return name  # which takes any size
+        return name
     if name == "torch" or (unfit is None and (relative is None or name.partition(":")[0] != "cuda")):
         return name
     return _choose_for_relative(backend, x.device.type, x.device.index, dtype, relative, unfit)
+
+
+@constant_while_tracing
+def _cpu_has(relative: str | None) -> bool:
+    return relative in backends.load("cpu").FUNCTIONS
 
 
 @constant_while_tracing

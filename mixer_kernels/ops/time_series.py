@@ -23,7 +23,7 @@ def _mixer(first: int, second: int, half: str) -> str:
 def _backward(backend: str, name: str, dtype: torch.dtype) -> Callable:
     """The backend's own backward pass, or that which puts its kernels in order."""
     module = backends.load(backend)
-    own = getattr(module, name, None)
+    own = getattr(module, "BACKWARD", {}).get(name)
     return own or functools.partial(getattr(relatives, name), module.relatives_kernels(dtype))
 
 

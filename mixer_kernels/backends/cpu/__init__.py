@@ -15,6 +15,7 @@ from torch import Tensor
 from .library import instruction_set, loaded, why_not
 
 __all__ = [
+    "BACKWARD",
     "FUNCTIONS",
     "gated_mixer_layer_backward",
     "gated_mixer_layer_forward",
@@ -23,7 +24,7 @@ __all__ = [
     "why_not",
 ]
 
-FUNCTIONS = ("gated_mixing", "gated_mixer_layer")  # of the functional API
+FUNCTIONS = ("gated_mixing", "gated_mixer_layer")  # of the functional API; each any size
 
 
 def gated_mixing_forward(
@@ -94,6 +95,13 @@ def gated_mixer_layer_backward(
     """Gradients of x and the parameters of both mixers, eight each, from ``dy``; ``u`` None: recompute it."""
     options = _options(False, approximate, dropout_p, seed)
     return _backward(dy, u, x, 2, (of_patches, of_features), eps, options, wanted)
+
+
+# Those of ``backends.relatives`` put kernels in order; these are a call each.
+BACKWARD = {
+    "gated_mixing_backward": gated_mixing_backward,
+    "gated_mixer_layer_backward": gated_mixer_layer_backward,
+}
 
 
 def _options(
