@@ -18,7 +18,7 @@ OLDEST_TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
 CSRC = $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day dist clean
+.PHONY: help demo test lint format bench cpu cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day dist clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,8 +43,11 @@ format: $(VENV)/.installed ## rewrite the sources as `make lint` wants them
 bench: $(VENV)/.installed ## the throughput report
 	$(BIN)/pytest benchmarks --benchmark $(ARGS)
 
+cpu: $(VENV)/.installed ## compile the CPU kernels for the tree: mixer_kernels/_cpu
+	MIXER_KERNELS_BUILD_CPU=1 MIXER_KERNELS_BUILD_CUDA=0 $(BIN)/python setup.py build_ext --inplace
+
 cuda: $(VENV)/.installed ## compile the CUDA kernels for the tree: mixer_kernels/_C
-	MIXER_KERNELS_BUILD_CUDA=1 $(BIN)/python setup.py build_ext --inplace
+	MIXER_KERNELS_BUILD_CUDA=1 MIXER_KERNELS_BUILD_CPU=0 $(BIN)/python setup.py build_ext --inplace
 
 cuda-gates: $(VENV)/.installed ## nvcc on every CUDA kernel for every GPU: warnings, spills, matrix instructions
 	$(BIN)/python tools/cuda_gates.py --arch $(ARCH) $(ARGS)
@@ -65,7 +68,7 @@ dist: $(VENV)/.installed ## source distribution and wheel, in dist/
 	$(BIN)/python -m build
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.*
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.* mixer_kernels/_cpu.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt
@@ -74,7 +77,7 @@ $(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt
 	$(PIP) install $(PIP_ARGS) --no-deps -r requirements-dev-no-deps.txt
 	touch $@
 
-# Without the CUDA kernels: most of the work needs none, and `make cuda` compiles only what has changed.
+# With the CPU kernels where there is a C++ compiler, without the CUDA ones: most of the work needs none, and `make cuda` compiles only what has changed.
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py _build.py mixer_kernels/__init__.py
 	MIXER_KERNELS_BUILD_CUDA=0 $(PIP) install $(PIP_ARGS) --no-deps -e .
 	touch $@

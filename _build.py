@@ -1,5 +1,6 @@
-"""The PEP 517 build backend: setuptools', which also asks for CMake, Ninja and pybind11 where nvcc works.
+"""The PEP 517 build backend: setuptools', which also asks for CMake, Ninja and pybind11 where a compiler works.
 
+``MIXER_KERNELS_BUILD_CPU``: ``auto`` (default: build the CPU kernels if a C++ compiler works), ``0``, ``1`` (or fail).
 ``MIXER_KERNELS_BUILD_CUDA``: ``auto`` (default: build the CUDA kernels if nvcc works), ``0`` (never), ``1`` (or fail).
 ``MIXER_KERNELS_CUDA_ARCHS``: compute capabilities without the dot, ``80;90a`` or ``80,90a``.
 """
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that need nothing more
 
+BUILD_CPU = "MIXER_KERNELS_BUILD_CPU"
 BUILD_CUDA = "MIXER_KERNELS_BUILD_CUDA"
 CUDA_ARCHS = "MIXER_KERNELS_CUDA_ARCHS"
 PROGRAMS = {"cmake": (3, 24), "ninja": (1, 10)}  # and their oldest versions
@@ -29,6 +32,16 @@ OLDEST_ARCHITECTURE = 80  # bfloat16 in mma.sync, and cp.async
 DEFAULT_ARCHITECTURES = ("80", "90a", "100", "120")
 DEFAULT_TOOLKIT = "/usr/local/cuda"
 PROBE = "__global__ void kernel() {}\nint main() { kernel<<<1, 1>>>(); }\n"
+COMPILERS = ("c++", "g++", "clang++")
+# What csrc/cpu needs: Python's headers, C++17, vectors of GCC and Clang.
+CPU_PROBE = """#include <Python.h>
+#include <utility>
+typedef float Vector __attribute__((vector_size(16)));
+template <int... I> Vector counted(std::integer_sequence<int, I...>) { return Vector{I...}; }
+Vector probe(Vector a) {
+    if constexpr (sizeof(Vector) == 16) return a > 0.0f ? a : counted(std::make_integer_sequence<int, 4>());
+}
+"""
 
 
 class Nvcc(NamedTuple):
@@ -40,34 +53,93 @@ class Nvcc(NamedTuple):
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     requirements = build_meta.get_requires_for_build_wheel(config_settings)
-    return [*requirements, *_missing_tools()] if wanted_nvcc() else requirements
+    return [*requirements, *_missing_tools()] if _compiles() else requirements
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
     requirements = build_meta.get_requires_for_build_editable(config_settings)
-    return [*requirements, *_missing_tools()] if wanted_nvcc() else requirements
+    return [*requirements, *_missing_tools()] if _compiles() else requirements
 
 
 def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Any = None) -> str:
-    with _without_nvcc():
+    with _without_kernels():
         return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
 def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Any = None) -> str:
-    with _without_nvcc():
+    with _without_kernels():
         return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
 
 def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
-    with _without_nvcc():
+    with _without_kernels():
         return build_meta.build_sdist(sdist_directory, config_settings)
+
+
+def wanted_cxx() -> str | None:
+    """The C++ compiler to build the CPU kernels with, or None where they are not to be built. Says which, and why."""
+    mode = _mode(BUILD_CPU)
+    if mode == "0":
+        return None
+    compiler, looked_for = find_cxx()
+    if compiler:
+        print(f"mixer_kernels: CPU kernels with {compiler}")
+    elif mode == "1":
+        raise SystemExit(
+            f"mixer_kernels: {BUILD_CPU}=1, but there is no C++ compiler that works. Looked for:\n{looked_for}\n"
+            "Install GCC or Clang, and Python's headers (python3-dev), or name the compiler in CXX. "
+            f"{BUILD_CPU}=0 installs without the CPU kernels."
+        )
+    else:
+        print(f"mixer_kernels: no CPU kernels, since there is no C++ compiler that works. Looked for:\n{looked_for}")
+    return compiler
+
+
+def find_cxx() -> tuple[str | None, str]:
+    """The first compiler that compiles what the CPU kernels need, and a line for each place looked at before."""
+    looked_for: list[str] = []
+    named = os.environ.get("CXX")
+    for name in [named] if named else COMPILERS:
+        path = shutil.which(name)
+        problem = "not there" if path is None else _why_no_cxx(path)
+        if problem is None:
+            return path, "\n".join(looked_for)
+        looked_for.append(f"  {f'CXX={name}' if named else name}: {problem}")
+    return None, "\n".join(looked_for)
+
+
+def _why_no_cxx(path: str) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(CPU_PROBE, encoding="utf-8")
+        command = [path, "-std=c++17", f"-I{sysconfig.get_path('include')}", "-c", str(source)]
+        try:
+            compiled = _run([*command, "-o", str(source.with_suffix(".o"))])
+        except OSError as error:
+            return str(error)
+        except subprocess.TimeoutExpired as error:
+            return f"no answer within {error.timeout:.0f} s"
+    if compiled.returncode == 0:
+        return None
+    output = (compiled.stderr + compiled.stdout).strip().replace("\n", "\n    ")
+    return f"{path} does not compile what they need (exit status {compiled.returncode}):\n    {output}"
+
+
+def _compiles() -> bool:
+    """Whether one kind of kernels is built; asks about both, since each says what it finds."""
+    return any([wanted_nvcc() is not None, wanted_cxx() is not None])
+
+
+def _mode(variable: str) -> str:
+    mode = os.environ.get(variable) or "auto"
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"mixer_kernels: {variable}: got {mode!r}, expected auto, 0 or 1")
+    return mode
 
 
 def wanted_nvcc() -> Nvcc | None:
     """The nvcc to build the CUDA kernels with, or None where they are not to be built. Says which, and why."""
-    mode = os.environ.get(BUILD_CUDA) or "auto"
-    if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"mixer_kernels: {BUILD_CUDA}: got {mode!r}, expected auto, 0 or 1")
+    mode = _mode(BUILD_CUDA)
     if mode == "0":
         return None
     if mode == "auto" and not sys.platform.startswith("linux"):
@@ -138,17 +210,18 @@ def _is_there(program: str) -> bool:
 
 
 @contextlib.contextmanager
-def _without_nvcc() -> Iterator[None]:
-    """For hooks whose result is the same with and without the CUDA kernels: setup.py need not look for nvcc."""
-    before = os.environ.get(BUILD_CUDA)
-    os.environ[BUILD_CUDA] = "0"
+def _without_kernels() -> Iterator[None]:
+    """For hooks whose result is the same with and without kernels: setup.py need not look for compilers."""
+    before = {variable: os.environ.get(variable) for variable in (BUILD_CPU, BUILD_CUDA)}
+    os.environ.update(dict.fromkeys(before, "0"))
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[BUILD_CUDA]
-        else:
-            os.environ[BUILD_CUDA] = before
+        for variable, value in before.items():
+            if value is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = value
 
 
 def _candidates() -> Iterator[tuple[str, str | None]]:

@@ -1,4 +1,4 @@
-"""The CUDA kernels, by CMake and Ninja, where nvcc works; what is static is in pyproject.toml."""
+"""The kernels, by CMake and Ninja, where a compiler works; what is static is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -19,32 +19,41 @@ import _build
 
 ROOT = Path(__file__).resolve().parent
 NVCC = _build.wanted_nvcc()
+CXX = _build.wanted_cxx()
+CPU, CUDA = "mixer_kernels._cpu", "mixer_kernels._C"
 
 
 class CMakeBuild(build_ext):
-    """``mixer_kernels._C`` from CMakeLists.txt. MAX_JOBS and NVCC_THREADS bound how much is compiled at once."""
+    """Each module from a CMakeLists.txt. MAX_JOBS and NVCC_THREADS bound how much is compiled at once."""
 
     def build_extension(self, ext: Extension) -> None:
-        cmake, ninja, pybind11 = _tools()
-        configuration = hashlib.sha256(f"{NVCC.path} {NVCC.version}".encode()).hexdigest()[:8]
-        objects = Path(self.build_temp, f"cuda-{configuration}").resolve()  # CMake keeps to one compiler a folder
+        kind = "CPU" if ext.name == CPU else "CUDA"
+        cmake, ninja, pybind11 = _tools(kind)
+        compiler = CXX if ext.name == CPU else f"{NVCC.path} {NVCC.version}"
+        configuration = hashlib.sha256(compiler.encode()).hexdigest()[:8]
+        objects = Path(self.build_temp, f"{kind.lower()}-{configuration}").resolve()  # CMake keeps to one compiler
         jobs = _positive("MAX_JOBS", _cores())
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": ninja,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
-            "CMAKE_CUDA_COMPILER": NVCC.path,
-            "CMAKE_CUDA_ARCHITECTURES": ";".join(_build.cmake_architectures(NVCC)),
-            "MIXER_KERNELS_NVCC_THREADS": _positive("NVCC_THREADS", min(jobs, 4)),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11,
         }
+        if ext.name == CPU:
+            source = ROOT / "csrc/cpu"
+            options["CMAKE_CXX_COMPILER"] = CXX
+        else:
+            source = ROOT
+            options["CMAKE_CUDA_COMPILER"] = NVCC.path
+            options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(_build.cmake_architectures(NVCC))
+            options["MIXER_KERNELS_NVCC_THREADS"] = _positive("NVCC_THREADS", min(jobs, 4))
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        _run([cmake, "-S", str(ROOT), "-B", str(objects), "-G", "Ninja", *definitions])
-        _run([cmake, "--build", str(objects), "--parallel", str(jobs)])
+        _run([cmake, "-S", str(source), "-B", str(objects), "-G", "Ninja", *definitions], kind)
+        _run([cmake, "--build", str(objects), "--parallel", str(jobs)], kind)
 
 
-def _tools() -> tuple[str, str, str]:
+def _tools(kind: str) -> tuple[str, str, str]:
     """CMake, Ninja, and the folder of pybind11's CMake package."""
     # The interpreter's own scripts last: in an isolated build they are not those of the build environment.
     path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
@@ -53,22 +62,22 @@ def _tools() -> tuple[str, str, str]:
     missing = [name for name, what in found.items() if what is None]
     if missing:
         raise PlatformError(
-            f"the CUDA kernels are built with {', '.join(found)}; missing: {', '.join(missing)}. Install them "
+            f"the {kind} kernels are built with {', '.join(found)}; missing: {', '.join(missing)}. Install them "
             f"(pip install {' '.join(repr(tool) for tool in _build.BUILD_TOOLS)}), build with isolation, or set "
-            f"{_build.BUILD_CUDA}=0 to build without the CUDA kernels"
+            f"MIXER_KERNELS_BUILD_{kind}=0 to build without the {kind} kernels"
         )
     import pybind11
 
     return found["cmake"], found["ninja"], pybind11.get_cmake_dir()
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], kind: str) -> None:
     print(" ".join(command), flush=True)
     status = subprocess.run(command).returncode
     if status != 0:
         raise CompileError(
-            f"building the CUDA kernels failed (exit status {status}); the compiler's output is above. "
-            f"{_build.BUILD_CUDA}=0 builds without them"
+            f"building the {kind} kernels failed (exit status {status}); the compiler's output is above. "
+            f"MIXER_KERNELS_BUILD_{kind}=0 builds without them"
         )
 
 
@@ -86,6 +95,6 @@ def _positive(variable: str, default: int) -> int:
 
 
 setup(
-    ext_modules=[Extension("mixer_kernels._C", sources=[])] if NVCC else [],
+    ext_modules=[Extension(name, sources=[]) for name, compiler in ((CPU, CXX), (CUDA, NVCC)) if compiler],
     cmdclass={"build_ext": CMakeBuild},
 )

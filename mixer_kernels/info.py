@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import backends
+from .backends.cpu import library as cpu_library
 from .backends.cuda import library
 from .backends.measured import measured_gpus, passed_on
 from .backends.registry import ENVIRONMENT_VARIABLE
@@ -27,6 +28,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What a user may have set that changes what runs or how it is built.
 ENVIRONMENT_VARIABLES = (
     ENVIRONMENT_VARIABLE,
+    cpu_library.ISA_VARIABLE,
+    "MIXER_KERNELS_BUILD_CPU",
     "MIXER_KERNELS_BUILD_CUDA",
     "MIXER_KERNELS_CUDA_ARCHS",
     "TRITON_INTERPRET",
@@ -60,6 +63,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "package": str(Path(__file__).parent),
+        "cpu_kernels": cpu_kernels(),
         "cuda_kernels": cuda_kernels(),
         "devices": [
             {**device_info(device), "backends": {name: backend_info(name, device) for name in backends.BACKENDS}}
@@ -73,6 +77,7 @@ def render(collected: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"{name:<14} {version or 'not installed'}" for name, version in collected["versions"].items()]
     lines += [f"{'package':<14} {collected['package']}"]
+    lines += [f"{'CPU kernels':<14} {_built_for_cpu(collected['cpu_kernels'])}"]
     lines += [f"{'CUDA kernels':<14} {_built(collected['cuda_kernels'])}"]
     if "sm90" in collected["cuda_kernels"]:
         lines += [f"{'Hopper kernels':<14} {_hopper(collected['cuda_kernels'])}"]
@@ -99,6 +104,20 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
     }
+
+
+def cpu_kernels() -> dict[str, Any]:
+    """The instruction sets that the CPU kernels were built for and the one that runs; or why there are none."""
+    try:
+        module = cpu_library.loaded()
+        return {
+            "file": module.__file__,
+            "built": list(module.built),
+            "instruction_set": cpu_library.instruction_set(),
+            "threads": module.has_pool(),
+        }
+    except (ImportError, RuntimeError) as error:
+        return {"why_not": cpu_library.why_not_loaded(error)}
 
 
 def cuda_kernels() -> dict[str, Any]:
@@ -175,6 +194,13 @@ def backend_info(name: str, device: torch.device) -> dict[str, Any]:
         # The torch backend is plain PyTorch: there is no kernel of ours in it to measure.
         "measured": None if name == "torch" or device.type == "cpu" else device_name(device) in measured_gpus(name),
     }
+
+
+def _built_for_cpu(kernels: dict[str, Any]) -> str:
+    if "why_not" in kernels:
+        return kernels["why_not"]
+    threads = "PyTorch's threads" if kernels["threads"] else "one thread: no OpenMP runtime is loaded"
+    return f"built for {', '.join(kernels['built'])}; runs {kernels['instruction_set']} on {threads}"
 
 
 def _built(kernels: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = (
-    "MIXER_KERNELS_BUILD_CUDA", "MIXER_KERNELS_CUDA_ARCHS", "CUDACXX", "CUDAHOSTCXX", "CUDA_HOME", "CUDA_PATH",
+    "MIXER_KERNELS_BUILD_CPU", "CXX", "MIXER_KERNELS_BUILD_CUDA", "MIXER_KERNELS_CUDA_ARCHS",
+    "CUDACXX", "CUDAHOSTCXX", "CUDA_HOME", "CUDA_PATH",
 )  # fmt: skip
 KERNEL = """
 #include <cuda_runtime.h>
@@ -109,14 +110,15 @@ def without_toolkit(tree: Path) -> Path:
 
 
 def build(tree: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """``python -m build``: an sdist, and a wheel from what is in it; without torch."""
+    """``python -m build``: an sdist, and a wheel from what is in it; without torch, nor CPU kernels unless asked."""
     poison = tree.parent / "poison"
     poison.mkdir(exist_ok=True)
     (poison / "torch.py").write_text("raise ImportError('building asked for torch')\n")
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    pure = {"PYTHONPATH": str(poison), "MIXER_KERNELS_BUILD_CPU": "0"}
     return subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tree / "dist"), *arguments, str(tree)],
-        capture_output=True, text=True, timeout=300, env=environment | {"PYTHONPATH": str(poison)} | settings,
+        capture_output=True, text=True, timeout=300, env=environment | pure | settings,
     )  # fmt: skip
 
 
@@ -193,6 +195,73 @@ def test_other_values_are_refused(backend, monkeypatch, value):
     monkeypatch.setenv("MIXER_KERNELS_BUILD_CUDA", value)
     with pytest.raises(SystemExit, match=f"got '{value}', expected auto, 0 or 1"):
         backend.wanted_nvcc()
+
+
+# --------------------------------------------------------------------------------------------- looking for a compiler
+
+needs_cxx = pytest.mark.skipif(load_backend().find_cxx()[0] is None, reason="waits for a machine with a C++ compiler")
+
+
+def put_compiler(folder: Path, compiling: str = "true", name: str = "g++") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{compiling}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_without_a_compiler_there_are_no_cpu_kernels_and_it_says_where_it_looked(backend, monkeypatch, capsys):
+    assert backend.wanted_cxx() is None
+    output = capsys.readouterr().out
+    assert "no CPU kernels, since there is no C++ compiler that works" in output
+    assert all(f"  {name}: not there" in output for name in ("c++", "g++", "clang++"))
+    monkeypatch.setenv("MIXER_KERNELS_BUILD_CPU", "1")
+    with pytest.raises(SystemExit, match=r"BUILD_CPU=1, but there is no C\+\+ compiler(.|\n)*python3-dev"):
+        backend.wanted_cxx()
+
+
+def test_a_compiler_that_lacks_something_is_passed_over_with_its_output(backend, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(put_compiler(tmp_path / "bin", "echo no Python.h >&2; exit 1").parent))
+    assert backend.wanted_cxx() is None
+    assert "no Python.h" in capsys.readouterr().out
+    working = put_compiler(tmp_path / "bin", name="clang++")
+    assert backend.wanted_cxx() == str(working)
+    assert {"cmake", "ninja", "pybind11"} <= {
+        name.partition(">=")[0] for name in backend.get_requires_for_build_wheel()
+    }
+    monkeypatch.setenv("CXX", "no-such-compiler")  # what was named is taken, or nothing
+    assert backend.wanted_cxx() is None
+    monkeypatch.setenv("MIXER_KERNELS_BUILD_CPU", "0")
+    monkeypatch.setenv("CXX", str(working))
+    assert backend.wanted_cxx() is None
+
+
+@needs_cxx
+def test_cpu_kernels_are_built_into_the_wheel_without_torch(tmp_path):
+    """They load without torch, on one thread, and carry no OpenMP runtime."""
+    tree = make_tree(tmp_path / "tree")
+    shutil.copytree(ROOT / "csrc/cpu", tree / "csrc/cpu")
+    result = build(tree, MIXER_KERNELS_BUILD_CPU="1", MIXER_KERNELS_BUILD_CUDA="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "-py3-none-any" not in only_wheel(tree).name
+    with zipfile.ZipFile(only_wheel(tree)) as archive:
+        archive.extractall(tmp_path / "installed")
+    program = "import mixer_kernels._cpu as m; print(m.built[-1], m.runs_here('baseline'), m.has_pool())"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, timeout=60,
+        env={"PYTHONPATH": str(tmp_path / "installed")},
+    )  # fmt: skip
+    assert loaded.stdout == "baseline True False\n", loaded.stderr
+
+
+@needs_cxx
+def test_a_compile_error_of_the_cpu_kernels_fails_the_build(tmp_path):
+    tree = make_tree(tmp_path / "tree")
+    shutil.copytree(ROOT / "csrc/cpu", tree / "csrc/cpu")
+    (tree / "csrc/cpu/run.cpp").write_text("int x = one;\n")
+    result = build(tree, "--wheel", MIXER_KERNELS_BUILD_CUDA="0", MIXER_KERNELS_BUILD_CPU="1")
+    assert result.returncode != 0 and "building the CPU kernels failed" in result.stdout + result.stderr
+    assert not list((tree / "dist").glob("*.whl"))
 
 
 # ---------------------------------------------------------------------------------------------------- architectures
@@ -281,7 +350,7 @@ def test_missing_build_tools_are_named(tmp_path):
     tree = make_tree(tmp_path / "tree")
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden/sitecustomize.py").write_text("import sys\nsys.modules['pybind11'] = None\n")
-    environment = {"PYTHONPATH": str(tmp_path / "hidden"), "PATH": os.environ["PATH"]}
+    environment = {"PYTHONPATH": str(tmp_path / "hidden"), "PATH": os.environ["PATH"], "MIXER_KERNELS_BUILD_CPU": "0"}
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext"], cwd=tree, capture_output=True, text=True, timeout=60,
         env=environment | {"CUDACXX": str(put_nvcc(tmp_path / "nvcc"))},

@@ -51,7 +51,14 @@ def test_info_says_whether_a_backend_was_measured_on_this_gpu(measured, line):
     device = {"device": "cuda:0", "name": "NVIDIA H200", "backends": {"triton": entry}}
     built = {"why_not": "not in this installation"}
     text = info.render(
-        {"versions": {}, "package": "here", "cuda_kernels": built, "devices": [device], "environment": {}}
+        {
+            "versions": {},
+            "package": "here",
+            "cpu_kernels": built,
+            "cuda_kernels": built,
+            "devices": [device],
+            "environment": {},
+        }
     )
     assert f"{line} this kind of GPU" in text
     assert "does not run float32: no" in text

@@ -41,7 +41,7 @@ def test_a_backend_has_what_it_says(name):
     assert not backend.has("nothing known")
 
 
-@pytest.mark.parametrize("name", ("cuda", "cuda:sm90", "triton"))
+@pytest.mark.parametrize("name", ("cuda", "cuda:sm90", "triton", "cpu"))
 def test_signatures_are_those_of_the_protocol(name):
     backend = backends.load(name)
     checked = 0

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -152,3 +153,30 @@ class Backend(Protocol):
         of_weights: bool,
     ) -> GatedMixingGradients:
         """The gradient of n from ``dy``, contiguous, and, ``of_weights``, the operands of the weights' gradients."""
+
+    # In place of those, of a backend that has "gated_mixing_backward" and "gated_mixer_layer_backward": as one call.
+
+    def gated_mixing_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        half: GatedHalf,
+        options: Options,
+        wanted: Sequence[bool],
+        axis: int,
+        gate_first: bool,
+    ) -> Sequence[Tensor | None]:
+        """Gradients of x and the eight parameters."""
+
+    def gated_mixer_layer_backward(
+        self,
+        dy: Tensor,
+        u: Tensor | None,
+        x: Tensor,
+        patches: GatedHalf,
+        features: GatedHalf,
+        options: Options,
+        wanted: Sequence[bool],
+        eps2: float,
+    ) -> Sequence[Tensor | None]:
+        """Gradients of x and the parameters of both mixers; ``u`` None: recompute it."""

@@ -34,7 +34,7 @@ from ..words import one_of, warn_once
 from .measured import measured_gpus
 from .protocol import Backend
 
-BACKENDS = ("cuda", "cuda:sm90", "triton", "torch")
+BACKENDS = ("cuda", "cuda:sm90", "triton", "cpu", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"

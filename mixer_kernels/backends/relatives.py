@@ -129,6 +129,8 @@ def gated_mixing_backward(
     gate_first: bool,
 ) -> Gradients:
     """Of x and the eight parameters, from ``dy``; everything is computed again from x."""
+    if backend.has("gated_mixing_backward"):  # as one call
+        return backend.gated_mixing_backward(dy, x, half, options, wanted, axis, gate_first)
     rows = x.flatten(0, 1)
     norm = Norm(*backend.row_statistics(rows, options.eps), half.gamma, half.beta)
     of = backend.gated_mixing_gradients(
@@ -159,6 +161,8 @@ def gated_mixer_layer_backward(
 ) -> Gradients:
     """Of x and the parameters of both mixers, from ``dy`` and ``kept``: u, which is recomputed if it is None."""
     (u,), want_first = kept, any(wanted[:9])
+    if backend.has("gated_mixer_layer_backward"):
+        return backend.gated_mixer_layer_backward(dy, u, x, patches, features, options, wanted, eps2)
     first, second = halves_of_layer(options, eps2)
     if u is None:
         u = backend.gated_mixing_forward(x, patches, first, axis=2, gate_first=False)

@@ -1,0 +1,135 @@
+// The Python module mixer_kernels._cpu: kernels.h with addresses as integers and structs as tuples of their fields.
+//
+// No PyTorch here. mixer_kernels/backends/cpu is what calls these functions, and what says which tensors they take.
+#include <pybind11/pybind11.h>
+
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace mixer_kernels::cpu {
+namespace {
+
+// The fields of a tuple, one after the other.
+class Fields {
+  public:
+    explicit Fields(const py::tuple& tuple) : tuple_(tuple) {}
+
+    ~Fields() noexcept(false) {
+        if (next_ != tuple_.size() && !std::uncaught_exceptions()) throw std::invalid_argument("a tuple is too long");
+    }
+
+    template <class T>
+    T next() {
+        if (next_ == tuple_.size()) throw std::invalid_argument("a tuple is too short");
+        return tuple_[next_++].cast<T>();
+    }
+
+    template <class T>
+    T* address() {
+        return reinterpret_cast<T*>(next<uintptr_t>());
+    }
+
+  private:
+    const py::tuple& tuple_;
+    size_t next_ = 0;
+};
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Input input_of(const py::tuple& tuple) {
+    Fields fields(tuple);
+    Input x{fields.address<const float>(), {}, {}};
+    for (int64_t& size : x.sizes) size = fields.next<int64_t>();
+    for (int64_t& stride : x.strides) stride = fields.next<int64_t>();
+    return x;
+}
+
+Mixer mixer_of(const py::tuple& tuple) {
+    Fields fields(tuple);
+    Mixer mixer{};
+    for (const float** parameter :
+         {&mixer.gamma, &mixer.beta, &mixer.w1, &mixer.b1, &mixer.w2, &mixer.b2, &mixer.w_gate, &mixer.b_gate})
+        *parameter = fields.address<const float>();
+    mixer.hidden = fields.next<int64_t>();
+    mixer.eps = fields.next<float>();
+    return mixer;
+}
+
+Gradients gradients_of(const py::tuple& tuple) {
+    Fields fields(tuple);
+    Gradients to{};
+    for (float** gradient : {&to.gamma, &to.beta, &to.w1, &to.b1, &to.w2, &to.b2, &to.w_gate, &to.b_gate})
+        *gradient = fields.address<float>();
+    return to;
+}
+
+Options options_of(const py::tuple& tuple) {
+    Fields fields(tuple);
+    Options options{};
+    options.gate_first = fields.next<bool>();
+    options.tanh = fields.next<bool>();
+    options.dropout_p = fields.next<float>();
+    options.seeds = fields.address<const int64_t>();
+    return options;
+}
+
+Call call_of(const py::tuple& x, int axis, const py::tuple& mixers, const py::tuple& options) {
+    Call call{};
+    call.x = input_of(x);
+    call.axis = axis;
+    call.mixers = static_cast<int>(mixers.size());
+    if (call.mixers != 1 && call.mixers != 2) throw std::invalid_argument("a call has one mixer or two");
+    for (int i = 0; i < call.mixers; ++i) call.mixer[i] = mixer_of(mixers[i]);
+    call.options = options_of(options);
+    return call;
+}
+
+const Kernels& kernels_of(const std::string& name) {
+    const Kernels* kernels = find(name.c_str());
+    if (!kernels) throw std::invalid_argument("no kernels for " + name + " that run here");
+    return *kernels;
+}
+
+void forward(const std::string& name, const py::tuple& x, int axis, const py::tuple& mixers, const py::tuple& options,
+             uintptr_t y, uintptr_t u, int threads) {
+    const Kernels& kernels = kernels_of(name);
+    Call call = call_of(x, axis, mixers, options);
+    call.y = at<float>(y);
+    call.u = at<float>(u);
+    const py::gil_scoped_release release;
+    run_forward(kernels, call, threads);
+}
+
+void backward(const std::string& name, uintptr_t dy, const py::tuple& x, int axis, const py::tuple& mixers,
+              const py::tuple& options, uintptr_t u, uintptr_t dx, const py::tuple& gradients, int threads) {
+    const Kernels& kernels = kernels_of(name);
+    Call call = call_of(x, axis, mixers, options);
+    call.dy = at<const float>(dy);
+    call.kept_u = at<const float>(u);
+    call.dx = at<float>(dx);
+    for (int i = 0; i < call.mixers; ++i) call.gradients[i] = gradients_of(gradients[i]);
+    const py::gil_scoped_release release;
+    run_backward(kernels, call, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    py::list names;
+    for (const char* const* name = built(); *name; ++name) names.append(*name);
+    module.attr("built") = py::tuple(names);
+    module.def("runs_here", [](const std::string& name) { return runs_here(name.c_str()); });
+    module.def("has_pool", &has_pool);
+    module.def("forward", &forward);
+    module.def("backward", &backward);
+}
+
+}  // namespace mixer_kernels::cpu

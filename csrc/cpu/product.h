@@ -1,0 +1,96 @@
+// Matrix products of small matrices: C [M, N] = A [M, K] . B [K, N] + bias, or + C.
+//
+// A is read as it lies in memory, by broadcasts: a weight, transposed or not, needs no packing. B and C have rows of
+// whole vectors. The sum of an element is over k in order, whatever the sizes and wherever the element is.
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+// Registers of a block: with 32, or with 16.
+constexpr int kBlockRows = kLanes == 16 ? 8 : 6;
+constexpr int kBlockVectors = kLanes == 16 ? 3 : 2;
+
+struct Left {
+    const float* data;
+    int64_t row, column;  // strides
+};
+
+inline Left by_rows(const float* data, int64_t columns) { return {data, columns, 1}; }
+inline Left transposed(const float* data, int64_t columns) { return {data, 1, columns}; }
+
+template <int Rows, int Vectors>
+inline __attribute__((always_inline)) void block(int64_t K, Left a, const float* b, int64_t stride_b, const float* bias,
+                                                 bool add, float* c, int64_t stride_c) {
+    Vector sums[Rows][Vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v)
+            sums[r][v] = add ? load(c + r * stride_c + v * kLanes) : all(bias ? bias[r] : 0.0f);
+    const float* left = a.data;
+    for (int64_t k = 0; k < K; ++k) {
+        Vector right[Vectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const Vector one = all(left[r * a.row]);
+#pragma GCC unroll 3
+            for (int v = 0; v < Vectors; ++v) sums[r][v] += one * right[v];
+        }
+        left += a.column;
+        b += stride_b;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v) store(c + r * stride_c + v * kLanes, sums[r][v]);
+}
+
+template <int Rows, int Vectors>
+__attribute__((noinline)) void repeat_block(int64_t count, int64_t K, Left a, const float* b, int64_t stride_b,
+                                            const float* bias, bool add, float* c, int64_t stride_c) {
+    for (int64_t i = 0; i < count; ++i) {
+        block<Rows, Vectors>(K, a, b, stride_b, bias, add, c, stride_c);
+        a.data += Rows * a.row;
+        if (bias) bias += Rows;
+        c += Rows * stride_c;
+    }
+}
+
+template <int Vectors, int Rows = kBlockRows - 1>
+inline void rows_left(int64_t rows, int64_t K, Left a, const float* b, int64_t stride_b, const float* bias, bool add,
+                      float* c, int64_t stride_c) {
+    if (rows == Rows) return repeat_block<Rows, Vectors>(1, K, a, b, stride_b, bias, add, c, stride_c);
+    if constexpr (Rows > 1) rows_left<Vectors, Rows - 1>(rows, K, a, b, stride_b, bias, add, c, stride_c);
+}
+
+template <int Vectors>
+inline void blocks_down(int64_t M, int64_t K, Left a, const float* b, int64_t stride_b, const float* bias, bool add,
+                        float* c, int64_t stride_c) {
+    const int64_t whole = M / kBlockRows, done = whole * kBlockRows;
+    repeat_block<kBlockRows, Vectors>(whole, K, a, b, stride_b, bias, add, c, stride_c);
+    a.data += done * a.row;
+    rows_left<Vectors>(M - done, K, a, b, stride_b, bias ? bias + done : nullptr, add, c + done * stride_c, stride_c);
+}
+
+// Whole vectors of B and C are read and written: up to kLanes - 1 columns behind N.
+inline void product(int64_t M, int64_t N, int64_t K, Left a, const float* b, int64_t stride_b, const float* bias,
+                    bool add, float* c, int64_t stride_c) {
+    int64_t vectors = divided_up(N, kLanes);
+    while (vectors > 0) {
+        // Four as two and two: a block of one has too few sums under way.
+        const int64_t width = kBlockVectors == 3 && vectors == 4 ? 2 : least(vectors, kBlockVectors);
+        if (width == 1) blocks_down<1>(M, K, a, b, stride_b, bias, add, c, stride_c);
+        if (width == 2) blocks_down<2>(M, K, a, b, stride_b, bias, add, c, stride_c);
+        if constexpr (kBlockVectors == 3)
+            if (width == 3) blocks_down<3>(M, K, a, b, stride_b, bias, add, c, stride_c);
+        b += width * kLanes;
+        c += width * kLanes;
+        vectors -= width;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,137 @@
+// Which kernels run on this CPU, and the tasks of a call on threads.
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <initializer_list>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+
+namespace mixer_kernels::cpu {
+namespace {
+
+struct InstructionSet {
+    const char* name;
+    const Kernels* kernels;
+    bool (*runs_here)();
+};
+
+// libgcc asks the operating system too whether it saves the registers.
+const InstructionSet kInstructionSets[] = {
+#ifdef MIXER_KERNELS_X86
+    {"avx512", &kernels_avx512,
+     [] {
+         __builtin_cpu_init();
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+     }},
+    {"avx2", &kernels_avx2,
+     [] {
+         __builtin_cpu_init();
+         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+     }},
+#endif
+    {"baseline", &kernels_baseline, [] { return true; }},
+};
+
+const InstructionSet* named(const char* name) {
+    for (const InstructionSet& set : kInstructionSets)
+        if (strcmp(set.name, name) == 0) return &set;
+    return nullptr;
+}
+
+struct Free {
+    void operator()(float* memory) const { free(memory); }
+};
+
+std::unique_ptr<float, Free> allocated(int64_t floats) {
+    const int64_t line = 64, bytes = (4 * floats + line - 1) / line * line;
+    float* memory = static_cast<float*>(aligned_alloc(line, bytes > 0 ? bytes : line));
+    if (!memory) throw std::bad_alloc();
+    return std::unique_ptr<float, Free>(memory);
+}
+
+// GNU OpenMP's entry for a parallel region; LLVM's and Intel's runtimes have it too. The extension is not linked with
+// a runtime of its own: a second pool in a process would take the cores twice.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+Parallel pool() { return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
+
+// `run(task, thread)` for each task, whichever thread is free.
+template <class RUN>
+void on_threads(int64_t tasks, int threads, RUN run) {
+    const Parallel parallel = threads > 1 ? pool() : nullptr;
+    if (!parallel) {
+        for (int64_t task = 0; task < tasks; ++task) run(task, 0);
+        return;
+    }
+    struct Region {
+        RUN& run;
+        int64_t tasks;
+        std::atomic<int64_t> next_task{0}, next_thread{0};
+    } region{run, tasks};
+    const auto of_a_thread = [](void* data) {
+        Region& region = *static_cast<Region*>(data);
+        const int64_t thread = region.next_thread++;
+        for (int64_t task; (task = region.next_task++) < region.tasks;) region.run(task, thread);
+    };
+    parallel(of_a_thread, &region, static_cast<unsigned>(threads), 0);
+}
+
+int threads_for(const Plan& plan, int threads) { return static_cast<int>(plan.tasks < threads ? plan.tasks : threads); }
+
+// Whether a parameter of the call has a gradient.
+bool has_sums(const Call& call) {
+    for (int i = 0; i < call.mixers; ++i) {
+        const Gradients& to = call.gradients[i];
+        for (const float* gradient : {to.gamma, to.beta, to.w1, to.b1, to.w2, to.b2, to.w_gate, to.b_gate})
+            if (gradient) return true;
+    }
+    return false;
+}
+
+constexpr const char* kNames[] = {
+#ifdef MIXER_KERNELS_X86
+    "avx512", "avx2",
+#endif
+    "baseline", nullptr};
+
+}  // namespace
+
+const char* const* built() { return kNames; }
+
+bool runs_here(const char* name) { return find(name) != nullptr; }
+
+const Kernels* find(const char* name) {
+    const InstructionSet* set = named(name);
+    return set && set->runs_here() ? set->kernels : nullptr;
+}
+
+bool has_pool() { return pool() != nullptr; }
+
+void run_forward(const Kernels& kernels, const Call& call, int threads) {
+    const Plan plan = kernels.plan_forward(call, threads);
+    threads = threads_for(plan, threads);
+    const auto work = allocated(threads * plan.work);
+    on_threads(plan.tasks, threads, [&](int64_t task, int64_t thread) {
+        kernels.forward(call, plan, task, work.get() + thread * plan.work);
+    });
+}
+
+void run_backward(const Kernels& kernels, const Call& call, int threads) {
+    const Plan plan = kernels.plan_backward(call);
+    threads = threads_for(plan, threads);
+    const auto work = allocated(threads * plan.work);
+    const int64_t size = plan.sums[0] + plan.sums[1];
+    const auto sums = has_sums(call) ? allocated(plan.tasks * size) : nullptr;
+    on_threads(plan.tasks, threads, [&](int64_t task, int64_t thread) {
+        kernels.backward(call, plan, task, work.get() + thread * plan.work, sums ? sums.get() + task * size : nullptr);
+    });
+    if (sums) kernels.add_sums(call, plan, sums.get());
+}
+
+}  // namespace mixer_kernels::cpu

@@ -1,0 +1,63 @@
+"""The compiled module ``mixer_kernels._cpu``: whether it is there, which instruction set runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+MODULE = "mixer_kernels._cpu"
+ISA_VARIABLE = "MIXER_KERNELS_CPU_ISA"
+
+
+def loaded() -> ModuleType:
+    """The compiled module. ImportError says why there is none."""
+    # After torch: its OpenMP runtime is the pool of threads.
+    return importlib.import_module(MODULE)
+
+
+def instruction_set() -> str:
+    """The one that runs: what ``MIXER_KERNELS_CPU_ISA`` names, or the best of those built that this CPU has.
+
+    Raises:
+        RuntimeError: the one named was not built, or this CPU lacks it.
+    """
+    return _instruction_set(os.environ.get(ISA_VARIABLE, ""))
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run products in ``dtype`` on ``device``, or None."""
+    if device.type != "cpu":
+        return f"the CPU kernels take CPU tensors, got one on {device.type}"
+    if dtype is not torch.float32:
+        return f"the CPU kernels take torch.float32, got {dtype}; use backend='torch'"
+    try:
+        instruction_set()
+    except (ImportError, RuntimeError) as error:
+        return why_not_loaded(error)
+    return None
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What ``loaded`` or ``instruction_set`` raised, for people."""
+    if isinstance(error, ModuleNotFoundError) and error.name == MODULE:
+        return (
+            "mixer_kernels was installed without its CPU kernels (`pip install` builds them where it finds a C++ "
+            "compiler; with MIXER_KERNELS_BUILD_CPU=1 it says why if it does not)"
+        )
+    return f"{MODULE} does not load: {error}" if isinstance(error, ImportError) else str(error)
+
+
+@functools.cache  # a CPU does not change, nor does a loaded module
+def _instruction_set(name: str) -> str:
+    module = loaded()
+    if not name:
+        return next(built for built in module.built if module.runs_here(built))
+    if name not in module.built:
+        raise RuntimeError(f"{ISA_VARIABLE}: got {name!r}, expected one of {', '.join(module.built)}")
+    if not module.runs_here(name):
+        raise RuntimeError(f"{ISA_VARIABLE}={name}: this CPU lacks it")
+    return name

@@ -1,0 +1,93 @@
+"""The sources of csrc/cpu: under sanitizers, with vectors of every length, with bugs planted, and what they export."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc/cpu"
+X86 = platform.machine() in ("x86_64", "AMD64")
+SIZES = {4: [], 8: ["-mavx2", "-mfma"], 16: ["-mavx2", "-mfma"]}  # lanes; 16 as pairs of 8, where there is no AVX-512
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="waits for a machine with a C++ compiler")
+
+
+def has_avx2() -> bool:
+    return X86 and Path("/proc/cpuinfo").exists() and "avx2" in Path("/proc/cpuinfo").read_text()
+
+
+def run_driver(folder: Path, lanes: int, *options: str, csrc: Path = CSRC) -> subprocess.CompletedProcess[str]:
+    """Compile the kernels with vectors of ``lanes`` floats, and check them by tests/cpu_kernels/driver.cpp."""
+    program = folder / "driver"
+    flags = SIZES[lanes] if has_avx2() else []
+    command = [
+        COMPILER, "-std=c++17", "-O1", "-Wno-psabi", "-ffp-contract=fast", "-DMIXER_KERNELS_ISA=baseline",
+        f"-DMIXER_KERNELS_LANES={lanes}", f"-I{csrc}", *flags, *options, csrc / "kernels.cpp", csrc / "run.cpp",
+        ROOT / "tests/cpu_kernels/driver.cpp", "-ldl", "-o", program,
+    ]  # fmt: skip
+    compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert compiled.returncode == 0, compiled.stderr
+    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("lanes", SIZES)
+def test_vectors_of_every_length_under_sanitizers(lanes, tmp_path):
+    result = run_driver(tmp_path, lanes, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
+    assert (result.returncode, result.stdout) == (0, "right\n"), result.stdout + result.stderr[-3000:]
+
+
+PLANTED = {  # file of csrc/cpu, what is there, what is planted
+    "b1 dropped": ("mixing.h", "in, in_stride, mixer.b1, false, hidden", "in, in_stride, nullptr, false, hidden"),
+    "b2 dropped forward": ("mixing.h", "stride, mixer.b2, false, n, n_stride", "stride, nullptr, false, n, n_stride"),
+    "the last vector forgotten": ("product.h", "divided_up(N, kLanes)", "N / kLanes"),
+    "rows left forgotten": ("product.h", "repeat_block<Rows, Vectors>(1, K", "repeat_block<Rows, Vectors>(0, K"),
+    "eps dropped": ("norm.h", "Vector{}) + eps;", "Vector{}) + 300 * eps;"),
+    "features behind the end in the statistics": (
+        "norm.h", "only(load(x[i] + f, F - f) - s.mean[i], F - f)", "load(x[i] + f, F - f) - s.mean[i]"),
+    "a coefficient's sign": ("functions.h", "-0.459212065f", "0.459212065f"),
+    "slope without density": ("functions.h", "+ z * density", "+ 0.0f * density"),
+    "softmax not divided": ("mixing.h", "= 1.0f / total", "= 1.0f + 0.0f * total"),
+    "one term of the softmax's gradient": ("mixing.h", "stride + c) - total))", "stride + c)))"),
+    "the gate's own gradient dropped": (
+        "mixing.h", "sums->w_gate);", "sums->w1);"),
+    "one term of LayerNorm's gradient": ("norm.h", "(dxhat - m[i] - xhat * v[i])", "(dxhat - m[i])"),
+    "residual dropped": (
+        "kernels.cpp", "load(in[row + i] + f, shape.F - f) + load(branch[i] + f)", "load(branch[i] + f)"),
+    "x as if contiguous": (
+        "kernels.cpp", "axis, false).addresses(call.x.data", "axis, true).addresses(call.x.data"),
+    "images of another axis": ("kernels.cpp", "image / inner_size * outer", "image / inner_size * inner"),
+    "w2's gradient not turned": ("kernels.cpp", "H, K, width, true)", "H, K, width)"),
+    "sums of the first task only": ("kernels.cpp", "task < tasks; ++task) total", "task < 1; ++task) total"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "right", "wrong"), PLANTED.values(), ids=PLANTED.keys())
+def test_bug_is_caught(name, right, wrong, tmp_path):
+    csrc = tmp_path / "cpu"
+    shutil.copytree(CSRC, csrc)
+    text = (csrc / name).read_text()
+    assert right in text, f"{name} has no {right!r}: bring the planted bug up to date"
+    (csrc / name).write_text(text.replace(right, wrong))
+    result = run_driver(tmp_path, 4, csrc=csrc)
+    assert result.returncode == 1 and "expected" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(not X86, reason="waits for a machine with several instruction sets: x86-64")
+@pytest.mark.parametrize("optimised", ("-O0", "-O3"))
+def test_instruction_sets_share_no_function(optimised, tmp_path):
+    """A function with a name of its own for the linker could be taken from the object for a newer CPU."""
+    obj = tmp_path / "kernels.o"
+    command = [
+        COMPILER, "-std=c++17", optimised, "-Wno-psabi", "-DMIXER_KERNELS_ISA=avx2", "-DMIXER_KERNELS_LANES=8",
+        "-mavx2", "-mfma", "-c", CSRC / "kernels.cpp", "-o", obj,
+    ]  # fmt: skip
+    subprocess.run(command, check=True, timeout=300)
+    symbols = subprocess.run(["nm", "-C", obj], capture_output=True, text=True, check=True).stdout
+    shared = [line for line in symbols.splitlines() if line.split()[-2] in "TVWDBRu"]
+    assert [line.split()[-1] for line in shared] == ["mixer_kernels::cpu::kernels_avx2"], symbols
