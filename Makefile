@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
 OLDEST_TRITON := 3.6.0
 OLDEST_TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
-CSRC = $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
+CSRC = $(shell find csrc tests/cuda_on_host tests/cpu_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench cpu cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day dist clean
@@ -77,7 +77,8 @@ $(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt
 	$(PIP) install $(PIP_ARGS) --no-deps -r requirements-dev-no-deps.txt
 	touch $@
 
-# With the CPU kernels where there is a C++ compiler, without the CUDA ones: most of the work needs none, and `make cuda` compiles only what has changed.
+# With the CPU kernels where there is a C++ compiler, without the CUDA ones: most of the work needs none, and `make cuda`
+# compiles only what has changed.
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py _build.py mixer_kernels/__init__.py
 	MIXER_KERNELS_BUILD_CUDA=0 $(PIP) install $(PIP_ARGS) --no-deps -e .
 	touch $@

@@ -90,8 +90,8 @@ def _backward(dy, u, x, axis, mixers, eps, options, gate_first, wanted) -> list[
         x, dy, mixers = _readable(x), dy.contiguous(), [_contiguous(mixer) for mixer in mixers]
         addresses = [tuple(map(_address, gradients[i : i + 8])) for i in range(0, len(gradients), 8)]
         loaded().backward(
-            instruction_set(), dy.data_ptr(), _input(x), axis, _mixers(mixers, eps), _noise_and_form(options, gate_first),
-            _address(u), dx.data_ptr(), tuple(addresses), torch.get_num_threads(),
+            instruction_set(), dy.data_ptr(), _input(x), axis, _mixers(mixers, eps),
+            _noise_and_form(options, gate_first), _address(u), dx.data_ptr(), tuple(addresses), torch.get_num_threads(),
         )  # fmt: skip
     return [dx if wanted[0] else None, *gradients]
 
