@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import functional
 from .coverage import activation_of, drop_path_p_of, dropout_p_of, why_not_fused, why_not_tensor
 from .freeze import Freezable
+from .functional import checks
 from .layers import DropPath, Mlp, factory_kwargs, pair
 from .tracing import is_exporting
 from .words import one_of, warn_once
@@ -34,8 +35,8 @@ class FusedMixerBlock(Freezable, nn.Module):
     and computed just so, with one warning for each reason on the logger "mixer_kernels", where the kernels do not
     cover the submodules (``why_not_fused`` says why): norms other than LayerNorm over C, MLPs other than ``Mlp`` with
     GELU (erf or tanh) and timm's ``GluMlp`` with SiLU, active dropouts that differ, stochastic depth that does not
-    rescale, hooks on a submodule. On the ``torch`` backend a seed gives timm's dropout masks; on the kernels it gives
-    others.
+    rescale, hooks on a submodule. On the ``torch`` backend it is computed just so without a warning: a seed gives timm's
+    dropout masks; on the kernels it gives others.
 
     Args:
         dim: channels C.
@@ -54,7 +55,8 @@ class FusedMixerBlock(Freezable, nn.Module):
 
     Raises:
         ValueError: unknown ``memory``, or three values for a pair.
-        ValueError, TypeError, RuntimeError (from ``forward``): as ``functional.mixer_block``.
+        ValueError, TypeError, RuntimeError (from ``forward``): as ``functional.mixer_block``; on the ``torch`` backend a
+            wrong dtype or device raises PyTorch's own RuntimeError.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class FusedMixerBlock(Freezable, nn.Module):
         super().__init__()
         factory = factory_kwargs(device, dtype)
         self.memory = one_of("memory", memory, functional.MEMORY_MODES)
+        self._input_shape = (seq_len, dim)
         tokens_dim, channels_dim = (int(ratio * dim) for ratio in pair(mlp_ratio))
         self.norm1 = norm_layer(dim, **factory)
         self.mlp_tokens = mlp_layer(seq_len, tokens_dim, act_layer=act_layer, drop=drop, **factory)
@@ -90,14 +93,20 @@ class FusedMixerBlock(Freezable, nn.Module):
         return why_not_fused(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Needs nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
         packs = None
         if isinstance(self, Freezable):
             self.check_frozen()
             packs = self.packs()
-        # Needs nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
-        reason = why_not_tensor(x) or why_not_fused(self)
+        if isinstance(x, Tensor) and checks.runs_on_torch(None, x):
+            # An input of another shape goes on to functional, which says what is wrong with it.
+            own = x.shape[1:] == getattr(self, "_input_shape", None)
+        else:
+            own = False
+        reason = None if own else why_not_tensor(x) or why_not_fused(self)
         if reason is not None:
             warn_once(f"FusedMixerBlock: computing eagerly, because {reason}")
+        if own or reason is not None:
             x = x + self.drop_path(self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
             return x + self.drop_path(self.mlp_channels(self.norm2(x)))
         return fused(self, x, memory=memory_of(self, getattr(self, "memory", "fast")), packs=packs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..coverage import why_not_tensor, why_not_transformed
 from ..freeze import Freezable
-from ..functional.checks import is_autocast_enabled
+from ..functional import checks
 from ..modules import memory_of
 from ..words import warn_once
 
@@ -29,7 +29,8 @@ class Fused(Freezable):
     A subclass also derives from the original class and adds no state: a block changes to it and back by its
     ``__class__`` alone. It takes the name of the original, by which tools find the blocks that they shard, wrap or
     place (``no_split_module_classes``, ``transformer_cls_names_to_wrap``). Whether the kernels compute what the block
-    computes is asked on every forward, because modes, hooks and submodules may change between two calls.
+    computes is asked on every forward, because modes, hooks and submodules may change between two calls. Where the
+    torch backend is chosen nothing is asked: the block's own forward is that, and right whatever the block is.
     """
 
     dimensions: ClassVar[int] = 3
@@ -135,10 +136,13 @@ class Fused(Freezable):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_frozen()
+        if self._frozen is not None:
+            self.check_frozen()
+        options = self._fused_options
+        if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x):
+            return super().forward(x)
         reason = self.why_not_kernels(x)
         if reason is None:
-            options = self._fused_options
             return self.compute(x, options._replace(memory=memory_of(self, options.memory)))
         self.say_why(reason)
         return super().forward(x)
@@ -151,7 +155,7 @@ class Fused(Freezable):
     def _why_not_input(self, x: Tensor) -> str | None:
         if x.dim() != self.dimensions:
             return f"the input has {x.dim()} dimensions, not {self.dimensions}"
-        if not is_autocast_enabled(x):
+        if not checks.is_autocast_enabled(x.device.type):
             for parameter in self.norms(self):
                 if parameter is not None and parameter.dtype != x.dtype:
                     return f"the input is {x.dtype}, a norm {parameter.dtype}"
