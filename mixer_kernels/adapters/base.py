@@ -13,6 +13,7 @@ from ..coverage import why_not_tensor, why_not_transformed
 from ..freeze import Freezable
 from ..functional import checks
 from ..modules import memory_of
+from ..snapshot import Watched
 from ..words import warn_once
 
 
@@ -23,7 +24,7 @@ class Options(NamedTuple):
     memory: str | None = "fast"
 
 
-class Fused(Freezable):
+class Fused(Watched, Freezable):
     """Mixin that puts ``functional`` in front of a block's own forward, which it keeps for all that is not covered.
 
     A subclass also derives from the original class and adds no state: a block changes to it and back by its
@@ -80,11 +81,6 @@ class Fused(Freezable):
         raise NotImplementedError
 
     @staticmethod
-    def why_not_covered(block: nn.Module) -> str | None:
-        """Why that function does not compute what this block computes, whatever the mode; None if it does."""
-        raise NotImplementedError
-
-    @staticmethod
     def why_not_this_noise(block: nn.Module) -> str | None:
         """Why it does not in the mode of right now: the reasons of dropout and stochastic depth."""
         return None
@@ -122,7 +118,7 @@ class Fused(Freezable):
         return (
             why_not_tensor(x)
             or why_not_transformed()
-            or self.why_not_covered(self)
+            or self.why_not_covered_now()
             or self.why_not_this_noise(self)
             or self._why_not_input(x)
         )
