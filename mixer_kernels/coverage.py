@@ -1,7 +1,7 @@
 """What the kernels cover: why a block, or a part of one, has to be computed by its own modules.
 
-``why_not_*`` give a reason in words, or None; ``*_of`` read from modules what ``functional`` takes. They run on every
-forward, because modes, hooks and submodules may change between two calls.
+``why_not_*`` give a reason in words, or None; ``*_of`` read from modules what ``functional`` takes. They hold for the
+moment, because modes, hooks and submodules may change between two calls; ``snapshot`` sees most of those changes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ PLAIN_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}  # beside GELU, whose mod
 
 
 def why_not_fused(block: nn.Module) -> str | None:
-    """Why ``functional.mixer_block`` does not compute what this ``MixerBlock`` computes right now; None if it does.
-
-    Runs on every forward, because modes, hooks and submodules may change between two calls.
-    """
+    """Why ``functional.mixer_block`` does not compute what this ``MixerBlock`` computes right now; None if it does."""
     return why_not_transformed() or why_not_covered(block) or why_not_this_noise(block)
 
 
 def why_not_covered(block: nn.Module) -> str | None:
-    """The reasons that lie in the submodules and their hooks, whatever the mode."""
+    """The reasons that lie in the submodules and their hooks, whatever the mode: of them ``snapshot`` sees all."""
     parts = block._modules  # plain dictionary look-ups: a third of the time of attribute access
     tokens, channels = parts["mlp_tokens"], parts["mlp_channels"]
     return (

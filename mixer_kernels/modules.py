@@ -13,17 +13,27 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .coverage import activation_of, drop_path_p_of, dropout_p_of, why_not_fused, why_not_tensor
+from . import coverage, functional
+from .coverage import (
+    activation_of,
+    drop_path_p_of,
+    dropout_p_of,
+    why_not_fused,
+    why_not_tensor,
+    why_not_this_noise,
+    why_not_transformed,
+)
 from .freeze import Freezable
+from .functional import checks
 from .layers import DropPath, Mlp, factory_kwargs, pair
+from .snapshot import Watched
 from .tracing import is_exporting
 from .words import one_of, warn_once
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # timm's and Flax's default; PyTorch's own eps is 1e-5
 
 
-class FusedMixerBlock(Freezable, nn.Module):
+class FusedMixerBlock(Watched, Freezable, nn.Module):
     """One MLP-Mixer block, ``x [B, S, C] -> [B, S, C]``: timm's ``MixerBlock`` through the fused kernels.
 
     Equivalent to::
@@ -34,8 +44,8 @@ class FusedMixerBlock(Freezable, nn.Module):
     and computed just so, with one warning for each reason on the logger "mixer_kernels", where the kernels do not
     cover the submodules (``why_not_fused`` says why): norms other than LayerNorm over C, MLPs other than ``Mlp`` with
     GELU (erf or tanh), ReLU or SiLU and timm's ``GluMlp`` with SiLU, active dropouts that differ, stochastic depth that
-    does not rescale, hooks on a submodule. On the ``torch`` backend a seed gives timm's dropout masks; on the kernels
-    it gives others.
+    does not rescale, hooks on a submodule. On the ``torch`` backend it is computed just so without a warning: a seed
+    gives timm's dropout masks; on the kernels it gives others.
 
     Args:
         dim: channels C.
@@ -54,7 +64,8 @@ class FusedMixerBlock(Freezable, nn.Module):
 
     Raises:
         ValueError: unknown ``memory``, or three values for a pair.
-        ValueError, TypeError, RuntimeError (from ``forward``): as ``functional.mixer_block``.
+        ValueError, TypeError, RuntimeError (from ``forward``): as ``functional.mixer_block``; on the ``torch`` backend
+            a wrong dtype or device raises PyTorch's own RuntimeError.
     """
 
     def __init__(
@@ -75,6 +86,7 @@ class FusedMixerBlock(Freezable, nn.Module):
         super().__init__()
         factory = factory_kwargs(device, dtype)
         self.memory = one_of("memory", memory, functional.MEMORY_MODES)
+        self._input_shape = (seq_len, dim)
         tokens_dim, channels_dim = (int(ratio * dim) for ratio in pair(mlp_ratio))
         self.norm1 = norm_layer(dim, **factory)
         self.mlp_tokens = mlp_layer(seq_len, tokens_dim, act_layer=act_layer, drop=drop, **factory)
@@ -86,20 +98,30 @@ class FusedMixerBlock(Freezable, nn.Module):
         weight = self.mlp_tokens.fc1.weight
         return torch.zeros(1, *image_shape(self), dtype=weight.dtype, device=weight.device)
 
+    why_not_covered = staticmethod(coverage.why_not_covered)
+
     def why_not_kernels(self, x: Tensor) -> str | None:
-        return why_not_fused(self)
+        return why_not_tensor(x) or why_not_transformed() or self.why_not_covered_now() or why_not_this_noise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        packs = None
-        if isinstance(self, Freezable):
-            self.check_frozen()
-            packs = self.packs()
         # Needs nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
-        reason = why_not_tensor(x) or why_not_fused(self)
+        is_ours = isinstance(self, FusedMixerBlock)
+        if is_ours:
+            self.check_frozen()
+        if isinstance(x, Tensor) and checks.runs_on_torch(None, x):
+            # An input of another shape goes on to functional, which says what is wrong with it.
+            own = x.shape[1:] == getattr(self, "_input_shape", None)
+        else:
+            own = False
+        reason = None
+        if not own:
+            reason = self.why_not_kernels(x) if is_ours else why_not_tensor(x) or why_not_fused(self)
         if reason is not None:
             warn_once(f"FusedMixerBlock: computing eagerly, because {reason}")
+        if own or reason is not None:
             x = x + self.drop_path(self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
             return x + self.drop_path(self.mlp_channels(self.norm2(x)))
+        packs = self.packs() if is_ours else None
         return fused(self, x, memory=memory_of(self, getattr(self, "memory", "fast")), packs=packs)
 
     def __prepare_scriptable__(self) -> None:

@@ -108,6 +108,7 @@ def unfuse_(model: nn.Module) -> Report:
             module.unfreeze()
             module.__class__ = original
             module.__dict__.pop("_fused_options", None)
+            module.__dict__.pop("_snapshot", None)
         entries.append(Entry(name, original.__name__, LEFT if reason else RESTORED, reason or ""))
     return Report(tuple(entries))
 

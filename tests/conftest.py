@@ -94,6 +94,15 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def through_functional(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks call the functional API where torch is chosen, too, rather than their own forward: what they would ask of
+    kernels, computed by PyTorch's operators, is then the same to the last bit."""
+    from mixer_kernels.functional import checks
+
+    monkeypatch.setattr(checks, "runs_on_torch", lambda backend, x: False)
+
+
 class _Eagerly(logging.Handler):
     """What modules said about computing eagerly."""
 

@@ -289,9 +289,7 @@ def test_what_it_cannot_run_is_said():
     ):
         of_mixer.evaluate("patches", x.double(), wide, "cpu")
     w = torch.zeros(6, 6)
-    with pytest.raises(
-        RuntimeError, match="backend='cpu' cannot run: it has no kernels for token_mixing; use"
-    ):
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: it has no kernels for token_mixing; use"):
         F.token_mixing(x[0], None, None, w, None, w, None, backend="cpu")
     with pytest.raises(RuntimeError, match="backend='cpu' cannot run: it has no kernels for token_linear"):
         F.token_linear(x[0], None, None, w, None, None, backend="cpu")

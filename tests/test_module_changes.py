@@ -15,6 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from mixer_kernels import FusedMixerBlock
 from mixer_kernels.coverage import why_not_fused
 
+pytestmark = pytest.mark.usefixtures("through_functional")
+
 PARTS = ["norm1", "mlp_tokens", "mlp_tokens.fc1", "mlp_tokens.act", "mlp_tokens.drop1", "drop_path", "norm2",
          "mlp_channels.norm", "mlp_channels.fc2", "mlp_channels.drop2"]  # fmt: skip
 

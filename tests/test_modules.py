@@ -19,6 +19,8 @@ from mixer_kernels import FusedMixerBlock, functional, use_backend
 from mixer_kernels.coverage import why_not_fused
 from mixer_kernels.layers import DropPath, Mlp
 
+pytestmark = pytest.mark.usefixtures("through_functional")
+
 DIM, SEQ_LEN, BATCH = 24, 10, 3
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 

@@ -21,6 +21,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from mixer_kernels import FusedMixer, Report, fuse_, unfuse_, use_backend
 from mixer_kernels.adapters.timm import FusedMixerBlock
 
+pytestmark = pytest.mark.usefixtures("through_functional")
+
 
 @pytest.fixture
 def model() -> MlpMixer:

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from mixer_kernels import fuse_, unfuse_, words
 from mixer_kernels.adapters.timm import FusedMixerBlock
 
+pytestmark = pytest.mark.usefixtures("through_functional")
+
 
 @pytest.fixture
 def model() -> MlpMixer:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from mixer_kernels import functional, fuse_
 
+pytestmark = pytest.mark.usefixtures("through_functional")
+
 ENTRY_POINTS = [name for name in timm.list_models(module="mlp_mixer")]
 # What the kernels compute a block of each family by.
 FUNCTIONS = {

@@ -18,6 +18,8 @@ from tsfm_public.models.tinytimemixer.modeling_tinytimemixer import TinyTimeMixe
 from tsfm_public.models.tspulse import TSPulseConfig  # noqa: E402
 from tsfm_public.models.tspulse.modeling_tspulse import TSPulseLayer  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("through_functional")
+
 SMALL = {
     "context_length": 32, "patch_length": 8, "patch_stride": 8, "num_input_channels": 3, "prediction_length": 6,
     "d_model": 12, "num_layers": 2,

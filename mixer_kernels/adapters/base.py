@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..coverage import why_not_tensor, why_not_transformed
 from ..freeze import Freezable
-from ..functional.checks import is_autocast_enabled
+from ..functional import checks
 from ..modules import memory_of
+from ..snapshot import Watched
 from ..words import warn_once
 
 
@@ -23,13 +24,14 @@ class Options(NamedTuple):
     memory: str | None = "fast"
 
 
-class Fused(Freezable):
+class Fused(Watched, Freezable):
     """Mixin that puts ``functional`` in front of a block's own forward, which it keeps for all that is not covered.
 
     A subclass also derives from the original class and adds no state: a block changes to it and back by its
     ``__class__`` alone. It takes the name of the original, by which tools find the blocks that they shard, wrap or
     place (``no_split_module_classes``, ``transformer_cls_names_to_wrap``). Whether the kernels compute what the block
-    computes is asked on every forward, because modes, hooks and submodules may change between two calls.
+    computes is asked on every forward, because modes, hooks and submodules may change between two calls. Where the
+    torch backend is chosen nothing is asked: the block's own forward is that, and right whatever the block is.
     """
 
     dimensions: ClassVar[int] = 3
@@ -79,11 +81,6 @@ class Fused(Freezable):
         raise NotImplementedError
 
     @staticmethod
-    def why_not_covered(block: nn.Module) -> str | None:
-        """Why that function does not compute what this block computes, whatever the mode; None if it does."""
-        raise NotImplementedError
-
-    @staticmethod
     def why_not_this_noise(block: nn.Module) -> str | None:
         """Why it does not in the mode of right now: the reasons of dropout and stochastic depth."""
         return None
@@ -121,7 +118,7 @@ class Fused(Freezable):
         return (
             why_not_tensor(x)
             or why_not_transformed()
-            or self.why_not_covered(self)
+            or self.why_not_covered_now()
             or self.why_not_this_noise(self)
             or self._why_not_input(x)
         )
@@ -135,10 +132,13 @@ class Fused(Freezable):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_frozen()
+        if self._frozen is not None:
+            self.check_frozen()
+        options = self._fused_options
+        if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x):
+            return super().forward(x)
         reason = self.why_not_kernels(x)
         if reason is None:
-            options = self._fused_options
             return self.compute(x, options._replace(memory=memory_of(self, options.memory)))
         self.say_why(reason)
         return super().forward(x)
@@ -151,7 +151,7 @@ class Fused(Freezable):
     def _why_not_input(self, x: Tensor) -> str | None:
         if x.dim() != self.dimensions:
             return f"the input has {x.dim()} dimensions, not {self.dimensions}"
-        if not is_autocast_enabled(x):
+        if not checks.is_autocast_enabled(x.device.type):
             for parameter in self.norms(self):
                 if parameter is not None and parameter.dtype != x.dtype:
                     return f"the input is {x.dtype}, a norm {parameter.dtype}"

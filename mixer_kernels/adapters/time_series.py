@@ -7,6 +7,7 @@ The last two are one call where both are plain.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -141,6 +142,10 @@ class Layer(Fused):
             if reason:
                 return f"of its {name}: {reason}"
         return None
+
+    def parts(self) -> Iterable[nn.Module]:
+        """Not the mixer of channels, which is called as it is."""
+        return [self._modules[name] for name in self.mixers]
 
     @classmethod
     def why_not_known(cls, layer: nn.Module) -> str | None:

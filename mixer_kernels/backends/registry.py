@@ -39,6 +39,9 @@ KERNEL_BACKENDS = ("cuda", "triton")
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
+# What os.environ reads: where a variable is not set, os.environ.get raises and catches, in every call of every block.
+_environment, _KEY = os.environ._data, os.environ.encodekey(ENVIRONMENT_VARIABLE)
+
 # Set and put back by use_backend.
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mixer_kernels_backend", default=None)
 
@@ -57,9 +60,21 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+@constant_while_tracing
 def requested_backend() -> str:
     """The backend asked for by ``use_backend`` or else by ``MIXER_KERNELS_BACKEND``; "auto" if by neither."""
-    return _requested.get() or one_of(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto", CHOICES)
+    asked = _requested.get()
+    if asked is not None:
+        return asked
+    asked = _environment.get(_KEY)
+    return one_of(ENVIRONMENT_VARIABLE, os.environ.decodevalue(asked), CHOICES) if asked else "auto"
+
+
+@constant_while_tracing
+def auto_on_cpu() -> str:
+    """What "auto" means for tensors on the CPU."""
+    warn_once("backend 'auto': running on 'torch', because the tensors are on the CPU; the kernels need a GPU")
+    return "torch"
 
 
 @constant_while_tracing
@@ -77,21 +92,25 @@ def choose(
         RuntimeError: a backend was asked for by name and cannot run; the message says why.
     """
     name = requested_backend() if backend is None else one_of("backend", backend, CHOICES)
-    device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
+    if name == "torch":
+        return name  # it always can
     target = _exported_to()
-    if target is not None and name != "torch":
+    if target is not None:
         if name != "auto":
             raise RuntimeError(f"backend={name!r} cannot run: {target} has no such operators; use backend='torch'")
         return "torch"
+    if name == "auto" and device_type != "cuda":
+        if device_type == "cpu":
+            return auto_on_cpu()
+        where = f"on a device of type {device_type!r}"
+        warn_once(f"backend 'auto': running on 'torch', because the tensors are {where}; the kernels need a GPU")
+        return "torch"
+    device = torch.device(device_type, device_index) if device_index is not None else torch.device(device_type)
     if name != "auto":
         reason = why_not(name, device, dtype, features)
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run: {reason}")
         return name
-    if device.type != "cuda":
-        where = "the CPU" if device.type == "cpu" else f"a device of type {device.type!r}"
-        warn_once(f"backend 'auto': running on 'torch', because the tensors are on {where}; the kernels need a GPU")
-        return "torch"
     reasons = {}
     for candidate in preferred(device):
         reason = why_not(candidate, device, dtype, features)

@@ -32,6 +32,21 @@ def choose(backend: str | None, x: Tensor, options: Options, operator: str, *mor
     return name if reason is None else _choose_torch(backend, reason)
 
 
+def runs_on_torch(backend: str | None, x: Tensor) -> bool:
+    """Whether the torch backend is chosen for a block on ``x``: it computes what the block's own modules compute.
+
+    False where another one is asked for by name: the call of it says whether it can run.
+    """
+    asked = backends.requested_backend() if backend is None else backend
+    if asked != "auto":
+        return asked == "torch"
+    if x.is_cpu:
+        return backends.auto_on_cpu() == "torch"
+    device = x.device
+    dtype = product_dtype(x.dtype, device.type)
+    return backends.choose(asked, device.type, device.index, dtype) == "torch"
+
+
 @constant_while_tracing
 def _choose_torch(backend: str | None, reason: str) -> str:
     """ "torch" for ``reason``, unless another one was asked for by name."""
@@ -104,7 +119,7 @@ def check(
         check_is_tensor(label, parameter)
         if parameter.device != x.device:
             raise ValueError(f"{label} is on {parameter.device}, but {name} is on {x.device}: move one of them")
-    autocast = is_autocast_enabled(x) and x.dtype is not torch.float64  # which autocast leaves alone
+    autocast = is_autocast_enabled(x.device.type) and x.dtype is not torch.float64  # which autocast leaves alone
     for label, parameter in present:
         if parameter.dtype != x.dtype and not autocast:
             raise TypeError(
@@ -125,9 +140,16 @@ def check_is_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__module__}.{type(value).__qualname__}")
 
 
-def is_autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on for ``x``'s device; it does not exist for meta tensors."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype of products with a tensor of ``dtype``: its own or autocast's, which leaves float64 alone."""
+    if dtype is torch.float64 or not is_autocast_enabled(device_type):
+        return dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for that type of device; it does not exist for meta tensors."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def check_token_shapes(x: Tensor, parameters: dict[str, Tensor | None], activation: str, half: str = "") -> None:
