@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,7 +17,8 @@ from subprocesses import outside_xdist
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixer_kernels import FusedMixer, info
-from mixer_kernels.bench import cli, compare_model, roofline
+from mixer_kernels.backends.cuda import library
+from mixer_kernels.bench import cli, compare_model, host, roofline
 from mixer_kernels.bench.bare import bare_function, bare_model
 from mixer_kernels.bench.cases import Case, function_case, model_case
 from mixer_kernels.bench.plot import check_plot, plot
@@ -438,3 +440,48 @@ def test_pytest_benchmark_prints_and_writes_the_same_rows(tmp_path):
     medians = {each["extra_info"]["provider"]: each["stats"]["median"] for each in written["benchmarks"]}
     timed = {row.provider: row.ms * 1e-3 for row in rows if row.ms is not None}
     assert "eager" in timed and medians == pytest.approx(timed)
+
+
+# Host time
+
+
+def test_host_times_on_the_command_line(capsys):
+    """Every row, in modules, providers and modes, with a figure where the machine can give one."""
+    before = library._installed, torch.get_num_threads()
+    assert cli.main(["--host", "--seconds", "0.001"]) == 0
+    assert (library._installed, torch.get_num_threads()) == before
+    lines = capsys.readouterr().out.splitlines()
+    rows = [re.split(r"  +", line.strip()) for line in lines[2:]]
+    providers = {"B/16 block": ["nn.Linear", "eager", "cuda", "triton"]}
+    providers["PatchTSMixer layer"] = ["nn.Linear", "eager", "triton"]
+    modes = ["inference", "inference, frozen", "training"]
+    assert [row[:3] for row in rows] == [
+        [module, provider, mode] for module, names in providers.items() for mode in modes for provider in names
+    ]
+    goals = {tuple(row[:3]): row[6] for row in rows if len(row) > 6}
+    assert goals[("B/16 block", "cuda", "inference")] == "<= 0.4x"
+    assert goals[("PatchTSMixer layer", "triton", "inference")] == "<= 15us"
+    for row in rows:
+        if row[1:3] != ["cuda", "inference, frozen"]:
+            assert float(row[3]) > 0 and float(row[-1 if row[-1][0] != "<" else -2]) > 0, row
+
+
+def test_host_times_count_what_is_called(monkeypatch):
+    """The kernels' way, and none of PyTorch's products."""
+    seen = []
+    monkeypatch.setattr(host, "_measure", lambda calls, seconds: seen.append(calls) or dict.fromkeys(calls, 1.0))
+    with host._without_kernels() as reasons:
+        assert not reasons
+        assert {row.microseconds for row in host._block_rows(0, reasons) if row.reason is None} == {1.0}
+        for provider in ("cuda", "triton"):
+            with torch.profiler.profile() as profile:
+                seen[0][provider]()
+            names = {event.key for event in profile.key_averages()}
+            assert "mixer_kernels::mixer_block" in names and not {"aten::linear", "aten::mm"} & names
+
+
+@pytest.mark.parametrize("arguments", [["--mode", "train"], ["--saved-bytes"], ["--json", "host.json"]])
+def test_host_goes_with_seconds_alone(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--host", *arguments])
+    assert "does not go with it" in capsys.readouterr().err

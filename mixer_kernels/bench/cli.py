@@ -13,6 +13,7 @@ from .. import backends
 from ..models import FusedMixer
 from ..shapes import SPECS
 from .cases import DTYPES, MODES, check_img_size, model_case
+from .host import host_rows, host_table
 from .memory import saved_rows, saved_table, write_saved_json
 from .plot import check_plot, plot
 from .progress import progress_line
@@ -39,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.plot:
             check_plot(arguments.plot)
         if arguments.saved_bytes:
-            _check_saved_bytes(arguments, parser)
+            _check_alone(arguments, parser, "saved_bytes", ("model", "img_size", "dtype", "json"))
+        if arguments.host:
+            _check_alone(arguments, parser, "host", ("seconds",))
         for path in filter(None, (arguments.json, arguments.plot)):
             if not Path(path).parent.is_dir():
                 raise ValueError(f"there is no directory {str(Path(path).parent)!r} to write {path!r} into")
@@ -47,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if arguments.saved_bytes:
         return _saved_bytes(arguments)
+    if arguments.host:
+        print(host_table(host_rows(arguments.seconds)))
+        return 0
     on_gpu = device.type == "cuda"
     training = arguments.mode == "train"
     dtype_name = arguments.dtype or ("bf16" if on_gpu else "fp32")
@@ -134,6 +140,12 @@ def _parser() -> argparse.ArgumentParser:
         "--json",
     )
     parser.add_argument(
+        "--host",
+        action="store_true",
+        help="print the host microseconds of a call, of a B/16 block and a PatchTSMixer layer, with kernels that do "
+        "nothing, beside eager's and one nn.Linear's; no GPU is needed; takes --seconds",
+    )
+    parser.add_argument(
         "--dtype", choices=[*DTYPES, "tf32"], help="of weights and activations (default: bf16; on a CPU fp32)"
     )
     parser.add_argument("--device", help="cuda, cuda:N or cpu (default: cuda if there is one)")
@@ -152,10 +164,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_saved_bytes(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    for name in ("batch_size", "mode", "device", "backend", "baseline", "seconds", "plot"):
-        if getattr(arguments, name) != parser.get_default(name):
-            raise ValueError(f"--saved-bytes measures nothing: --{name.replace('_', '-')} does not go with it")
+def _check_alone(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, option: str, takes: Sequence[str]
+) -> None:
+    for name, value in vars(arguments).items():
+        if name not in (option, *takes) and value != parser.get_default(name):
+            allowed = ", ".join(map(_spelled, takes))
+            raise ValueError(f"{_spelled(option)} takes {allowed} alone: {_spelled(name)} does not go with it")
+
+
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _saved_bytes(arguments: argparse.Namespace) -> int:
