@@ -1,4 +1,4 @@
-"""Fused MLP-Mixer kernels: Mixer blocks at the speed of their matrix products.
+"""Fused MLP-Mixer kernels for PyTorch.
 
 ``fuse_`` lets the kernels compute the blocks of a model that exists, ``FusedMixerBlock`` drops into timm's models,
 ``FusedMixer`` is the whole model, ``functional`` has the kernels as functions. Importing this package needs no GPU, no
