@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from .. import backends
 from ..models import FusedMixer
 from ..shapes import SPECS
 from .cases import DTYPES, MODES, check_img_size, model_case
@@ -17,7 +16,7 @@ from .host import host_rows, host_table
 from .memory import saved_rows, saved_table, write_saved_json
 from .plot import check_plot, plot
 from .progress import progress_line
-from .providers import provider_names
+from .providers import BACKENDS, provider_names
 from .report import Report, Row, group_rows
 from .run import is_out_of_memory, release, run_group
 from .timing import rotated_inputs
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
     dtype = DTYPES["fp32" if dtype_name == "tf32" else dtype_name]
     batch_sizes = arguments.batch_size or ([1, 32, 256] if on_gpu and not training else [32, 128] if on_gpu else [1])
-    wanted = {"eager", *arguments.baseline, *(arguments.backend or backends.BACKENDS)}
+    wanted = {"eager", *arguments.baseline, *(arguments.backend or BACKENDS)}
     rows: list[Row] = []
     with progress_line(len(batch_sizes)) as (say, advance):
         say(f"building Mixer-{arguments.model}")
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write_json(arguments.json)
     if arguments.plot:
         plot(rows, report.device["name"], arguments.plot)
-    return 0 if any(row.ms is not None and row.provider.split()[0] in backends.BACKENDS for row in rows) else 1
+    return 0 if any(row.ms is not None and row.provider.split()[0] in BACKENDS for row in rows) else 1
 
 
 def _measure(
@@ -150,9 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="cuda, cuda:N or cpu (default: cuda if there is one)")
     parser.add_argument("--img-size", type=_positive, default=224, metavar="PIXELS", help="default: %(default)s")
-    parser.add_argument(
-        "--backend", nargs="+", choices=backends.BACKENDS, help="backends of this package (default: all)"
-    )
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="backends of this package (default: all)")
     parser.add_argument(
         "--baseline", nargs="*", choices=BASELINES, default=BASELINES, help="besides eager (default: all)"
     )

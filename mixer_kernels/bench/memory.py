@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends.arguments import Options
 from ..shapes import SPECS, MixerShape
 from .providers import EPS, Weights, eager_block
 
@@ -95,7 +96,7 @@ def _kernels(x: Tensor, weights: Weights, dtype: torch.dtype, keep_z: bool) -> T
 
     Which are the same for every backend with kernels.
     """
-    options = (EPS, "none", dtype, 0.0, 0.0, None, "cuda")
+    options = (*Options(dtype, EPS).inputs, "cuda")
     u = ops.token_mixing(x, *weights.half("token"), *options)[0]
     return ops.channel_mixing(u, *weights.half("channel"), *options, keep_z)[0]
 

@@ -21,7 +21,8 @@ from .bare import BareProducts, bare_function
 from .cases import Case
 
 EPS = 1e-6  # timm's
-PROVIDERS = ("eager", "compile", *reversed(backends.BACKENDS), "bare")  # in the order of the rows
+BACKENDS = tuple(name for name in backends.BACKENDS if name != "cpu")  # which has nothing of the Mixer
+PROVIDERS = ("eager", "compile", *reversed(BACKENDS), "bare")  # in the order of the rows
 TRAINING_PROVIDERS = (  # one row a memory mode
     "eager", "compile", "torch", "triton fast", "triton min", "cuda:sm90 fast", "cuda:sm90 min", "cuda fast",
     "cuda min", "bare",
