@@ -314,7 +314,7 @@ def test_memory_reaches_the_blocks_and_only_if_asked_for() -> None:
         FusedMixer(**SMALL, memory="max")
 
 
-def test_every_block_goes_through_the_functional_api(monkeypatch) -> None:
+def test_every_block_goes_through_the_functional_api(monkeypatch, through_functional) -> None:
     _, model = small_twins()
     images = images_for(model)
     expected = model(images)
