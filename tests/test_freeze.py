@@ -16,7 +16,9 @@ from torch import nn
 
 from mixer_kernels import FusedMixerBlock, freeze_, fuse_, unfreeze_, unfuse_, use_backend
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the strict interpreter, on the CPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="waits for a machine without a GPU: counts in the strict interpreter"
+)
 
 
 def kernels(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[str]]:

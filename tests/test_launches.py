@@ -16,7 +16,9 @@ from mixer_kernels.shapes import MixerShape
 from mixer_kernels.tuning.configs import MAX_FUSED_TOKENS, token_segments
 from mixer_kernels.tuning.target import KNOWN_TARGETS, assume_target
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the strict interpreter, on the CPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="waits for a machine without a GPU: counts in the strict interpreter"
+)
 
 # B/16 with channels and widths cut down, so that weights do not outweigh activations.
 B16 = MixerShape(S=196, C=128, D_S=64, D_C=256)
