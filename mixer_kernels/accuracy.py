@@ -141,7 +141,7 @@ class _Roundings(TorchDispatchMode):
         """A sum in float32, of terms with these magnitudes."""
         is_product = func.overloadpacket in _PRODUCTS
         if is_product and self._products is not self._dtype:
-            args = tree_map(lambda t: self._rounded(t, self._products) if _is_float64(t) else t, args)
+            args = tree_map(lambda t: t + self._noise(t, self._products) if _is_float64(t) else t, args)
         result = func(*args, **kwargs)
         if not _is_float64(result):
             return result

@@ -137,7 +137,7 @@ def test_no_hidden_copy_of_timms_transposed_view(device):
     with torch.no_grad(), use_backend("triton"):
         with strict_interpreter.record() as launches, torch.profiler.profile() as profile:
             fused.blocks(tokens)
-    assert len(launches) == 6
+    assert len(launches) == 5  # no weight needs another form
     copies = [
         event.key for event in profile.key_averages() if event.key in ("aten::copy_", "aten::clone", "aten::_to_copy")
     ]

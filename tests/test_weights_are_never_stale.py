@@ -28,7 +28,7 @@ def blocks():
 
 @pytest.fixture(autouse=True)
 def _kernels(request) -> None:
-    if request.node.callspec.params.get("backend") == "cuda":
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda":
         request.getfixturevalue("cuda_kernels")
 
 

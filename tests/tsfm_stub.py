@@ -14,6 +14,8 @@ from types import ModuleType
 
 def define_packages() -> None:
     """Put bare packages in the place of ``tsfm_public`` and ``tsfm_public.models``. Call it before importing them."""
+    if "tsfm_public" in sys.modules:
+        return
     folder = Path(importlib.util.find_spec("tsfm_public").origin).parent
     for name, path in (("tsfm_public", folder), ("tsfm_public.models", folder / "models")):
         package = ModuleType(name)
