@@ -164,7 +164,9 @@ def test_row_statistics(channels, layout, cuda_kernels, device):
     x[1, 3] = 0.1
     with torch.autocast(device, BF16), torch.no_grad():
         parameters = [None, None, torch.zeros(2, 37, device=device), None, torch.zeros(37, 2, device=device), None]
-        _, mean, rstd = torch.ops.mixer_kernels.token_mixing(x, *parameters, 1e-6, "none", BF16, 0.0, 0.0, None, "cuda")
+        _, mean, rstd = torch.ops.mixer_kernels.token_mixing(
+            x, *parameters, BF16, 1e-6, "gelu", "none", "layer", 0.0, 0.0, None, "cuda"
+        )
     exact = x.double().flatten(0, 1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=2e-7, atol=0)
     expected = (exact.var(1, correction=0) + 1e-6).rsqrt()
