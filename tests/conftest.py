@@ -24,7 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     timm_stub.define_torchvision_operators()
     os.environ.pop("MIXER_KERNELS_BACKEND", None)
     # The products of these tests are small: more threads wait for each other longer than they compute.
-    torch.set_num_threads(1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
