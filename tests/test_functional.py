@@ -165,6 +165,16 @@ def test_float64_is_for_the_torch_backend(block, x):
         run(block, x.double(), "triton")
 
 
+def test_triton_says_which_versions_it_needs(block, x, monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.2.0+git1")
+    with pytest.raises(RuntimeError, match="need Triton 3.3 .* got 3.2.0"):
+        run(block, x, "triton")
+    monkeypatch.setattr(triton, "__version__", "3.10.1")
+    run(block, x, "triton")
+
+
 def test_auto_says_once_why_it_falls_back(block, x, warnings):
     for _ in range(3):
         y = run(block, x, "auto")

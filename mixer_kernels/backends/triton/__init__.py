@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = (3, 3)  # Triton 3.2 takes no function as a kernel's constant
 _FEATURES = {
     "packs", "token_mixing", "channel_mixing", "mixer_block", "norm='affine'", "token_linear", "spatial_gating",
     "gated_channel_mixing", "gated_mixing", "gated_mixer_layer", *(f"activation={name!r}" for name in ACTIVATIONS),
@@ -73,6 +74,8 @@ _FEATURES = {
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run products in ``dtype`` on ``device``, or None."""
     remedy = "use backend='torch'"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        return f"the Triton kernels need Triton 3.3 (PyTorch 2.7) or newer, got {triton.__version__}; {remedy}"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"a Triton kernel needs a CUDA tensor, got one on {device.type}; {remedy}"
     if dtype not in SUPPORTED_DTYPES:
