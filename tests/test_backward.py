@@ -26,6 +26,8 @@ SHAPES = {
     "S=16": MixerShape(S=16, C=40, D_S=24, D_C=48),
     "S/32": MixerShape(S=49, C=64, D_S=32, D_C=128),
     "tile - 1": MixerShape(S=63, C=127, D_S=31, D_C=63),
+}
+LARGE_SHAPES = {
     "S/16": MixerShape(S=196, C=72, D_S=40, D_C=136),
     "S/16 + 1": MixerShape(S=197, C=33, D_S=50, D_C=70),
     "H/14": MixerShape(S=256, C=40, D_S=32, D_C=64),
@@ -72,11 +74,18 @@ def test_matches_eager(shape, backend, dtype, memory, device):
     assert_gradients(block, x, backend, memory=memory, device=device)
 
 
-@pytest.mark.parametrize("memory", F.MEMORY_MODES)
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@kernels_in(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("shape", LARGE_SHAPES.values(), ids=LARGE_SHAPES.keys())
+def test_large_shapes_match_eager(shape, backend, dtype, device):
+    block, x = make_block(shape, dtype, device), make_x(2, shape, dtype, device)
+    assert_gradients(block, x, backend, memory="min" if dtype is torch.float32 else "fast", device=device)
+
+
+@pytest.mark.parametrize(("memory", "dtype"), (("fast", torch.float16), ("min", torch.bfloat16)), ids=str)
 @pytest.mark.parametrize("name", ("S/32", "S/16", "beyond the fused kernel"))
 def test_tensor_descriptors_match_eager(name, dtype, memory, device):
-    block, x = make_block(SHAPES[name], dtype, device), make_x(2, SHAPES[name], dtype, device)
+    shape = {**SHAPES, **LARGE_SHAPES}[name]
+    block, x = make_block(shape, dtype, device), make_x(2, shape, dtype, device)
     assert_gradients(block, x, "triton", memory=memory, target="sm_90", device=device)
 
 

@@ -258,7 +258,7 @@ def test_cpu_kernels_are_built_into_the_wheel_without_torch(tmp_path):
 def test_a_compile_error_of_the_cpu_kernels_fails_the_build(tmp_path):
     tree = make_tree(tmp_path / "tree")
     shutil.copytree(ROOT / "csrc/cpu", tree / "csrc/cpu")
-    (tree / "csrc/cpu/run.cpp").write_text("int x = one;\n")
+    (tree / "csrc/cpu/kernels.cpp").write_text("int x = one;\n")
     result = build(tree, "--wheel", MIXER_KERNELS_BUILD_CUDA="0", MIXER_KERNELS_BUILD_CPU="1")
     assert result.returncode != 0 and "building the CPU kernels failed" in result.stdout + result.stderr
     assert not list((tree / "dist").glob("*.whl"))

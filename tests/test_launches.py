@@ -83,7 +83,7 @@ def test_bytes_are_near_the_least(stream, products, target, layout):
     ),
     ids=("bf16", "fp16", "fp32", "bf16 on fp32"),
 )
-@pytest.mark.parametrize("shape", (B16, dataclasses.replace(B16, S=784)), ids=("196", "784"))
+@pytest.mark.parametrize("shape", (B16, dataclasses.replace(B16, S=784, C=64, D_C=128)), ids=("196", "784"))
 def test_packing_moves_the_least(stream, products, shape):
     """What the kernels cannot take as it is, read once and written once: at most 1.2 times that, padding included."""
     block, x = make_block(shape, torch.float32, "cpu"), make_x(1, shape, stream, "cpu")

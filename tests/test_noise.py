@@ -16,6 +16,22 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHAPE = MixerShape(S=20, C=24, D_S=16, D_C=32)
 LONG = MixerShape(S=257, C=24, D_S=16, D_C=32)
 HALVES = ("token_mixing", "channel_mixing")
+# How many tokens there are decides which kernel mixes tokens; a kernel that mixes channels sees rows.
+KERNELS = {
+    "fused": ("token_mixing", SHAPE),
+    "long": ("token_mixing", LONG),
+    "channels": ("channel_mixing", SHAPE),
+}
+WAYS_OF_TRAINING = {
+    "fused": (*KERNELS["fused"], {}),
+    "long": (*KERNELS["long"], {}),
+    "channels, fast": (*KERNELS["channels"], {"memory": "fast"}),
+    "channels, min": (*KERNELS["channels"], {"memory": "min"}),
+}
+each_way_of_training = pytest.mark.parametrize(
+    ("name", "shape", "memory"), WAYS_OF_TRAINING.values(), ids=WAYS_OF_TRAINING.keys()
+)
+each_kernel = pytest.mark.parametrize(("name", "shape"), KERNELS.values(), ids=KERNELS.keys())
 
 
 def half_of(block, name):
@@ -41,8 +57,7 @@ def identity_block(shape, device, name, dtype):
     return block
 
 
-@pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
-@pytest.mark.parametrize("name", HALVES)
+@each_kernel
 def test_what_is_kept_is_scaled_and_as_often_as_it_should(name, shape, backend, device):
     """Each element of the branch is 0 or 1 / (1-p)^2, the latter with probability (1-p)^2: both dropouts."""
     p = 0.25
@@ -62,19 +77,18 @@ def test_what_is_kept_is_scaled_and_as_often_as_it_should(name, shape, backend, 
     assert not torch.equal(kept[0], kept[1])  # no two images alike
 
 
-@pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
-@pytest.mark.parametrize("name", HALVES)
+@each_kernel
 @pytest.mark.parametrize("target", ("sm_80", "sm_90"))
 def test_stochastic_depth_drops_whole_images(name, shape, target, backend, device):
     """An image is x, or x + branch / (1-p) with the branch that it has without."""
     p = 0.4
-    block, x = make_block(shape, torch.bfloat16, device), make_x(16, shape, torch.bfloat16, device)
+    block, x = make_block(shape, torch.bfloat16, device), make_x(8, shape, torch.bfloat16, device)
     half, parameters = half_of(block, name)
     with torch.no_grad(), on_target(target, device):
         y = with_seed(3, half, x, *parameters, drop_path_p=p, backend=backend)
         whole = half(x, *parameters, backend=backend)
     dropped = (y == x).flatten(1).all(1)
-    assert 0 < dropped.sum() < 16
+    assert 0 < dropped.sum() < 8
     expected = x.float() + (whole.float() - x.float()) / (1 - p)
     torch.testing.assert_close(y[~dropped].float(), expected[~dropped], rtol=2e-2, atol=6e-2)
 
@@ -107,16 +121,12 @@ def test_the_generator_decides(name, backend, device):
         assert torch.equal(half(x, *parameters, **options), first)
 
 
-@pytest.mark.parametrize("memory", F.MEMORY_MODES)
-@pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
-@pytest.mark.parametrize("name", HALVES)
+@each_way_of_training
 def test_gradients_see_the_masks_of_the_forward_pass(name, shape, memory, device):
     """Directional derivatives by finite differences of the forward pass under one seed, in float32."""
-    block, x = make_block(shape, torch.float32, device), make_x(4, shape, torch.float32, device)
+    block, x = make_block(shape, torch.float32, device), make_x(2, shape, torch.float32, device)
     half, parameters = half_of(block, name)
-    options = {"dropout_p": 0.2, "drop_path_p": 0.3, "backend": "triton"}
-    if name == "channel_mixing":
-        options["memory"] = memory
+    options = {"dropout_p": 0.2, "drop_path_p": 0.3, "backend": "triton", **memory}
     leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
     dy = torch.randn_like(x)
     y = with_seed(7, half, *leaves, **options)
@@ -188,8 +198,7 @@ def mask_of(name, shape, device, backend, **options):
 
 @pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize("options", ({"dropout_p": 0.4}, {"drop_path_p": 0.4}, {"dropout_p": 0.1, "drop_path_p": 0.2}))
-@pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
-@pytest.mark.parametrize("name", HALVES)
+@each_kernel
 def test_all_kernels_draw_the_same_masks(name, shape, options, device):
     """Under one seed the cuda backend drops what the triton backend drops, element by element."""
     triton, cuda = (mask_of(name, shape, device, backend, **options) for backend in ("triton", "cuda"))
@@ -199,17 +208,13 @@ def test_all_kernels_draw_the_same_masks(name, shape, options, device):
 
 @pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize("backend", ("cuda",))
-@pytest.mark.parametrize("memory", F.MEMORY_MODES)
-@pytest.mark.parametrize("shape", (SHAPE, LONG), ids=("fused", "long"))
-@pytest.mark.parametrize("name", HALVES)
+@each_way_of_training
 def test_gradients_under_the_masks_of_the_triton_backend(name, shape, memory, backend, device):
     """16-bit gradients with dropout and stochastic depth against triton's in float32: the same masks in all."""
-    block, x = make_block(shape, torch.float16, device), make_x(4, shape, torch.float16, device)
+    block, x = make_block(shape, torch.float16, device), make_x(2, shape, torch.float16, device)
     dy = torch.randn_like(x)
     half, parameters = half_of(block, name)
-    options = {"dropout_p": 0.2, "drop_path_p": 0.3}
-    if name == "channel_mixing":
-        options["memory"] = memory
+    options = {"dropout_p": 0.2, "drop_path_p": 0.3, **memory}
 
     def gradients(backend, dtype):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *parameters)]

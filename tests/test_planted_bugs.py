@@ -71,7 +71,7 @@ BUGS = {
     "another mask backward": (
         "token_data_gradient.py", "kept_hidden(seed_ptr, offs_d[None, :], offs_c[:, None], image, ",
         "kept_hidden(seed_ptr, offs_d[None, :] + 1, offs_c[:, None], image, ", "test_noise.py",
-        "gradients_see and token and fused and fast"),
+        "gradients_see and fused"),
     "rows of the next matrix": (
         "pack.py", "block = tl.program_id(0) - first", "block = tl.program_id(0) - first + 1", KERNELS,
         "test_matches_eager and below"),
