@@ -96,6 +96,16 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def few_packing_programs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Weights are packed by few programs, each of many rows: an interpreted one costs by the operation. For tests of
+    what follows; those of packing have a GPU's tiles."""
+    if device == "cpu":
+        from mixer_kernels.backends.triton import pack
+
+        monkeypatch.setattr(pack, "ROWS", 64)
+
+
+@pytest.fixture
 def through_functional(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks call the functional API where torch is chosen, too, rather than their own forward: what they would ask of
     kernels, computed by PyTorch's operators, is then the same to the last bit."""

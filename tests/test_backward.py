@@ -15,7 +15,7 @@ from test_kernels import on_target
 import mixer_kernels.functional as F
 from mixer_kernels.shapes import MixerShape
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "few_packing_programs")
 
 CSRC = Path(__file__).parent.parent / "csrc"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

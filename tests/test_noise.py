@@ -11,7 +11,7 @@ from test_kernels import on_target
 import mixer_kernels.functional as F
 from mixer_kernels.shapes import MixerShape
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "few_packing_programs")
 
 SHAPE = MixerShape(S=20, C=24, D_S=16, D_C=32)
 LONG = MixerShape(S=257, C=24, D_S=16, D_C=32)

@@ -17,7 +17,7 @@ from mixer_kernels import ops
 from mixer_kernels.backends.arguments import Options
 from mixer_kernels.shapes import MixerShape
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "few_packing_programs")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

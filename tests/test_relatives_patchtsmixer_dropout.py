@@ -10,7 +10,7 @@ from test_relatives_patchtsmixer import MIXERS, each_mixer, make
 
 import mixer_kernels.functional as F
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "few_packing_programs")
 
 SHAPE = (1, 9, 10, 20)  # batch, channels, patches, features
 SEED, P = 11, 0.3

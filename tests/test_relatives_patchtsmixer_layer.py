@@ -13,17 +13,17 @@ from mixer_kernels import ops
 from mixer_kernels.backends.arguments import Options
 from mixer_kernels.functional import time_series
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "few_packing_programs")
 
 RENAMED = {"w1": "w3", "b1": "b3", "w2": "w4", "b2": "b4"}
 
 CASES = {  # batch, channels, patches, features; and the kernels of a forward pass
     "small, float32": ((2, 3, 4, 8), torch.float32, 1),
     "small, bfloat16": ((2, 3, 4, 8), torch.bfloat16, 1),
-    "odd, float16": ((3, 7, 13, 20), torch.float16, 1),
-    "wide, bfloat16": ((2, 3, 12, 192), torch.bfloat16, 1),
+    "odd, float16": ((2, 3, 13, 20), torch.float16, 1),
+    "wide, bfloat16": ((2, 2, 12, 192), torch.bfloat16, 1),
     "full, float32": ((1, 2, 33, 30), torch.float32, 1),
-    "full, bfloat16": ((1, 3, 64, 64), torch.bfloat16, 1),
+    "full, bfloat16": ((1, 2, 64, 64), torch.bfloat16, 1),
     "large, bfloat16": ((1, 2, 64, 72), torch.bfloat16, 2),
 }
 
@@ -64,12 +64,12 @@ def test_matches_eager(shape, dtype, _, device):
 
 
 def test_tiles_of_sm_90(device):
-    assert_matches_eager(*make_layer((2, 5, 12, 40), torch.bfloat16, device), device, "sm_90")
+    assert_matches_eager(*make_layer((2, 2, 12, 40), torch.bfloat16, device), device, "sm_90")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts_are_read_as_they_are(layout, device):
-    x, parameters = make_layer((2, 5, 13, 20), torch.float32, device)
+    x, parameters = make_layer((2, 2, 13, 20), torch.float32, device)
     x = layout(x)
     before = x.clone()
     assert_matches_eager(x, parameters, device)
@@ -82,13 +82,13 @@ def test_layouts_are_read_as_they_are(layout, device):
     ids=str,
 )
 def test_without_what_may_be_none(absent, device):
-    x, parameters = make_layer((2, 5, 13, 20), torch.float32, device)
+    x, parameters = make_layer((2, 2, 13, 20), torch.float32, device)
     assert_matches_eager(x, {**parameters, **dict.fromkeys(absent)}, device, approximate="tanh", eps=(1e-3, 1e-6))
 
 
 @pytest.mark.parametrize("stream", (torch.float32, torch.bfloat16), ids=str)
 def test_autocast(stream, device):
-    x, parameters = make_layer((2, 5, 12, 40), torch.float32, device)
+    x, parameters = make_layer((2, 2, 12, 40), torch.float32, device)
     x = x.to(stream)
     dy = torch.randn_like(x)
     with torch.autocast(device, torch.bfloat16):
@@ -100,7 +100,7 @@ def test_autocast(stream, device):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_rows_without_variance_and_far_from_zero(dtype, device):
-    x, parameters = make_layer((2, 5, 13, 40), dtype, device)
+    x, parameters = make_layer((2, 2, 13, 40), dtype, device)
     x = (x + 30).to(dtype)
     x[0, 0] = 0.1
     assert_matches_eager(x, parameters, device)
@@ -109,7 +109,7 @@ def test_rows_without_variance_and_far_from_zero(dtype, device):
 def test_dropout_is_that_of_two_mixers(device, monkeypatch):
     """Forward and backward, under the same two seeds; a mixer's masks are tested for themselves."""
     seeds = torch.tensor([5, 6], device=device)
-    x, parameters = make_layer((1, 9, 10, 20), torch.float32, device)
+    x, parameters = make_layer((1, 4, 10, 20), torch.float32, device)
     dy = torch.randn_like(x)
 
     def draw(of_a_mixer):
@@ -135,7 +135,7 @@ def test_dropout_is_that_of_two_mixers(device, monkeypatch):
 
 
 def test_dropout_draws_two_seeds_a_call(device):
-    x, parameters = make_layer((1, 9, 10, 20), torch.float32, device)
+    x, parameters = make_layer((1, 4, 10, 20), torch.float32, device)
 
     def call(seed=None, p=0.3):
         if seed is not None:
@@ -180,7 +180,7 @@ def test_launches(case, device):
 
 
 def test_u_computed_again_is_the_u_that_was_kept(device):
-    x, parameters = make_layer((1, 9, 10, 20), torch.float32, device)
+    x, parameters = make_layer((1, 4, 10, 20), torch.float32, device)
     results = {}
     for memory in ("fast", "min"):
         torch.manual_seed(5)
@@ -191,7 +191,7 @@ def test_u_computed_again_is_the_u_that_was_kept(device):
 
 def test_memory_is_what_it_says(device):
     """What autograd keeps beside the parameters: x and u, or x."""
-    x, parameters = make_layer((2, 5, 13, 20), torch.float32, device)
+    x, parameters = make_layer((2, 2, 13, 20), torch.float32, device)
     for memory, expected in (("fast", 2), ("min", 1)):
         kept = []
         leaves = [t.detach().requires_grad_() for t in (x, *parameters.values())]
