@@ -26,7 +26,8 @@ CASES = {  # batch, channels, patches, features
     "odd, float16": ((2, 3, 13, 20), torch.float16),
     "tile + 1": ((1, 17, 3, 65), torch.float32),
     "tile + 1 patches": ((1, 2, 33, 20), torch.float32),
-    "large": ((1, 2, 64, 192), torch.bfloat16),
+    "large patches": ((1, 1, 64, 24), torch.bfloat16),
+    "large features": ((1, 2, 6, 192), torch.bfloat16),
 }
 
 
@@ -233,8 +234,8 @@ def test_only_what_is_wanted(mixer, wanted, device):
     ("options", "changed", "message"),
     (
         ({"axis": 0}, {}, "axis must be -1, -2 or -3, got 0"),
-        ({"axis": -1}, {}, "built for 6 along axis -1, x has 20"),
-        ({"axis": -2}, {"w_gate": torch.zeros(6, 5)}, r"w_gate must have shape \(6, 6\), got \(6, 5\)"),
+        ({"axis": -1}, {}, "built for 5 along axis -1, x has 20"),
+        ({"axis": -2}, {"w_gate": torch.zeros(5, 4)}, r"w_gate must have shape \(5, 5\), got \(5, 4\)"),
         ({"axis": -2}, {"w_gate": None}, "b_gate is given without w_gate"),
         ({"axis": -2}, {"x": torch.zeros(20)}, r"x must have 2 axes or more to mix axis -2, got shape \(20,\)"),
     ),

@@ -114,7 +114,11 @@ def test_dropout_is_that_of_two_mixers(device, monkeypatch):
 
     def draw(of_a_mixer):
         left = iter(seeds.split(1))
-        monkeypatch.setattr(time_series, "seed_for", lambda *_, **__: next(left) if of_a_mixer else seeds)
+        monkeypatch.setattr(
+            time_series,
+            "seeded",
+            lambda x, options, number=1: options._replace(seed=next(left) if of_a_mixer else seeds),
+        )
 
     def layer(x, *parameters):
         draw(of_a_mixer=False)
