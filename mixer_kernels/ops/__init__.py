@@ -22,7 +22,7 @@ from .operators import (
     token_mixing,
     token_mixing_backward,
 )
-from .packed import NewPacks, packed, takes_packs
+from .packed import NewPacks, packed, packs_of, takes_packs
 
 __all__ = [
     "NewPacks",
@@ -36,6 +36,7 @@ __all__ = [
     "gated_mixing_backward",
     "mixer_block",
     "packed",
+    "packs_of",
     "spatial_gating",
     "spatial_gating_backward",
     "takes_packs",

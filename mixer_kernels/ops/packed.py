@@ -31,12 +31,11 @@ class Packed:
 
     def __call__(self, packs: Mapping[str, Tensor], *arguments: Any) -> Tensor:
         _, _, backend, _ = self._operator.objects(*arguments)
-        prefix = f"{backend}/"
         if isinstance(packs, NewPacks):
             y, made = self._compute({}, *arguments)
-            packs.update((f"{prefix}{name}", pack) for name, pack in made.items())
+            packs.update((f"{backend}/{name}", pack) for name, pack in made.items())
             return y
-        own = {name.removeprefix(prefix): pack for name, pack in packs.items() if name.startswith(prefix)}
+        own = packs_of(backend, packs)
         return self._call(*arguments, list(own.values()), list(own))
 
     def _forward(self, *arguments: Any) -> Tensor:
@@ -52,6 +51,12 @@ class Packed:
 
 
 _PACKED = {name: Packed(operator) for name, operator in OPERATORS.items()}
+
+
+def packs_of(backend: str, packs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``backend``, by the names that it gave them."""
+    prefix = f"{backend}/"
+    return {name.removeprefix(prefix): pack for name, pack in packs.items() if name.startswith(prefix)}
 
 
 def packed(function: str, packs: Mapping[str, Tensor], *arguments: Any) -> Tensor:

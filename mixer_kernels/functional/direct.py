@@ -1,0 +1,127 @@
+"""How a checked call reaches its kernels: through an operator, or in plain inference straight.
+
+What the checks of a call find, which backend runs it and how it is laid out follow from metadata: ``key_of`` is all of
+that, and ``backends.remembered`` says why nothing can be stale. Where anything else has a part in the call (gradients,
+a compiler, a tracer, a transform, a mode, a profiler, tensors that are not plain) there is no key: the operator runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, ops
+from ..backends.arguments import Options, precision_of
+from ..backends.remembered import recall, remember
+from ..tracing import is_watched
+from .checks import takes_packs
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_PLAIN_ARGUMENTS = frozenset({float, int, bool, str, type(None)})
+Packs = Mapping[str, Tensor] | None
+Parameters = Sequence[Tensor | None]
+
+
+def key_of(
+    function: str, x: Tensor, parameters: Parameters, arguments: tuple, backend: str | None, packs: Packs
+) -> Hashable | None:
+    """All that ``function`` on these depends on but for the numbers in the tensors; None if its operator must run."""
+    if is_watched() or backends.exported_to() is not None or not _PLAIN_ARGUMENTS.issuperset(map(type, arguments)):
+        return None
+    has_gradients = torch.is_grad_enabled()
+    described: list[tuple | None] = []
+    try:
+        for t in (x, *parameters):
+            if t is None:
+                described.append(None)
+            elif type(t) not in _PLAIN_TENSORS or (has_gradients and t.requires_grad):
+                return None
+            else:
+                described.append((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_neg()))
+    except RuntimeError:  # a sparse or a nested tensor has no address or no strides
+        return None
+    address, dtype, *rest = described[0]
+    described[0] = (address % 16, dtype, *rest)  # kernels ask for no more of it
+    if not (x.is_cuda or x.is_cpu):
+        return None
+    kind, autocast, kept = "cuda" if x.is_cuda else "cpu", None, None
+    if torch.is_autocast_enabled(kind):
+        autocast = torch.get_autocast_dtype(kind)
+        if torch.promote_types(dtype, autocast) is not dtype:
+            return None
+    if packs is not None:
+        if isinstance(packs, ops.NewPacks):
+            return None
+        kept = tuple(packs), *[pack.data_ptr() for pack in packs.values()]
+    asked = backends.requested_backend() if backend is None else backend
+    return function, asked, autocast, torch.get_float32_matmul_precision(), arguments, kept, tuple(described)
+
+
+def known_call(key: Hashable | None) -> Callable[[Tensor, Parameters, Packs], Tensor] | None:
+    """What ``run`` has found for ``key``: a call on x, the parameters and the packs."""
+    return None if key is None else recall(key)
+
+
+def run(
+    function: str,
+    key: Hashable | None,
+    backend: str,
+    x: Tensor,
+    halves: Sequence[tuple],
+    options: Options,
+    packs: Packs = None,
+    **further: Any,
+) -> Tensor:
+    """The first result of ``function`` on ``x`` and ``halves`` by ``backend``, which has kernels; all is checked."""
+    parameters = [t for half in halves for t in half]
+    if key is not None and not options.noise:
+        return _first_call(function, key, backend, x, halves, options, packs, further)
+    arguments = (x, *parameters, *options.inputs, backend, *further.values())
+    if takes_packs(packs, backend, options, x, *parameters):
+        return ops.packed(function, packs, *arguments)
+    return _first(getattr(ops, function)(*arguments))
+
+
+def _first_call(
+    function: str,
+    key: Hashable,
+    backend: str,
+    x: Tensor,
+    halves: Sequence[tuple],
+    options: Options,
+    packs: Packs,
+    further: dict[str, Any],
+) -> Tensor:
+    """The call, and what calls with the same ``key`` will do. That has tensors from its arguments alone."""
+    module, parameters = backends.load(backend), [t for half in halves for t in half]
+    options = options._replace(precision=precision_of(options.dtype))
+    plan = getattr(module, f"{function}_plan", None)
+    if plan is not None and x.numel() > 0:
+        planned = plan(x, *halves, options, packing=_packing(module, backend, options, packs), **further)
+        if not planned.copies:
+            remember(key, planned)
+        return planned(x, parameters, packs)
+    ends = [0, *itertools.accumulate(map(len, halves))]
+    kinds = [(type(half), slice(*where)) for half, where in zip(halves, itertools.pairwise(ends), strict=True)]
+
+    def call(x: Tensor, parameters: Parameters, packs: Packs) -> Tensor:
+        own = [kind(*parameters[where]) for kind, where in kinds]
+        packing = _packing(module, backend, options, packs)
+        more = further if packing is None else further | {"packing": packing}
+        return _first(getattr(module, f"{function}_forward")(x, *own, options, **more))
+
+    remember(key, call)
+    return call(x, parameters, packs)
+
+
+def _packing(module: Any, backend: str, options: Options, packs: Packs) -> Any:
+    """Packs of a frozen block as a backend takes them, if it does."""
+    return module.Packing(options.dtype, ops.packs_of(backend, packs)) if packs and module.has("packs") else None
+
+
+def _first(results: Any) -> Tensor:
+    return results if isinstance(results, Tensor) else results[0]
