@@ -98,15 +98,16 @@ class Freezable:
         frozen = self._frozen
         if frozen is None or frozen.new is not None:
             return None if frozen is None else frozen.new
-        return {name: self._buffers[_BUFFER.format(i)] for i, name in enumerate(frozen.names)}
+        buffers = self._buffers
+        return {name: buffers[buffer] for name, buffer in frozen.names.items()}
 
     def unfreeze(self) -> bool:
         """Drop what it keeps; whether it was frozen."""
         frozen = self.__dict__.pop("_frozen", None)
         if frozen is None:
             return False
-        for i in range(len(frozen.names)):
-            delattr(self, _BUFFER.format(i))
+        for buffer in frozen.names.values():
+            delattr(self, buffer)
         return True
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> nn.Module:
@@ -114,7 +115,7 @@ class Freezable:
         if frozen is None:
             return super()._apply(fn, *args, **kwargs)
         # A pack follows to another device, but its dtype is the kernels': `fn` does not see it.
-        kept = {name: self._buffers.pop(name) for name in map(_BUFFER.format, range(len(frozen.names)))}
+        kept = {name: self._buffers.pop(name) for name in frozen.names.values()}
         was_intact, before = frozen.changed() is None, frozen.dtypes()
         try:
             return super()._apply(fn, *args, **kwargs)
@@ -135,7 +136,7 @@ class Frozen:
 
     def __init__(self, name: str, block: nn.Module) -> None:
         self.name = name
-        self.names: tuple[str, ...] = ()
+        self.names: dict[str, str] = {}  # of packs, and of the buffers that hold them
         self.new: NewPacks | None = None  # while they are made
         self.was_intact = True  # of a copy: when it was made
         self.sources = [
@@ -145,21 +146,30 @@ class Frozen:
             if parameter is not None
         ]
         self.seen: list[tuple] = []
+        self.aliases: list[Tensor] = []
         self.look()
 
     def look(self) -> None:
         """Remember what the parameters are now."""
         # An alias keeps the address from being used again.
-        self.seen = [(p.detach(), *_identity(p)) for p in map(_parameter, self.sources)]
+        self.aliases = [_parameter(source).detach() for source in self.sources]
+        self.seen = self._identities()
 
     def changed(self) -> str | None:
         """The name of a parameter that is not what it was, or None."""
         if not self.seen:
             return self.sources[0][0]
-        for source, (_, *identity) in zip(self.sources, self.seen, strict=True):
-            if _identity(_parameter(source)) != tuple(identity):
-                return source[0]
-        return None
+        now = self._identities()
+        if now == self.seen:
+            return None
+        return next(path for (path, *_), was, i in zip(self.sources, self.seen, now, strict=True) if was != i)
+
+    def _identities(self) -> list[tuple]:
+        parameters = [module._parameters[leaf] for _, module, leaf in self.sources]
+        try:
+            return [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
+        except RuntimeError:  # an inference tensor counts no writes
+            return [(p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.device) for p in parameters]
 
     def first(self) -> Tensor:
         """One of the parameters."""
@@ -192,7 +202,7 @@ class Frozen:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"seen": [], "was_intact": self.changed() is None}
+        return self.__dict__ | {"seen": [], "aliases": [], "was_intact": self.changed() is None}
 
 
 def kept(packs: dict[str, Tensor] | None, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -227,9 +237,9 @@ def _freeze(name: str, block: Freezable) -> Entry:
     if not backends:
         del block._frozen
         return left("there is nothing to keep: its weights are taken as they are")
-    for i, pack in enumerate(packs.values()):
-        block.register_buffer(_BUFFER.format(i), pack, persistent=False)
-    frozen.names = tuple(packs)
+    frozen.names = {name: _BUFFER.format(i) for i, name in enumerate(packs)}
+    for name, pack in packs.items():
+        block.register_buffer(frozen.names[name], pack, persistent=False)
     size = sum(pack.nbytes for pack in packs.values())
     return Entry(name, block.name_of_class(), FROZEN, f"{', '.join(backends)}: {len(packs)} packs, {size:,} bytes")
 
@@ -256,6 +266,3 @@ def _parameter(source: tuple[str, nn.Module, str]) -> Tensor:
     _, module, leaf = source
     return module._parameters[leaf]
 
-
-def _identity(p: Tensor) -> tuple[Any, ...]:
-    return p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.device

@@ -18,6 +18,7 @@ from .coverage import (
     activation_of,
     drop_path_p_of,
     dropout_p_of,
+    weight_and_bias,
     why_not_fused,
     why_not_tensor,
     why_not_this_noise,
@@ -146,16 +147,17 @@ def fused(
     packs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """A ``MixerBlock`` through ``functional.mixer_block``; right if ``why_not_fused(block)`` is None."""
-    norm1, tokens, norm2, channels = block.norm1, block.mlp_tokens, block.norm2, block.mlp_channels
-    w1, w2, w3, w4 = tokens.fc1, tokens.fc2, channels.fc1, channels.fc2
+    parts = block._modules
+    norm1, tokens, norm2, channels = parts["norm1"], parts["mlp_tokens"], parts["norm2"], parts["mlp_channels"]
+    of_tokens, of_channels = tokens._modules, channels._modules
+    layers = (norm1, of_tokens["fc1"], of_tokens["fc2"], norm2, of_channels["fc1"], of_channels["fc2"])
     return functional.mixer_block(
         x,
-        *(norm1.weight, norm1.bias, w1.weight, w1.bias, w2.weight, w2.bias),
-        *(norm2.weight, norm2.bias, w3.weight, w3.bias, w4.weight, w4.bias),
+        *[parameter for layer in layers for parameter in weight_and_bias(layer)],
         eps=(norm1.eps, norm2.eps),
         **activation_of(tokens),
-        dropout_p=dropout_p_of(tokens.drop1),
-        drop_path_p=drop_path_p_of(block.drop_path),
+        dropout_p=dropout_p_of(of_tokens["drop1"]),
+        drop_path_p=drop_path_p_of(parts["drop_path"]),
         memory=memory,
         backend=backend,
         packs=packs,

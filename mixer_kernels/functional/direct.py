@@ -18,9 +18,9 @@ from .. import backends, ops
 from ..backends.arguments import Options, precision_of
 from ..backends.remembered import recall, remember
 from ..tracing import is_watched
-from .checks import takes_packs
+from .checks import needs_grad, takes_packs
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
 _PLAIN_ARGUMENTS = frozenset({float, int, bool, str, type(None)})
 Packs = Mapping[str, Tensor] | None
 Parameters = Sequence[Tensor | None]
@@ -32,33 +32,30 @@ def key_of(
     """All that ``function`` on these depends on but for the numbers in the tensors; None if its operator must run."""
     if is_watched() or backends.exported_to() is not None or not _PLAIN_ARGUMENTS.issuperset(map(type, arguments)):
         return None
-    has_gradients = torch.is_grad_enabled()
-    described: list[tuple | None] = []
+    if x is None or not _PLAIN_TENSORS.issuperset(map(type, (x, *parameters))) or needs_grad(x, *parameters):
+        return None
     try:
-        for t in (x, *parameters):
-            if t is None:
-                described.append(None)
-            elif type(t) not in _PLAIN_TENSORS or (has_gradients and t.requires_grad):
-                return None
-            else:
-                described.append((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_neg()))
+        described = [
+            None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_neg())
+            for t in parameters
+        ]
+        # Of the address of x kernels ask whether it is aligned.
+        of_x = (x.data_ptr() % 16, x.dtype, x.shape, x.stride(), x.device, x.is_neg())
     except RuntimeError:  # a sparse or a nested tensor has no address or no strides
         return None
-    address, dtype, *rest = described[0]
-    described[0] = (address % 16, dtype, *rest)  # kernels ask for no more of it
     if not (x.is_cuda or x.is_cpu):
         return None
     kind, autocast, kept = "cuda" if x.is_cuda else "cpu", None, None
     if torch.is_autocast_enabled(kind):
         autocast = torch.get_autocast_dtype(kind)
-        if torch.promote_types(dtype, autocast) is not dtype:
+        if torch.promote_types(x.dtype, autocast) is not x.dtype:
             return None
     if packs is not None:
         if isinstance(packs, ops.NewPacks):
             return None
         kept = tuple(packs), *[pack.data_ptr() for pack in packs.values()]
     asked = backends.requested_backend() if backend is None else backend
-    return function, asked, autocast, torch.get_float32_matmul_precision(), arguments, kept, tuple(described)
+    return function, asked, autocast, torch.get_float32_matmul_precision(), arguments, kept, of_x, *described
 
 
 def known_call(key: Hashable | None) -> Callable[[Tensor, Parameters, Packs], Tensor] | None:

@@ -94,9 +94,9 @@ class BlockPlan:
     def __call__(self, x: Tensor, *_: Any) -> Tensor:
         """``y``. Parameters are read at their addresses."""
         rest, shape, (eps, eps2), kind, tanh, sm90, row = self._fixed
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
         with device_of(x):
             memory = torch.empty(self._size, dtype=torch.uint8, device=x.device)
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
             base, kernels, stream = memory.data_ptr(), loaded(), stream_of(x)
             placed = self._placed
             if placed is None or placed.base != base:  # the allocator mostly gives the same
