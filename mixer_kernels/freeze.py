@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import NewPacks
+from .ops import KeptPacks, NewPacks
 from .report import FROZEN, LEFT, RESTORED, Entry, Report
 
 _BUFFER = "_pack{}"
@@ -99,7 +99,7 @@ class Freezable:
         if frozen is None or frozen.new is not None:
             return None if frozen is None else frozen.new
         buffers = self._buffers
-        return {name: buffers[buffer] for name, buffer in frozen.names.items()}
+        return KeptPacks([(name, buffers[buffer]) for name, buffer in frozen.names.items()], frozen.stamp)
 
     def unfreeze(self) -> bool:
         """Drop what it keeps; whether it was frozen."""
@@ -145,7 +145,7 @@ class Frozen:
             for leaf, parameter in module._parameters.items()
             if parameter is not None
         ]
-        self.seen: list[tuple] = []
+        self.seen: list[Any] = []
         self.aliases: list[Tensor] = []
         self.look()
 
@@ -153,7 +153,7 @@ class Frozen:
         """Remember what the parameters are now."""
         # An alias keeps the address from being used again.
         self.aliases = [_parameter(source).detach() for source in self.sources]
-        self.seen = self._identities()
+        self.seen, self.stamp = self._identities(), object()
 
     def changed(self) -> str | None:
         """The name of a parameter that is not what it was, or None."""
@@ -162,14 +162,17 @@ class Frozen:
         now = self._identities()
         if now == self.seen:
             return None
-        return next(path for (path, *_), was, i in zip(self.sources, self.seen, now, strict=True) if was != i)
+        first = next(i for i, (was, now) in enumerate(zip(self.seen, now, strict=True)) if was != now)
+        return self.sources[first % len(self.sources)][0]
 
-    def _identities(self) -> list[tuple]:
+    def _identities(self) -> list[Any]:
         parameters = [module._parameters[leaf] for _, module, leaf in self.sources]
         try:
-            return [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
+            versions = [p._version for p in parameters]
         except RuntimeError:  # an inference tensor counts no writes
-            return [(p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.device) for p in parameters]
+            versions = [None if p.is_inference() else p._version for p in parameters]
+        metadata = [(p.data_ptr(), p.dtype, p.shape, p.stride(), p.device, p.is_neg()) for p in parameters]
+        return [*metadata, *versions]
 
     def first(self) -> Tensor:
         """One of the parameters."""
@@ -265,4 +268,3 @@ def _named(name: str) -> str:
 def _parameter(source: tuple[str, nn.Module, str]) -> Tensor:
     _, module, leaf = source
     return module._parameters[leaf]
-

@@ -157,7 +157,10 @@ def _rows(
     linear = nn.Linear(8, 8)
     for mode in MODES:
         step = _train if mode == "training" else _infer
-        calls = {"nn.Linear": partial(step, linear, torch.randn(4, 8)), "eager": partial(step, eager, eager_x)}
+        calls = {
+            "nn.Linear": partial(_time, step, linear, torch.randn(4, 8)),
+            "eager": partial(_time, step, eager, eager_x),
+        }
         failed = dict(reasons)
         for module in (linear, eager, *fused.values()):
             module.train(mode == "training")
@@ -184,9 +187,15 @@ def _rows(
     return rows
 
 
-def _on(provider: str, step: Callable[[nn.Module, Tensor], None], module: nn.Module, x: Tensor) -> None:
-    with backends.use_backend(provider):
-        step(module, x)
+def _on(provider: str, step: Callable[[nn.Module, Tensor], None], module: nn.Module, x: Tensor) -> float:
+    with backends.use_backend(provider):  # chosen once, for many calls
+        return _time(step, module, x)
+
+
+def _time(step: Callable[[nn.Module, Tensor], None], module: nn.Module, x: Tensor) -> float:
+    start = _clock()
+    step(module, x)
+    return _clock() - start
 
 
 def _infer(module: nn.Module, x: Tensor) -> None:
@@ -199,8 +208,8 @@ def _train(module: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(y, list(module.parameters()), y.detach())
 
 
-def _measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
-    """Median microseconds of each, called in turns."""
+def _measure(calls: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    """Median microseconds of each, which returns its seconds, called in turns."""
     for call in calls.values():
         for _ in range(WARMUP_CALLS):
             call()
@@ -208,9 +217,7 @@ def _measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, 
     end = time.perf_counter() + seconds * len(calls)
     while len(taken["eager"]) < MIN_CALLS or time.perf_counter() < end:
         for name, call in calls.items():
-            start = _clock()
-            call()
-            taken[name].append(_clock() - start)
+            taken[name].append(call())
     return {name: statistics.median(times) * 1e6 for name, times in taken.items()}
 
 

@@ -35,10 +35,13 @@ def key_of(
     if x is None or not _PLAIN_TENSORS.issuperset(map(type, (x, *parameters))) or needs_grad(x, *parameters):
         return None
     try:
-        described = [
-            None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_neg())
-            for t in parameters
-        ]
+        if isinstance(packs, ops.KeptPacks):
+            described = [packs.stamp]
+        else:
+            described = [
+                None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_neg())
+                for t in parameters
+            ]
         # Of the address of x kernels ask whether it is aligned.
         of_x = (x.data_ptr() % 16, x.dtype, x.shape, x.stride(), x.device, x.is_neg())
     except RuntimeError:  # a sparse or a nested tensor has no address or no strides

@@ -22,9 +22,10 @@ from .operators import (
     token_mixing,
     token_mixing_backward,
 )
-from .packed import NewPacks, packed, packs_of, takes_packs
+from .packed import KeptPacks, NewPacks, packed, packs_of, takes_packs
 
 __all__ = [
+    "KeptPacks",
     "NewPacks",
     "channel_mixing",
     "channel_mixing_backward",

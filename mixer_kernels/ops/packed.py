@@ -5,7 +5,7 @@ What a call needs and does not find among them, for another layout of x or anoth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,15 @@ from .operators import OPERATORS
 
 class NewPacks(dict[str, Tensor]):
     """Given for packs, it collects what the call packs. Each name starts with that of its backend."""
+
+
+class KeptPacks(dict[str, Tensor]):
+    """Those of a frozen block whose parameters are in this call all that they were when ``stamp`` was made: writes that
+    PyTorch counts, addresses, dtypes, shapes, strides and devices have been compared."""
+
+    def __init__(self, packs: Iterable[tuple[str, Tensor]], stamp: object) -> None:
+        super().__init__(packs)
+        self.stamp = stamp
 
 
 class Packed:
