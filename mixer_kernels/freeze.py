@@ -6,13 +6,15 @@ buffers of its own: they move and are copied with it, and are not in its ``state
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .ops import KeptPacks, NewPacks
+from .coverage import why_not_global_hooks
+from .functional.direct import is_plain, surroundings
+from .ops.packs import KeptPacks, NewPacks
 from .report import FROZEN, LEFT, RESTORED, Entry, Report
 
 _BUFFER = "_pack{}"
@@ -93,6 +95,11 @@ class Freezable:
         if self._frozen is not None:
             self._frozen.check(self)
 
+    def again(self, x: Tensor, options: Hashable) -> Tensor | None:
+        """What a call like an earlier one gives, of a frozen block of which nothing has changed since; else None."""
+        frozen = self._frozen
+        return None if frozen is None else frozen.again(self, x, options)
+
     def packs(self) -> dict[str, Tensor] | None:
         """What it keeps, by name; None if it is not frozen."""
         frozen = self._frozen
@@ -147,6 +154,7 @@ class Frozen:
         ]
         self.seen: list[Any] = []
         self.aliases: list[Tensor] = []
+        self._call: tuple | None = None  # of `keep_call`: a plan, of metadata alone
         self.look()
 
     def look(self) -> None:
@@ -162,17 +170,40 @@ class Frozen:
         now = self._identities()
         if now == self.seen:
             return None
-        first = next(i for i, (was, now) in enumerate(zip(self.seen, now, strict=True)) if was != now)
-        return self.sources[first % len(self.sources)][0]
+        return next(path for (path, *_), was, is_ in zip(self.sources, self.seen, now, strict=True) if was != is_)
 
     def _identities(self) -> list[Any]:
         parameters = [module._parameters[leaf] for _, module, leaf in self.sources]
         try:
-            versions = [p._version for p in parameters]
+            return [(p.data_ptr(), p._version, p.dtype, p.shape, p.stride(), p.device) for p in parameters]
         except RuntimeError:  # an inference tensor counts no writes
             versions = [None if p.is_inference() else p._version for p in parameters]
-        metadata = [(p.data_ptr(), p.dtype, p.shape, p.stride(), p.device, p.is_neg()) for p in parameters]
-        return [*metadata, *versions]
+            found = [(p.data_ptr(), p.dtype, p.shape, p.stride(), p.device) for p in parameters]
+            return list(zip(versions, found, strict=True))
+
+    def keep_call(self, block: nn.Module, x: Tensor, options: Hashable, call: Callable[[Tensor], Tensor]) -> None:
+        """``call(x)`` is what ``block`` gives on every ``x`` like this one, as long as all is as it is."""
+        if block._snapshot is None:
+            return
+        noisy = [block, *(m for m in block.modules() if hasattr(m, "p") or hasattr(m, "drop_prob"))]
+        self._call = (self._state(block, x, options), noisy, call)
+
+    def again(self, block: nn.Module, x: Tensor, options: Hashable) -> Tensor | None:
+        """By the last of those calls, if nothing has changed since."""
+        if not is_plain(x) or torch.is_grad_enabled():  # not while compiling, above all
+            return None
+        kept = self._call
+        if kept is None:
+            return None
+        state, noisy, call = kept
+        if any([module.training for module in noisy]) or state != self._state(block, x, options):
+            return None
+        return call(x) if block._snapshot.holds(block) and why_not_global_hooks() is None else None
+
+    def _state(self, block: nn.Module, x: Tensor, options: Hashable) -> tuple:
+        buffers = block._buffers
+        packs = [buffers[buffer].data_ptr() for buffer in self.names.values()]
+        return block._snapshot, surroundings(x), options, packs, self._identities()
 
     def first(self) -> Tensor:
         """One of the parameters."""
@@ -205,7 +236,7 @@ class Frozen:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"seen": [], "aliases": [], "was_intact": self.changed() is None}
+        return self.__dict__ | {"seen": [], "aliases": [], "_call": None, "was_intact": self.changed() is None}
 
 
 def kept(packs: dict[str, Tensor] | None, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -241,8 +272,8 @@ def _freeze(name: str, block: Freezable) -> Entry:
         del block._frozen
         return left("there is nothing to keep: its weights are taken as they are")
     frozen.names = {name: _BUFFER.format(i) for i, name in enumerate(packs)}
-    for name, pack in packs.items():
-        block.register_buffer(frozen.names[name], pack, persistent=False)
+    for buffer, pack in zip(frozen.names.values(), packs.values(), strict=True):
+        block.register_buffer(buffer, pack, persistent=False)
     size = sum(pack.nbytes for pack in packs.values())
     return Entry(name, block.name_of_class(), FROZEN, f"{', '.join(backends)}: {len(packs)} packs, {size:,} bytes")
 

@@ -174,7 +174,7 @@ def mixer_block(
     both = (gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, w3, b3, w4, b4)
     arguments = (eps1, eps2, approximate, dropout_p, drop_path_p, memory, activation)
     key = key_of("mixer_block", x, both, arguments, backend, packs)
-    known = known_call(key)
+    known = known_call(key, packs)
     if known is not None:
         return known(x, both, packs)
     parameters = {

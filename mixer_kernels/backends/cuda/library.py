@@ -122,7 +122,7 @@ def limits_of(x: Tensor) -> tuple[int, int]:
 
 def stream_of(x: Tensor) -> int:
     """The handle of PyTorch's current stream on the device of ``x``."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
 @functools.cache  # a module is imported once
