@@ -44,6 +44,7 @@ GOALS = {("B/16 block", "cuda", MODES[0]): (0.4, "x"), ("B/16 block", "cuda", MO
 _clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-6 else time.perf_counter
 WARMUP_CALLS = 5
 MIN_CALLS = 10
+IN_A_ROW = 12  # calls to a turn, as a model calls its blocks
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def host_rows(seconds: float) -> list[HostRow]:
 def host_table(rows: Sequence[HostRow]) -> str:
     """A line a row, eager and one ``nn.Linear`` among them."""
     lines = [
-        "host time of one call, kernels replaced by no-ops, one thread: medians of its processor time",
+        "host time of one call, kernels replaced by no-ops, one thread: medians of processor time",
         f"  {'module':19} {'provider':9}  {'mode':17} {'us':>8} {'/ eager':>8} {'/ Linear':>8}  goal",
     ]
     for row in rows:
@@ -194,8 +195,9 @@ def _on(provider: str, step: Callable[[nn.Module, Tensor], None], module: nn.Mod
 
 def _time(step: Callable[[nn.Module, Tensor], None], module: nn.Module, x: Tensor) -> float:
     start = _clock()
-    step(module, x)
-    return _clock() - start
+    for _ in range(IN_A_ROW):
+        step(module, x)
+    return (_clock() - start) / IN_A_ROW
 
 
 def _infer(module: nn.Module, x: Tensor) -> None:
@@ -209,7 +211,7 @@ def _train(module: nn.Module, x: Tensor) -> None:
 
 
 def _measure(calls: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
-    """Median microseconds of each, which returns its seconds, called in turns."""
+    """Median microseconds of each, which returns the seconds of one call, in turns."""
     for call in calls.values():
         for _ in range(WARMUP_CALLS):
             call()
