@@ -43,7 +43,7 @@ class FusedMixerBlock(Fused, MixerBlock):
     image_shape = modules.image_shape
 
     def compute(self, x: Tensor, options: Options) -> Tensor:
-        memory, backend = options
+        backend, memory = options
         return modules.fused(self, x, memory=memory, backend=backend, packs=self.packs(), options=self._fused_options)
 
 
