@@ -319,3 +319,32 @@ def test_a_frozen_block_whose_weights_are_swapped(cuda_kernels, device):
                     block(x)
             weight.data = good
             assert torch.equal(block(x), y)
+
+
+def test_a_frozen_block_that_changes_otherwise(cuda_kernels, device):
+    """What it repeats is compared with hooks, modes and numbers of its parts too, and with the backend asked for."""
+    block = FusedMixerBlock(24, 20, drop=0.5, device=device, dtype=BF16).eval()
+    x, seen = make_x(1, SHAPE, BF16, device), []
+    with torch.no_grad(), use_backend("cuda"):
+        assert freeze_(block).frozen
+        y = block(x)
+        fc1, drop = block.mlp_tokens.fc1, block.mlp_channels.drop1
+        handle = fc1.register_forward_hook(lambda *_: seen.append(1))
+        block(x)
+        assert seen == [1]
+        handle.remove()
+        assert torch.equal(block(x), y) and seen == [1]
+        drop.train()
+        assert not torch.equal(block(x), y)
+        drop.eval()
+        block.norm1.eps = 1.0
+        assert not torch.equal(block(x), y)
+        block.norm1.eps = 1e-6
+        assert torch.equal(block(x), y)
+        assert torch.equal(block(torch.cat((x, x)))[1:], y)
+        with use_backend("torch"), torch.profiler.profile() as profile:
+            block(x)
+        assert "aten::linear" in {event.key for event in profile.key_averages()}
+        block.norm2.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="norm2.weight was written to"):
+            block(x)
