@@ -168,6 +168,15 @@ def drop_path_p_of(drop_path: nn.Module) -> float:
     return drop_path.drop_prob if drop_path.training and type(drop_path) is not nn.Identity else 0.0
 
 
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Of a Linear, a Conv1d or a LayerNorm."""
+    parameters = layer._parameters
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:  # DataParallel's replicas and FSDP1 have tensors in their place
+        return layer.weight, layer.bias
+
+
 def is_timm(cls: type, module: str, name: str) -> bool:
     # By name: timm need not be installed, and importing it takes seconds.
     return cls.__name__ == name and cls.__module__ == f"timm.layers.{module}"

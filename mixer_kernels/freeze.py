@@ -6,13 +6,15 @@ buffers of its own: they move and are copied with it, and are not in its ``state
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .ops import NewPacks
+from .coverage import why_not_global_hooks
+from .functional.direct import is_plain, surroundings
+from .ops.packs import KeptPacks, NewPacks
 from .report import FROZEN, LEFT, RESTORED, Entry, Report
 
 _BUFFER = "_pack{}"
@@ -93,20 +95,26 @@ class Freezable:
         if self._frozen is not None:
             self._frozen.check(self)
 
+    def again(self, x: Tensor, options: Hashable) -> Tensor | None:
+        """What a call like an earlier one gives, of a frozen block of which nothing has changed since; else None."""
+        frozen = self._frozen
+        return None if frozen is None else frozen.again(self, x, options)
+
     def packs(self) -> dict[str, Tensor] | None:
         """What it keeps, by name; None if it is not frozen."""
         frozen = self._frozen
         if frozen is None or frozen.new is not None:
             return None if frozen is None else frozen.new
-        return {name: self._buffers[_BUFFER.format(i)] for i, name in enumerate(frozen.names)}
+        buffers = self._buffers
+        return KeptPacks([(name, buffers[buffer]) for name, buffer in frozen.names.items()], frozen.stamp)
 
     def unfreeze(self) -> bool:
         """Drop what it keeps; whether it was frozen."""
         frozen = self.__dict__.pop("_frozen", None)
         if frozen is None:
             return False
-        for i in range(len(frozen.names)):
-            delattr(self, _BUFFER.format(i))
+        for buffer in frozen.names.values():
+            delattr(self, buffer)
         return True
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> nn.Module:
@@ -114,7 +122,7 @@ class Freezable:
         if frozen is None:
             return super()._apply(fn, *args, **kwargs)
         # A pack follows to another device, but its dtype is the kernels': `fn` does not see it.
-        kept = {name: self._buffers.pop(name) for name in map(_BUFFER.format, range(len(frozen.names)))}
+        kept = {name: self._buffers.pop(name) for name in frozen.names.values()}
         was_intact, before = frozen.changed() is None, frozen.dtypes()
         try:
             return super()._apply(fn, *args, **kwargs)
@@ -135,7 +143,7 @@ class Frozen:
 
     def __init__(self, name: str, block: nn.Module) -> None:
         self.name = name
-        self.names: tuple[str, ...] = ()
+        self.names: dict[str, str] = {}  # of packs, and of the buffers that hold them
         self.new: NewPacks | None = None  # while they are made
         self.was_intact = True  # of a copy: when it was made
         self.sources = [
@@ -144,22 +152,58 @@ class Frozen:
             for leaf, parameter in module._parameters.items()
             if parameter is not None
         ]
-        self.seen: list[tuple] = []
+        self.seen: list[Any] = []
+        self.aliases: list[Tensor] = []
+        self._call: tuple | None = None  # of `keep_call`: a plan, of metadata alone
         self.look()
 
     def look(self) -> None:
         """Remember what the parameters are now."""
         # An alias keeps the address from being used again.
-        self.seen = [(p.detach(), *_identity(p)) for p in map(_parameter, self.sources)]
+        self.aliases = [_parameter(source).detach() for source in self.sources]
+        self.seen, self.stamp = self._identities(), object()
 
     def changed(self) -> str | None:
         """The name of a parameter that is not what it was, or None."""
         if not self.seen:
             return self.sources[0][0]
-        for source, (_, *identity) in zip(self.sources, self.seen, strict=True):
-            if _identity(_parameter(source)) != tuple(identity):
-                return source[0]
-        return None
+        now = self._identities()
+        if now == self.seen:
+            return None
+        return next(path for (path, *_), was, is_ in zip(self.sources, self.seen, now, strict=True) if was != is_)
+
+    def _identities(self) -> list[Any]:
+        parameters = [module._parameters[leaf] for _, module, leaf in self.sources]
+        try:
+            return [(p.data_ptr(), p._version, p.dtype, p.shape, p.stride(), p.device) for p in parameters]
+        except RuntimeError:  # an inference tensor counts no writes
+            versions = [None if p.is_inference() else p._version for p in parameters]
+            found = [(p.data_ptr(), p.dtype, p.shape, p.stride(), p.device) for p in parameters]
+            return list(zip(versions, found, strict=True))
+
+    def keep_call(self, block: nn.Module, x: Tensor, options: Hashable, call: Callable[[Tensor], Tensor]) -> None:
+        """``call(x)`` is what ``block`` gives on every ``x`` like this one, as long as all is as it is."""
+        if block._snapshot is None:
+            return
+        noisy = [block, *(m for m in block.modules() if hasattr(m, "p") or hasattr(m, "drop_prob"))]
+        self._call = (self._state(block, x, options), noisy, call)
+
+    def again(self, block: nn.Module, x: Tensor, options: Hashable) -> Tensor | None:
+        """By the last of those calls, if nothing has changed since."""
+        if not is_plain(x) or torch.is_grad_enabled():  # not while compiling, above all
+            return None
+        kept = self._call
+        if kept is None:
+            return None
+        state, noisy, call = kept
+        if any([module.training for module in noisy]) or state != self._state(block, x, options):
+            return None
+        return call(x) if block._snapshot.holds(block) and why_not_global_hooks() is None else None
+
+    def _state(self, block: nn.Module, x: Tensor, options: Hashable) -> tuple:
+        buffers = block._buffers
+        packs = [buffers[buffer].data_ptr() for buffer in self.names.values()]
+        return block._snapshot, surroundings(x), options, packs, self._identities()
 
     def first(self) -> Tensor:
         """One of the parameters."""
@@ -192,7 +236,7 @@ class Frozen:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"seen": [], "was_intact": self.changed() is None}
+        return self.__dict__ | {"seen": [], "aliases": [], "_call": None, "was_intact": self.changed() is None}
 
 
 def kept(packs: dict[str, Tensor] | None, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -227,9 +271,9 @@ def _freeze(name: str, block: Freezable) -> Entry:
     if not backends:
         del block._frozen
         return left("there is nothing to keep: its weights are taken as they are")
-    for i, pack in enumerate(packs.values()):
-        block.register_buffer(_BUFFER.format(i), pack, persistent=False)
-    frozen.names = tuple(packs)
+    frozen.names = {name: _BUFFER.format(i) for i, name in enumerate(packs)}
+    for buffer, pack in zip(frozen.names.values(), packs.values(), strict=True):
+        block.register_buffer(buffer, pack, persistent=False)
     size = sum(pack.nbytes for pack in packs.values())
     return Entry(name, block.name_of_class(), FROZEN, f"{', '.join(backends)}: {len(packs)} packs, {size:,} bytes")
 
@@ -255,7 +299,3 @@ def _named(name: str) -> str:
 def _parameter(source: tuple[str, nn.Module, str]) -> Tensor:
     _, module, leaf = source
     return module._parameters[leaf]
-
-
-def _identity(p: Tensor) -> tuple[Any, ...]:
-    return p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.device

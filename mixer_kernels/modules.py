@@ -7,7 +7,7 @@ what its submodules would compute, and calls the submodules one by one when not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from .coverage import (
     activation_of,
     drop_path_p_of,
     dropout_p_of,
+    weight_and_bias,
     why_not_fused,
     why_not_tensor,
     why_not_this_noise,
@@ -26,6 +27,7 @@ from .coverage import (
 from .freeze import Freezable
 from .functional import checks
 from .layers import DropPath, Mlp, factory_kwargs, pair
+from .ops.packs import KeptPacks
 from .snapshot import Watched
 from .tracing import is_exporting
 from .words import one_of, warn_once
@@ -106,7 +108,10 @@ class FusedMixerBlock(Watched, Freezable, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Needs nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
         is_ours = isinstance(self, FusedMixerBlock)
-        if is_ours:
+        if is_ours and self._frozen is not None:
+            y = self.again(x, self.memory)
+            if y is not None:
+                return y
             self.check_frozen()
         if isinstance(x, Tensor) and checks.runs_on_torch(None, x):
             # An input of another shape goes on to functional, which says what is wrong with it.
@@ -122,7 +127,8 @@ class FusedMixerBlock(Watched, Freezable, nn.Module):
             x = x + self.drop_path(self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
             return x + self.drop_path(self.mlp_channels(self.norm2(x)))
         packs = self.packs() if is_ours else None
-        return fused(self, x, memory=memory_of(self, getattr(self, "memory", "fast")), packs=packs)
+        memory = getattr(self, "memory", "fast")
+        return fused(self, x, memory=memory_of(self, memory), packs=packs, options=memory)
 
     def __prepare_scriptable__(self) -> None:
         """What ``torch.jit.script`` calls before all else."""
@@ -144,22 +150,30 @@ def fused(
     memory: str | None,
     backend: str | None = None,
     packs: dict[str, Tensor] | None = None,
+    options: Hashable = None,
 ) -> Tensor:
-    """A ``MixerBlock`` through ``functional.mixer_block``; right if ``why_not_fused(block)`` is None."""
-    norm1, tokens, norm2, channels = block.norm1, block.mlp_tokens, block.norm2, block.mlp_channels
-    w1, w2, w3, w4 = tokens.fc1, tokens.fc2, channels.fc1, channels.fc2
-    return functional.mixer_block(
+    """A ``MixerBlock`` through ``functional.mixer_block``; right if ``why_not_fused(block)`` is None.
+
+    ``options``: what a frozen block will give to ``again``.
+    """
+    parts = block._modules
+    norm1, tokens, norm2, channels = parts["norm1"], parts["mlp_tokens"], parts["norm2"], parts["mlp_channels"]
+    of_tokens, of_channels = tokens._modules, channels._modules
+    layers = (norm1, of_tokens["fc1"], of_tokens["fc2"], norm2, of_channels["fc1"], of_channels["fc2"])
+    y = functional.mixer_block(
         x,
-        *(norm1.weight, norm1.bias, w1.weight, w1.bias, w2.weight, w2.bias),
-        *(norm2.weight, norm2.bias, w3.weight, w3.bias, w4.weight, w4.bias),
+        *[parameter for layer in layers for parameter in weight_and_bias(layer)],
         eps=(norm1.eps, norm2.eps),
         **activation_of(tokens),
-        dropout_p=dropout_p_of(tokens.drop1),
-        drop_path_p=drop_path_p_of(block.drop_path),
+        dropout_p=dropout_p_of(of_tokens["drop1"]),
+        drop_path_p=drop_path_p_of(parts["drop_path"]),
         memory=memory,
         backend=backend,
         packs=packs,
     )
+    if isinstance(packs, KeptPacks) and packs.call is not None:
+        block._frozen.keep_call(block, x, options, packs.call)
+    return y
 
 
 def memory_of(block: nn.Module, memory: str) -> str | None:

@@ -38,3 +38,15 @@ def transform() -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation knows PyTorch's operators alone"
     return None
+
+
+def is_watched() -> bool:
+    """Whether anything beside plain autograd has a part in calls of operators right now, or looks at them."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+    )

@@ -132,9 +132,12 @@ class Fused(Watched, Freezable):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._frozen is not None:
-            self.check_frozen()
         options = self._fused_options
+        if self._frozen is not None:
+            y = self.again(x, options)
+            if y is not None:
+                return y
+            self.check_frozen()
         if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x):
             return super().forward(x)
         reason = self.why_not_kernels(x)

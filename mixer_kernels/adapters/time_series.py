@@ -16,6 +16,7 @@ from .. import functional
 from ..coverage import (
     dropout_p_of,
     is_hooked,
+    weight_and_bias,
     why_not_dropout,
     why_not_global_hooks,
     why_not_linear,
@@ -64,18 +65,20 @@ class Mixing(Fused):
 
     @staticmethod
     def why_not_this_noise(block: nn.Module) -> str | None:
-        return why_not_same_dropout(block.mlp.dropout1, block.mlp.dropout2)
+        return why_not_same_dropout(*_dropouts(block))
 
     @staticmethod
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
-        return (block.norm.norm.weight,)
+        return weight_and_bias(_norm(block))[:1]
 
     def parameters_in_order(self) -> tuple[Tensor | None, ...]:
         """As ``functional.gated_mixing`` takes them."""
-        norm, fc1, fc2 = self.norm.norm, self.mlp.fc1, self.mlp.fc2
-        gate = self.gating_block.attn_layer if self.gated_attn else None
-        of_gate = (None, None) if gate is None else (gate.weight, gate.bias)
-        return norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, *of_gate
+        parts = self._modules
+        mlp, gate = parts["mlp"]._modules, (None, None)
+        if self.gated_attn:
+            gate = weight_and_bias(parts["gating_block"]._modules["attn_layer"])
+        layers = (_norm(self), mlp["fc1"], mlp["fc2"])
+        return *[parameter for layer in layers for parameter in weight_and_bias(layer)], *gate
 
     def image_shape(self) -> tuple[int, ...]:
         shape = [1, 1, self.norm.norm.normalized_shape[-1]]
@@ -88,8 +91,8 @@ class Mixing(Fused):
             *self.parameters_in_order(),
             axis=self.axis,
             gate_first=self.gate_first,
-            eps=self.norm.norm.eps,
-            dropout_p=dropout_p_of(self.mlp.dropout1),
+            eps=_norm(self).eps,
+            dropout_p=dropout_p_of(_dropouts(self)[0]),
             backend=options.backend,
             packs=self.packs(),
         )
@@ -145,7 +148,7 @@ class Layer(Fused):
 
     def parts(self) -> Iterable[nn.Module]:
         """Not the mixer of channels, which is called as it is."""
-        return [self._modules[name] for name in self.mixers]
+        return self._mixers(self)
 
     @classmethod
     def why_not_known(cls, layer: nn.Module) -> str | None:
@@ -156,16 +159,16 @@ class Layer(Fused):
 
     @classmethod
     def why_not_this_noise(cls, layer: nn.Module) -> str | None:
-        return why_not_same_dropout(*cls._dropouts(layer))
+        return why_not_same_dropout(*[dropout for mixer in cls._mixers(layer) for dropout in _dropouts(mixer)])
 
     @classmethod
     def norms(cls, layer: nn.Module) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(layer, name).norm.norm.weight for name in cls.mixers)
+        return tuple([weight_and_bias(_norm(mixer))[0] for mixer in cls._mixers(layer)])
 
     @classmethod
-    def _dropouts(cls, layer: nn.Module) -> list[nn.Module]:
-        mlps = [getattr(layer, name).mlp for name in cls.mixers]
-        return [dropout for mlp in mlps for dropout in (mlp.dropout1, mlp.dropout2)]
+    def _mixers(cls, layer: nn.Module) -> list[nn.Module]:
+        parts = layer._modules
+        return [parts[name] for name in cls.mixers]
 
     def image_shape(self) -> tuple[int, ...]:
         patches, features = (getattr(self, name).mlp.fc1.in_features for name in self.mixers)
@@ -175,20 +178,19 @@ class Layer(Fused):
     def compute(self, x: Tensor, options: Options) -> Tensor:
         if self.mode == "mix_channel":
             x = self.channel_feature_mixer(x)
-        mixers = [getattr(self, name) for name in self.mixers]
+        mixers = self._mixers(self)
         return functional.gated_mixer_layer(
             x,
-            *(parameter for mixer in mixers for parameter in mixer.parameters_in_order()),
-            eps=tuple(mixer.norm.norm.eps for mixer in mixers),
-            dropout_p=dropout_p_of(self._dropouts(self)[0]),
+            *[parameter for mixer in mixers for parameter in mixer.parameters_in_order()],
+            eps=tuple([_norm(mixer).eps for mixer in mixers]),
+            dropout_p=dropout_p_of(_dropouts(mixers[0])[0]),
             memory=options.memory,
             backend=options.backend,
             packs=self.packs(),
         )
 
     def _why_not_input(self, x: Tensor) -> str | None:
-        for name in self.mixers:
-            mixer = getattr(self, name)
+        for name, mixer in zip(self.mixers, self._mixers(self), strict=True):
             if not isinstance(mixer, Fused) or mixer._fused_options != self._fused_options:
                 return f"its {name} was not fused with it"
         return super()._why_not_input(x)
@@ -196,6 +198,15 @@ class Layer(Fused):
     @classmethod
     def say_why(cls, reason: str) -> None:
         """Nothing: the blocks of the layer run one by one, and say why they compute eagerly if they do."""
+
+
+def _norm(mixer: nn.Module) -> nn.Module:
+    return mixer._modules["norm"]._modules["norm"]
+
+
+def _dropouts(mixer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    parts = mixer._modules["mlp"]._modules
+    return parts["dropout1"], parts["dropout2"]
 
 
 def why_not_softmax(gate: nn.Module) -> str | None:

@@ -43,7 +43,8 @@ class FusedMixerBlock(Fused, MixerBlock):
     image_shape = modules.image_shape
 
     def compute(self, x: Tensor, options: Options) -> Tensor:
-        return modules.fused(self, x, memory=options.memory, backend=options.backend, packs=self.packs())
+        backend, memory = options
+        return modules.fused(self, x, memory=memory, backend=backend, packs=self.packs(), options=self._fused_options)
 
 
 class FusedResBlock(Fused, ResBlock):

@@ -1,5 +1,25 @@
 """The backends, one module each with the same functions, and the registry that chooses one."""
 
-from .registry import BACKENDS, CHOICES, auto_on_cpu, choose, load, requested_backend, use_backend, why_not
+from .registry import (
+    BACKENDS,
+    CHOICES,
+    auto_on_cpu,
+    choose,
+    exported_to,
+    load,
+    requested_backend,
+    use_backend,
+    why_not,
+)
 
-__all__ = ["BACKENDS", "CHOICES", "auto_on_cpu", "choose", "load", "requested_backend", "use_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "CHOICES",
+    "auto_on_cpu",
+    "choose",
+    "exported_to",
+    "load",
+    "requested_backend",
+    "use_backend",
+    "why_not",
+]

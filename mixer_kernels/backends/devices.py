@@ -11,7 +11,7 @@ from torch import Tensor
 
 def device_of(x: Tensor) -> AbstractContextManager:
     """Kernels are launched on the current device, whatever device their arguments are on."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
 

@@ -44,6 +44,7 @@ GOALS = {("B/16 block", "cuda", MODES[0]): (0.4, "x"), ("B/16 block", "cuda", MO
 _clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-6 else time.perf_counter
 WARMUP_CALLS = 5
 MIN_CALLS = 10
+IN_A_ROW = 12  # calls to a turn, as a model calls its blocks
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def host_rows(seconds: float) -> list[HostRow]:
 def host_table(rows: Sequence[HostRow]) -> str:
     """A line a row, eager and one ``nn.Linear`` among them."""
     lines = [
-        "host time of one call, kernels replaced by no-ops, one thread: medians of its processor time",
+        "host time of one call, kernels replaced by no-ops, one thread: medians of processor time",
         f"  {'module':19} {'provider':9}  {'mode':17} {'us':>8} {'/ eager':>8} {'/ Linear':>8}  goal",
     ]
     for row in rows:
@@ -157,7 +158,10 @@ def _rows(
     linear = nn.Linear(8, 8)
     for mode in MODES:
         step = _train if mode == "training" else _infer
-        calls = {"nn.Linear": partial(step, linear, torch.randn(4, 8)), "eager": partial(step, eager, eager_x)}
+        calls = {
+            "nn.Linear": partial(_time, step, linear, torch.randn(4, 8)),
+            "eager": partial(_time, step, eager, eager_x),
+        }
         failed = dict(reasons)
         for module in (linear, eager, *fused.values()):
             module.train(mode == "training")
@@ -184,9 +188,16 @@ def _rows(
     return rows
 
 
-def _on(provider: str, step: Callable[[nn.Module, Tensor], None], module: nn.Module, x: Tensor) -> None:
-    with backends.use_backend(provider):
+def _on(provider: str, step: Callable[[nn.Module, Tensor], None], module: nn.Module, x: Tensor) -> float:
+    with backends.use_backend(provider):  # chosen once, for many calls
+        return _time(step, module, x)
+
+
+def _time(step: Callable[[nn.Module, Tensor], None], module: nn.Module, x: Tensor) -> float:
+    start = _clock()
+    for _ in range(IN_A_ROW):
         step(module, x)
+    return (_clock() - start) / IN_A_ROW
 
 
 def _infer(module: nn.Module, x: Tensor) -> None:
@@ -199,8 +210,8 @@ def _train(module: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(y, list(module.parameters()), y.detach())
 
 
-def _measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
-    """Median microseconds of each, called in turns."""
+def _measure(calls: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    """Median microseconds of each, which returns the seconds of one call, in turns."""
     for call in calls.values():
         for _ in range(WARMUP_CALLS):
             call()
@@ -208,9 +219,7 @@ def _measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, 
     end = time.perf_counter() + seconds * len(calls)
     while len(taken["eager"]) < MIN_CALLS or time.perf_counter() < end:
         for name, call in calls.items():
-            start = _clock()
-            call()
-            taken[name].append(_clock() - start)
+            taken[name].append(call())
     return {name: statistics.median(times) * 1e6 for name, times in taken.items()}
 
 

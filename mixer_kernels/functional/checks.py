@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, ops
+from .. import backends
 from ..backends.arguments import Options
 from ..tracing import constant_while_tracing, transform
 from ..words import one_of, warn_once
@@ -74,12 +74,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def takes_packs(packs: dict[str, Tensor] | None, name: str, options: Options, *tensors: Tensor | None) -> bool:
     """Whether a call on backend ``name`` can take the packs of a frozen block: without gradients, without noise."""
     return (
-        packs is not None
-        and name != "torch"
-        and not options.noise
-        and not needs_grad(*tensors)
-        and ops.takes_packs(name)
+        packs is not None and name != "torch" and not options.noise and not needs_grad(*tensors) and _keeps_packs(name)
     )
+
+
+@constant_while_tracing
+def _keeps_packs(name: str) -> bool:
+    return backends.load(name).has("packs")
 
 
 def check(

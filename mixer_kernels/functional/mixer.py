@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from torch import Tensor
 
-from .. import ops
 from ..backends import torch as torch_backend
 from ..backends.arguments import Half, Options
-from .checks import check, check_channel_shapes, check_token_shapes, choose, needs_grad, seeded, takes_packs
+from .checks import check, check_channel_shapes, check_token_shapes, choose, needs_grad, seeded
+from .direct import Packs, key_of, known_call, run
 
 
 def token_mixing(
@@ -57,16 +59,19 @@ def token_mixing(
     Returns:
         ``u [B, S, C]`` in ``x``'s dtype.
     """
+    half = Half(gamma, beta, w1, b1, w2, b2)
+    arguments = (eps, approximate, dropout_p, drop_path_p, activation)
+    key = key_of("token_mixing", x, half, arguments, backend, packs)
+    known = known_call(key)
+    if known is not None:
+        return known(x, half, packs)
     parameters = {"gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     options = Options(
         eps=eps, activation=activation, approximate=approximate, dropout_p=dropout_p, drop_path_p=drop_path_p
     )
     x, options = check(x, parameters, options)
     check_token_shapes(x, parameters, activation)
-    name, half = choose(backend, x, options, "token_mixing"), Half(*parameters.values())
-    if takes_packs(packs, name, options, x, *half):
-        return ops.packed("token_mixing", packs, x, *half, *options.inputs, name)
-    return _token_mixing(x, half, options, name)
+    return _token_mixing(x, half, options, choose(backend, x, options, "token_mixing"), key, packs)
 
 
 def channel_mixing(
@@ -111,6 +116,12 @@ def channel_mixing(
     Returns:
         ``y [B, S, C]`` in ``u``'s dtype.
     """
+    half = Half(gamma, beta, w3, b3, w4, b4)
+    arguments = (eps, approximate, dropout_p, drop_path_p, memory, activation, norm)
+    key = key_of("channel_mixing", u, half, arguments, backend, packs)
+    known = known_call(key)
+    if known is not None:
+        return known(u, half, packs)
     parameters = {"gamma": gamma, "beta": beta, "w3": w3, "b3": b3, "w4": w4, "b4": b4}
     options = Options(
         eps=eps, activation=activation, approximate=approximate, norm=norm, dropout_p=dropout_p,
@@ -118,10 +129,7 @@ def channel_mixing(
     )  # fmt: skip
     u, options = check(u, parameters, options, memory, name="u")
     check_channel_shapes(u, parameters, activation)
-    name, half = choose(backend, u, options, "channel_mixing"), Half(*parameters.values())
-    if takes_packs(packs, name, options, u, *half):
-        return ops.packed("channel_mixing", packs, u, *half, *options.inputs, name, False)
-    return _channel_mixing(u, half, options, name, memory)
+    return _channel_mixing(u, half, options, choose(backend, u, options, "channel_mixing"), memory, key, packs)
 
 
 def mixer_block(
@@ -163,6 +171,12 @@ def mixer_block(
         ``y [B, S, C]`` in ``x``'s dtype.
     """
     eps1, eps2 = eps if isinstance(eps, tuple) else (eps, eps)
+    both = (gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, w3, b3, w4, b4)
+    arguments = (eps1, eps2, approximate, dropout_p, drop_path_p, memory, activation)
+    key = key_of("mixer_block", x, both, arguments, backend, packs)
+    known = known_call(key, packs)
+    if known is not None:
+        return known(x, both, packs)
     parameters = {
         "gamma1": gamma1, "beta1": beta1, "w1": w1, "b1": b1, "w2": w2, "b2": b2,
         "gamma2": gamma2, "beta2": beta2, "w3": w3, "b3": b3, "w4": w4, "b4": b4,
@@ -174,24 +188,31 @@ def mixer_block(
     check_token_shapes(x, parameters, activation, half="1")
     check_channel_shapes(x, parameters, activation, half="2")
     name = choose(backend, x, options, "mixer_block")
-    tokens, channels = Half(gamma1, beta1, w1, b1, w2, b2), Half(gamma2, beta2, w3, b3, w4, b4)
-    arguments = (x, *tokens, *channels, *options.inputs, name, eps2)
-    if takes_packs(packs, name, options, x, *tokens, *channels):
-        return ops.packed("mixer_block", packs, *arguments)
-    if name != "torch" and not options.noise and (memory is None or not needs_grad(x, *tokens, *channels)):
-        return ops.mixer_block(*arguments)
+    tokens, channels = Half(*both[:6]), Half(*both[6:])
+    if name != "torch" and not options.noise and (memory is None or not needs_grad(x, *both)):
+        return run("mixer_block", key, name, x, (tokens, channels), options, packs, eps2=eps2)
     u = _token_mixing(x, tokens, options, name)
     return _channel_mixing(u, channels, options._replace(eps=eps2), name, memory)
 
 
-def _token_mixing(x: Tensor, half: Half, options: Options, name: str) -> Tensor:
+def _token_mixing(
+    x: Tensor, half: Half, options: Options, name: str, key: Hashable | None = None, packs: Packs = None
+) -> Tensor:
     if name == "torch":
         return torch_backend.token_mixing_forward(x, half, options)
-    return ops.token_mixing(x, *half, *seeded(x, options).inputs, name)[0]
+    return run("token_mixing", key, name, x, (half,), seeded(x, options), packs)
 
 
-def _channel_mixing(u: Tensor, half: Half, options: Options, name: str, memory: str | None) -> Tensor:
+def _channel_mixing(
+    u: Tensor,
+    half: Half,
+    options: Options,
+    name: str,
+    memory: str | None,
+    key: Hashable | None = None,
+    packs: Packs = None,
+) -> Tensor:
     if name == "torch":
         return torch_backend.channel_mixing_forward(u, half, options)
     keep_z = memory == "fast" and needs_grad(u, *half)
-    return ops.channel_mixing(u, *half, *seeded(u, options).inputs, name, keep_z)[0]
+    return run("channel_mixing", key, name, u, (half,), seeded(u, options), packs, keep_z=keep_z)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
 from ..backends import torch as torch_backend
 from ..backends.arguments import AffineLinear, Half, Options, SpatialGate
-from .checks import check, check_columns, check_norm, check_shape, choose, needs_grad, seeded, takes_packs
+from .checks import check, check_columns, check_norm, check_shape, choose, needs_grad, seeded
+from .direct import key_of, known_call, run
 
 
 def token_linear(
@@ -44,18 +44,21 @@ def token_linear(
     Returns:
         ``u [B, S, C]`` in ``x``'s dtype.
     """
-    parameters = {"alpha": alpha, "beta": beta, "w": w, "b": b, "scale": scale}
+    linear = AffineLinear(alpha, beta, w, b, scale)
+    key = key_of("token_linear", x, linear, (drop_path_p,), backend, packs)
+    known = known_call(key)
+    if known is not None:
+        return known(x, linear, packs)
+    parameters = linear._asdict()
     x, options = check(x, parameters, Options(drop_path_p=drop_path_p))
     _check_square("w", w, x)
     check_shape("b", b, (x.shape[1],))
     for vector in ("alpha", "beta", "scale"):
         check_shape(vector, parameters[vector], (x.shape[2],))
-    name, linear = choose(backend, x, options, "token_linear"), AffineLinear(alpha, beta, w, b, scale)
+    name = choose(backend, x, options, "token_linear")
     if name == "torch":
         return torch_backend.token_linear_forward(x, linear, options)
-    if takes_packs(packs, name, options, x, *linear):
-        return ops.packed("token_linear", packs, x, *linear, *options.inputs, name)
-    return ops.token_linear(x, *linear, *seeded(x, options).inputs, name)
+    return run("token_linear", key, name, x, (linear,), seeded(x, options), packs)
 
 
 def spatial_gating(
@@ -87,6 +90,10 @@ def spatial_gating(
         ``s [B, S, C]`` in ``h``'s dtype.
     """
     gate = SpatialGate(gamma, beta, w, b)
+    key = key_of("spatial_gating", h, gate, (eps,), backend, None)
+    known = known_call(key)
+    if known is not None:
+        return known(h, gate, None)
     h, options = check(h, gate._asdict(), Options(eps=eps), name="h")
     if h.shape[2] % 2 != 0:
         raise ValueError(f"h must have an even number of channels, factors and gates, got {h.shape[2]}")
@@ -94,7 +101,7 @@ def spatial_gating(
     name = choose(backend, h, options, "spatial_gating")
     if name == "torch":
         return torch_backend.spatial_gating_forward(h, gate, options)
-    return ops.spatial_gating(h, *gate, *options.inputs, name)
+    return run("spatial_gating", key, name, h, (gate,), options)
 
 
 def gated_channel_mixing(
@@ -147,6 +154,12 @@ def gated_channel_mixing(
     Returns:
         ``y [B, S, C]`` in ``x``'s dtype.
     """
+    half, gate = Half(gamma, beta, w1, b1, w2, b2), SpatialGate(gate_gamma, gate_beta, w_gate, b_gate)
+    arguments = (eps, gate_eps, approximate, dropout_p, drop_path_p, memory)
+    key = key_of("gated_channel_mixing", x, (*half, *gate), arguments, backend, packs)
+    known = known_call(key)
+    if known is not None:
+        return known(x, (*half, *gate), packs)
     parameters = {
         "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "gate_gamma": gate_gamma, "gate_beta": gate_beta,
         "w_gate": w_gate, "b_gate": b_gate, "w2": w2, "b2": b2,
@@ -160,17 +173,15 @@ def gated_channel_mixing(
         raise ValueError(f"w1 must be (F, channels) with an even F, got shape {tuple(w1.shape)}")
     check_norm(x, parameters)
     check_shape("b1", b1, (hidden,))
-    half, gate = Half(gamma, beta, w1, b1, w2, b2), SpatialGate(gate_gamma, gate_beta, w_gate, b_gate)
     _check_gate(x, gate, ("gate_gamma", "gate_beta", "w_gate", "b_gate"), hidden // 2)
     check_shape("w2", w2, (channels, hidden // 2))
     check_shape("b2", b2, (channels,))
     name = choose(backend, x, options, "gated_channel_mixing")
     if name == "torch":
         return torch_backend.gated_channel_mixing_forward(x, half, gate, options, gate_eps)
-    if takes_packs(packs, name, options, x, *half, *gate):
-        return ops.packed("gated_channel_mixing", packs, x, *half, *gate, *options.inputs, name, gate_eps, False)
-    keep_z = memory == "fast" and needs_grad(x, *half, *gate)
-    return ops.gated_channel_mixing(x, *half, *gate, *seeded(x, options).inputs, name, gate_eps, keep_z)[0]
+    keep_z, options = memory == "fast" and needs_grad(x, *half, *gate), seeded(x, options)
+    further = {"gate_eps": gate_eps, "keep_z": keep_z}
+    return run("gated_channel_mixing", key, name, x, (half, gate), options, packs, **further)
 
 
 def _check_gate(x: Tensor, gate: SpatialGate, names: tuple[str, ...], channels: int) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..backends import torch as torch_backend
 from ..backends.arguments import GatedHalf, Options
 from ..tuning.configs import MAX_GATED_EXTENT
-from .checks import check, check_is_tensor, check_norm, check_shape, choose, needs_grad, seeded, takes_packs
+from .checks import check, check_is_tensor, check_norm, check_shape, choose, needs_grad, seeded
+from .direct import key_of, known_call, run
 
 
 def gated_mixing(
@@ -66,7 +66,11 @@ def gated_mixing(
     if x.layout is torch.strided and x.dim() < max(2, -axis):
         raise ValueError(f"x must have {max(2, -axis)} axes or more to mix axis {axis}, got shape {tuple(x.shape)}")
     shape = x.shape
-    x = _of_four_axes(x)
+    x, half = _of_four_axes(x), GatedHalf(gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
+    key = key_of("gated_mixing", x, half, (axis, gate_first, eps, approximate, dropout_p), backend, packs)
+    known = known_call(key)
+    if known is not None:
+        return _in_shape(known(x, half, packs), shape)
     parameters = {
         "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate": w_gate, "b_gate": b_gate
     }  # fmt: skip
@@ -74,14 +78,12 @@ def gated_mixing(
     x, options = check(x, parameters, options, dim=4)
     _check_mixer(x, parameters, axis)
     name = choose(backend, x, options, "gated_mixing", *_too_long(x.shape[axis]))
-    half = GatedHalf(*parameters.values())
     if name == "torch":
         y = torch_backend.gated_mixing_forward(x, half, options, axis + 4, gate_first)
-    elif takes_packs(packs, name, options, x, *half):
-        y = ops.packed("gated_mixing", packs, x, *half, *options.inputs, name, axis + 4, gate_first)
     else:
-        y = ops.gated_mixing(x, *half, *seeded(x, options).inputs, name, axis + 4, gate_first)
-    return y.view(shape)
+        options = seeded(x, options)
+        y = run("gated_mixing", key, name, x, (half,), options, packs, axis=axis + 4, gate_first=gate_first)
+    return _in_shape(y, shape)
 
 
 def gated_mixer_layer(
@@ -147,6 +149,13 @@ def gated_mixer_layer(
     shape = x.shape
     x = _of_four_axes(x)
     eps1, eps2 = eps if isinstance(eps, tuple) else (eps, eps)
+    both = (
+        gamma1, beta1, w1, b1, w2, b2, w_gate1, b_gate1, gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2,
+    )  # fmt: skip
+    key = key_of("gated_mixer_layer", x, both, (eps1, eps2, approximate, dropout_p, memory), backend, packs)
+    known = known_call(key)
+    if known is not None:
+        return _in_shape(known(x, both, packs), shape)
     of_patches = {
         "gamma1": gamma1, "beta1": beta1, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate1": w_gate1,
         "b_gate1": b_gate1,
@@ -160,24 +169,26 @@ def gated_mixer_layer(
     _check_mixer(x, of_patches, axis=-2, half="1")
     _check_mixer(x, of_features, axis=-1, half="2")
     name = choose(backend, x, options, "gated_mixer_layer", *_too_long(max(x.shape[2:])))
-    patches, features = GatedHalf(*of_patches.values()), GatedHalf(*of_features.values())
+    patches, features = GatedHalf(*both[:8]), GatedHalf(*both[8:])
     if name == "torch":
         u = torch_backend.gated_mixing_forward(x, patches, options, axis=2, gate_first=False)
         y = torch_backend.gated_mixing_forward(u, features, options._replace(eps=eps2), axis=3, gate_first=False)
-    elif takes_packs(packs, name, options, x, *patches, *features):
-        y = ops.packed("gated_mixer_layer", packs, x, *patches, *features, *options.inputs, name, eps2, False)
     else:
-        keep_u = memory == "fast" and needs_grad(x, *patches, *features)
-        inputs = seeded(x, options, number=2).inputs
-        y = ops.gated_mixer_layer(x, *patches, *features, *inputs, name, eps2, keep_u)[0]
-    return y.view(shape)
+        keep_u, options = memory == "fast" and needs_grad(x, *both), seeded(x, options, number=2)
+        y = run("gated_mixer_layer", key, name, x, (patches, features), options, packs, eps2=eps2, keep_u=keep_u)
+    return _in_shape(y, shape)
 
 
 def _of_four_axes(x: Tensor) -> Tensor:
     """``x`` as ``[batch, channels, patches, features]``."""
     if x.layout is not torch.strided or x.is_nested:
         return x  # check says that it is not dense
-    return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
+    axes = x.dim()
+    return x if axes == 4 else x.flatten(0, -4) if axes > 4 else x[(None,) * (4 - axes)]
+
+
+def _in_shape(y: Tensor, shape: torch.Size) -> Tensor:
+    return y if y.shape == shape else y.view(shape)
 
 
 def _check_mixer(x: Tensor, parameters: dict[str, Tensor | None], axis: int, half: str = "") -> None:

@@ -3,44 +3,106 @@
 One operator per call of the functional API, so that ``torch.compile`` and ``torch.export`` see one node whatever the
 backend does inside. Operators take tensors that ``functional`` has checked, the dtype of the products and the name of
 a backend with kernels; they return new contiguous tensors.
+
+Halves and layers have gradients; ``mixer_block`` is for when none is wanted. ResMLP's and gMixer's other halves are
+``token_mixing`` and ``channel_mixing`` with another norm or activation.
 """
 
-from .operators import (
-    channel_mixing,
-    channel_mixing_backward,
-    gated_channel_mixing,
-    gated_channel_mixing_backward,
-    gated_mixer_layer,
-    gated_mixer_layer_backward,
-    gated_mixing,
-    gated_mixing_backward,
-    mixer_block,
-    spatial_gating,
-    spatial_gating_backward,
-    token_linear,
-    token_linear_backward,
-    token_mixing,
-    token_mixing_backward,
-)
-from .packed import NewPacks, packed, takes_packs
+from __future__ import annotations
 
-__all__ = [
-    "NewPacks",
-    "channel_mixing",
-    "channel_mixing_backward",
-    "gated_channel_mixing",
-    "gated_channel_mixing_backward",
-    "gated_mixer_layer",
-    "gated_mixer_layer_backward",
-    "gated_mixing",
-    "gated_mixing_backward",
-    "mixer_block",
-    "packed",
-    "spatial_gating",
-    "spatial_gating_backward",
-    "takes_packs",
-    "token_linear",
-    "token_linear_backward",
+import torch
+from torch import Tensor
+
+from ..backends import backward, relatives
+from ..backends.arguments import AffineLinear, GatedHalf, Half, Options, SpatialGate
+from .operator import Operator, new_like
+
+
+def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and rstd of the rows of ``x [B, S, C]``."""
+    rows = x.shape[0] * x.shape[1]
+    return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+
+
+def _new_z(rows: int, columns: int, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """``[rows, columns]`` whose rows start on 16 bytes, as backends make z."""
+    multiple = 16 // dtype.itemsize
+    return x.new_empty(rows, (columns + multiple - 1) // multiple * multiple, dtype=dtype)[:, :columns]
+
+
+def _like_x(x: Tensor, *_, **__):
+    return (new_like(x),)
+
+
+def _token_mixing_fake(x: Tensor, half: Half, options: Options):
+    return new_like(x), *_new_statistics(x)
+
+
+def _channel_mixing_fake(x: Tensor, half: Half, options: Options, keep_z: bool):
+    statistics = (None, None) if options.norm == "affine" else _new_statistics(x)
+    rows, z = x.shape[0] * x.shape[1], None
+    if keep_z and options.glu:
+        z = _new_z(2 * rows, half.w_out.shape[1], options.dtype, x).unflatten(0, (rows, 2))
+    elif keep_z:
+        z = _new_z(rows, half.w_in.shape[0], options.dtype, x)
+    return new_like(x), *statistics, z
+
+
+def _spatial_gating_fake(x: Tensor, gate: SpatialGate, options: Options):
+    return (x.new_empty(x.shape[0], x.shape[1], x.shape[2] // 2),)
+
+
+def _gated_channel_mixing_fake(x: Tensor, half: Half, gate: SpatialGate, options: Options, gate_eps, keep_z: bool):
+    z = _new_z(x.shape[0] * x.shape[1], half.w_in.shape[0], options.dtype, x) if keep_z else None
+    return new_like(x), *_new_statistics(x), z
+
+
+def _gated_mixer_layer_fake(x: Tensor, *_, keep_u: bool, **__):
+    return new_like(x), new_like(x) if keep_u else None
+
+
+token_mixing, token_mixing_backward = Operator(
     "token_mixing",
-    "token_mixing_backward",
-]
+    (Half,),
+    _token_mixing_fake,
+    kept=2,  # mean, rstd
+    backward=backward.token_mixing_backward,
+).define()
+channel_mixing, channel_mixing_backward = Operator(
+    "channel_mixing",
+    (Half,),
+    _channel_mixing_fake,
+    further="bool keep_z",
+    kept=3,  # mean, rstd, z
+    backward=backward.channel_mixing_backward,
+).define()
+mixer_block, _ = Operator("mixer_block", (Half, Half), _like_x, further="float eps2").define()
+token_linear, token_linear_backward = Operator(
+    "token_linear", (AffineLinear,), _like_x, backward=relatives.token_linear_backward
+).define()
+spatial_gating, spatial_gating_backward = Operator(
+    "spatial_gating", (SpatialGate,), _spatial_gating_fake, backward=relatives.spatial_gating_backward
+).define()
+gated_channel_mixing, gated_channel_mixing_backward = Operator(
+    "gated_channel_mixing",
+    (Half, SpatialGate),
+    _gated_channel_mixing_fake,
+    further="float gate_eps, bool keep_z",
+    kept=3,  # mean, rstd, z
+    backward=relatives.gated_channel_mixing_backward,
+).define()
+gated_mixing, gated_mixing_backward = Operator(
+    "gated_mixing",
+    (GatedHalf,),
+    _like_x,
+    further="int axis, bool gate_first",
+    backward=relatives.gated_mixing_backward,
+).define()
+gated_mixer_layer, gated_mixer_layer_backward = Operator(
+    "gated_mixer_layer",
+    (GatedHalf, GatedHalf),
+    _gated_mixer_layer_fake,
+    further="float eps2, bool keep_u",
+    kept=1,  # u
+    backward=relatives.gated_mixer_layer_backward,
+).define()

@@ -6,7 +6,7 @@ rather than lists of them: PyTorch then calls them once for each element under `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, get_type_hints
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.arguments import Options, precision_of
 from ..backends.backward import differentiate
+from .packs import NewPacks, packs_of
 
 _defined: set[str] = set()  # by this import of the module: what an earlier one has defined stays
 
@@ -53,6 +54,8 @@ class Operator:
         self.names = [option.split()[-1] for option in further]
         self.arguments = ", ".join([*inputs, _OPTIONS, *further])
         results = ", ".join(["Tensor"] * (1 + self.kept))
+        self._define_packed()
+        OPERATORS[self.name] = self
         call = define_operator(self.name, f"({self.arguments}) -> ({results})", self._forward, self._forward_fake)
         if self.backward is None:
             differentiate_operator(self.name, no_gradient)
@@ -64,6 +67,34 @@ class Operator:
         differentiate_operator(self.name, self._gradient, self._save)
         differentiate_operator(f"{self.name}_backward", no_gradient)
         return call, self.call_backward
+
+    def _define_packed(self) -> None:
+        """``<name>_packed(x, parameters, options, backend, further, packs, names) -> result``: inference on packs that
+        were made before. What a call does not find among them, for another layout of x or another dtype, it packs."""
+        name, schema = f"{self.name}_packed", f"({self.arguments}, Tensor[] packs, str[] names) -> Tensor"
+        self._call_packed = define_operator(name, schema, self._packed, lambda x, *_: new_like(x))
+        differentiate_operator(name, no_gradient)
+
+    def packed(self, packs: Mapping[str, Tensor], *arguments: Any) -> Tensor:
+        """That operator with those of ``packs`` that are the backend's; into ``NewPacks`` it puts its own."""
+        _, _, backend, _ = self.objects(*arguments)
+        if isinstance(packs, NewPacks):
+            y, made = self._compute_packed({}, *arguments)
+            packs.update((f"{backend}/{name}", pack) for name, pack in made.items())
+            return y
+        own = packs_of(backend, packs)
+        return self._call_packed(*arguments, list(own.values()), list(own))
+
+    def _packed(self, *arguments: Any) -> Tensor:
+        *arguments, packs, names = arguments
+        return self._compute_packed(dict(zip(names, packs, strict=True)), *arguments)[0]
+
+    def _compute_packed(self, kept: dict[str, Tensor], x: Tensor, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        parameters, options, backend, further = self.objects(x, *arguments)
+        run = backends.load(backend)
+        packing = run.Packing(options.dtype, kept)
+        results = getattr(run, f"{self.name}_forward")(x, *parameters, options, **further, packing=packing)
+        return results[0] if self.kept else results, packing.made
 
     def _forward(self, x: Tensor, *arguments: Any) -> Any:
         parameters, options, backend, further = self.objects(x, *arguments)
@@ -117,6 +148,15 @@ class Operator:
     def _without_none(self, results: Sequence[Tensor | None], x: Tensor) -> Tensor | tuple[Tensor, ...]:
         results = tuple(_absent(x) if result is None else result for result in results)
         return results if self.kept else results[0]
+
+
+OPERATORS: dict[str, Operator] = {}
+"""By name."""
+
+
+def packed(function: str, packs: Mapping[str, Tensor], *arguments: Any) -> Tensor:
+    """The operator ``function`` on its ``arguments`` with these packs."""
+    return OPERATORS[function].packed(packs, *arguments)
 
 
 def new_like(x: Tensor) -> Tensor:

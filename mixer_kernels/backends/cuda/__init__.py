@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..arguments import Half, Options
 from ..devices import device_of
-from ..rounding import cdiv, round_up
+from ..rounding import round_up
 from .backward import (
     branch_gradient,
     channel_backward_weights,
@@ -27,10 +27,9 @@ from .backward import (
     token_products_backward,
     weight_gradient,
 )
+from .block import mixer_block_forward, mixer_block_plan
 from .library import TYPES, has, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of, why_not
-from .prepack import Packing, channel_weights, forward_weights, token_weights
-
-SM90_STATISTICS_CHANNELS = 64  # see mk_sm90_token_mixing_arguments in csrc/sm90/launchers.h
+from .prepack import Packing, channel_weights, token_weights
 
 __all__ = [
     "Packing",
@@ -40,6 +39,7 @@ __all__ = [
     "channel_products_backward",
     "has",
     "mixer_block_forward",
+    "mixer_block_plan",
     "norm_backward",
     "token_backward_weights",
     "token_mixing_forward",
@@ -109,54 +109,10 @@ def channel_mixing_forward(
     return y, mean, rstd, None if z is None else z[:, : half.w_in.shape[0]]
 
 
-def mixer_block_forward(
-    x: Tensor,
-    tokens: Half,
-    channels: Half,
-    options: Options,
-    eps2: float,
-    sm90: bool | None = None,
-    packing: Packing | None = None,
-) -> Tensor:
-    """``y [B, S, C]``, contiguous, of the whole block, without dropout and stochastic depth.
-
-    ``packing``: packs that are kept. None: weights are packed in this call and for it alone.
-    """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return y
-    dtype = options.dtype
-    with device_of(x):
-        sm90_tokens = sm90_takes(x, dtype, sm90, tokens=True)
-        folded = x.dtype is dtype
-        if packing is None:
-            token, first, second, packed = forward_weights(tokens, channels, dtype, folded, sm90_tokens)
-        else:
-            token, packed = packing.token(tokens, sm90_tokens), packing
-            first, second = packing.channel(channels, folded)
-        statistics = torch.empty(4, x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
-        u = torch.empty_like(y)
-        partial = _partial_statistics(x) if sm90_tokens else None
-        a_tokens, a_channels = _token_scratch(x, tokens, dtype), _hidden(x, channels, dtype)
-        loaded().mixer_block_forward(
-            layout(x), x.shape, options.eps, eps2, token, first, second, TYPES[dtype], options.tanh, limits_of(x),
-            sm90_takes(u, dtype, sm90), pointer(statistics), pointer(partial), pointer(a_tokens), pointer(u),
-            pointer(a_channels), a_channels.shape[1], pointer(y), stream_of(x),
-        )  # fmt: skip
-        del packed  # its memory is read until here
-    return y
-
-
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors, not views of one: an operator's results may not share memory."""
     rows = x.shape[0] * x.shape[1]
     return tuple(torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-
-
-def _partial_statistics(x: Tensor) -> Tensor:
-    """What the token kernel of csrc/sm90 leaves for the LayerNorm behind it."""
-    pieces = cdiv(x.shape[2], SM90_STATISTICS_CHANNELS)
-    return torch.empty(pieces, x.shape[0] * x.shape[1], 2, dtype=torch.float32, device=x.device)
 
 
 def _token_scratch(x: Tensor, half: Half, dtype: torch.dtype) -> Tensor | None:

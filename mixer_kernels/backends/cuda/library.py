@@ -17,6 +17,7 @@ from torch import Tensor
 from ...tuning.target import target_of
 from ..arguments import Options
 from ..measured import passed_on
+from ..remembered import forget
 
 logger = logging.getLogger("mixer_kernels")
 
@@ -42,6 +43,7 @@ def install(module: ModuleType | None) -> None:
     _installed = module
     _reason.cache_clear()
     sm90_by_default.cache_clear()
+    forget()
 
 
 def loaded() -> ModuleType:
@@ -89,9 +91,12 @@ def sm90_takes(x: Tensor, dtype: torch.dtype, wanted: bool | None, tokens: bool 
     products, channels side by side, a multiple of 8 of them, the address and the other strides multiples of 16 bytes,
     and in token mixing up to 256 tokens.
     """
-    if not (sm90_by_default(x.device) if wanted is None else wanted):
-        return False
-    return loaded().sm90_takes(layout(x), x.shape, TYPES[dtype], tokens)
+    return sm90_may(x, wanted) and loaded().sm90_takes(layout(x), x.shape, TYPES[dtype], tokens)
+
+
+def sm90_may(x: Tensor, wanted: bool | None) -> bool:
+    """Whether they may be used on the device of ``x``."""
+    return sm90_by_default(x.device) if wanted is None else wanted
 
 
 def pointer(t: Tensor | None) -> int:
@@ -117,7 +122,7 @@ def limits_of(x: Tensor) -> tuple[int, int]:
 
 def stream_of(x: Tensor) -> int:
     """The handle of PyTorch's current stream on the device of ``x``."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
 @functools.cache  # a module is imported once

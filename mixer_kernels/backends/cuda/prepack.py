@@ -98,19 +98,34 @@ def channel_weights(half: Half, dtype: torch.dtype, folded: bool) -> tuple[First
     """All that the forward pass of the channel half takes, in ``dtype``."""
     wanted, fold = _channel(half, dtype, folded)
     packed = pack(wanted, fold, half.w_in)
-    return _first_weights(half, packed.addresses, packed.folds), SecondWeights(*packed.addresses[-2:]), packed
+    return (
+        _first_weights(half.w_in.shape[0], packed.addresses, packed.folds),
+        SecondWeights(*packed.addresses[-2:]),
+        packed,
+    )
 
 
-def forward_weights(
-    tokens: Half, channels: Half, dtype: torch.dtype, folded: bool, sm90: bool
-) -> tuple[TokenWeights, FirstWeights, SecondWeights, Packed]:
-    """Both for a whole block, by one launch."""
+class BlockPacks(NamedTuple):
+    """The packs of the forward pass of a whole block, for one launch."""
+
+    layout: Layout
+    sizes: tuple[int, int, int]  # as in TokenWeights
+    hidden: int  # as in FirstWeights
+    sm90: bool
+
+    def at(self, base: int) -> tuple[tuple[TokenWeights, FirstWeights, SecondWeights], list[tuple], tuple | None]:
+        """All that it takes with packs in memory at ``base``, and what fills them."""
+        addresses, folds, jobs, folding = self.layout.at(base)
+        first = _first_weights(self.hidden, addresses[6:], folds)
+        token = TokenWeights(*self.sizes, *addresses[:6], self.sm90)
+        return (token, first, SecondWeights(*addresses[-2:])), jobs, folding
+
+
+def block_packs(tokens: Half, channels: Half, dtype: torch.dtype, folded: bool, sm90: bool) -> BlockPacks:
+    """As ``token_weights`` and ``channel_weights`` for both halves."""
     sizes, of_tokens = _token(tokens, dtype, sm90)
     of_channels, fold = _channel(channels, dtype, folded)
-    packed = pack([*of_tokens, *of_channels], fold, channels.w_in)
-    addresses = packed.addresses
-    first = _first_weights(channels, addresses[6:], packed.folds)
-    return TokenWeights(*sizes, *addresses[:6], sm90), first, SecondWeights(*addresses[-2:]), packed
+    return BlockPacks(lay_out([*of_tokens, *of_channels], fold), sizes, channels.w_in.shape[0], sm90)
 
 
 class Packing:
@@ -138,10 +153,10 @@ class Packing:
         if fold is None:
             names = ("w3", "b3", "gamma", "beta", "w4", "b4")
             addresses = self._addresses(f"channel {self.dtype}", names, wanted, None)
-            return _first_weights(half, addresses, ()), SecondWeights(*addresses[4:])
+            return _first_weights(half.w_in.shape[0], addresses, ()), SecondWeights(*addresses[4:])
         names = ("w4", "b4", "w3", "wg", "wb", "scale")
         addresses = self._addresses(f"channel {self.dtype} folded", names, wanted, fold)
-        return _first_weights(half, (), addresses[2:]), SecondWeights(*addresses[:2])
+        return _first_weights(half.w_in.shape[0], (), addresses[2:]), SecondWeights(*addresses[:2])
 
     def _addresses(self, kind: str, names: Sequence[str], wanted: Sequence[Wanted], fold: Fold | None) -> list[int]:
         """Of ``wanted``, and of the four results of ``fold`` behind them."""
@@ -197,7 +212,7 @@ def channel_backward_packs(
         w4t,
     ]
     packed = pack(wanted, fold, w3)
-    first = _first_weights(half, packed.addresses, packed.folds) if again else None
+    first = _first_weights(half.w_in.shape[0], packed.addresses, packed.folds) if again else None
     if w3.dtype is not dtype and product is not NOTHING:
         w3 = _as_tensor(product, packed.addresses[0], packed)[:, : w3.shape[1]]
     _, _, gamma, beta, w4 = packed.addresses
@@ -280,18 +295,18 @@ def _vector(v: Parameter) -> Wanted:
     return NOTHING if v is None else Wanted(v, torch.float32, 1, v.shape[0])
 
 
-def _first_weights(half: Half, addresses: Sequence[int], folds: Sequence[int]) -> FirstWeights:
+def _first_weights(hidden: int, addresses: Sequence[int], folds: Sequence[int]) -> FirstWeights:
     """Of the fold if there is one, else of ``addresses``: w3, b3, gamma, beta."""
     if folds:
         w3, wg, wb, scale = folds
-        return FirstWeights(half.w_in.shape[0], w3, wg=wg, wb=wb, scale=scale)
+        return FirstWeights(hidden, w3, wg=wg, wb=wb, scale=scale)
     w3, b3, gamma, beta = addresses[:4]
-    return FirstWeights(half.w_in.shape[0], w3, b3, gamma=gamma, beta=beta)
+    return FirstWeights(hidden, w3, b3, gamma=gamma, beta=beta)
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
 
-_ALIGNMENT = 256  # bytes; kernels need 16
+ALIGNMENT = 256  # bytes; kernels need 16
 
 Source = tuple[int, int, int, int, int, int]  # as in mk_packing: address, type, rows, columns, strides
 _ABSENT: Source = (0, 0, 0, 0, 0, 0)
@@ -306,30 +321,63 @@ class Packed(NamedTuple):
     converted: list[Tensor]
 
 
-def pack(wanted: Sequence[Wanted], fold: Fold | None, like: Tensor) -> Packed:
-    """Everything by one launch, or by none where nothing needs it. ``like``: a tensor on the device."""
+class Layout(NamedTuple):
+    """What is to be packed and where to, in a piece of memory of ``size`` bytes: it follows from metadata alone."""
+
+    sources: list[Source]
+    offsets: list[int | None]  # of what was wanted and of the fold's results; None: nothing to do
+    results: list[tuple[int, int, int]]  # type, rows, columns of each
+    vectors: tuple[tuple[int, int, int], ...]  # gamma, beta, b3 of a fold
+    folded: Source | None  # W3
+    size: int
+    converted: list[Tensor]  # copies to be read instead of parameters
+
+    def at(self, base: int) -> tuple[list[int], list[int], list[tuple], tuple | None]:
+        """In memory at ``base``: the addresses of what was wanted and of the fold's results, and what fills it, as
+        ``pack_weights`` takes it."""
+        count = len(self.sources)
+        places = [None if at is None else base + at for at in self.offsets]
+        addresses = [source[0] if at is None else at for source, at in zip(self.sources, places, strict=False)]
+        jobs = [
+            (*source, at, *result)
+            for source, at, result in zip(self.sources, places, self.results, strict=False)
+            if at is not None
+        ]
+        if self.folded is None:
+            return addresses, [], jobs, None
+        w3, *sums = folds = [0 if at is None else at for at in places[count:]]
+        return addresses, folds, jobs, ((*self.folded, w3, *self.results[count]), *self.vectors, *sums)
+
+
+def lay_out(wanted: Sequence[Wanted], fold: Fold | None) -> Layout:
+    """One behind the other, but for what is as it is wanted."""
     converted: list[Tensor] = []
     sources = [_source(each, converted) for each in wanted]
-    results = fold.results() if fold is not None else ()
+    made = (*wanted, *(fold.results() if fold is not None else ()))
     offsets, size = [], 0
-    for each, source in zip((*wanted, *results), (*sources, *[_ABSENT] * len(results)), strict=True):
-        done = each is NOTHING or _is_done(each, source)
-        offsets.append(None if done else size)
-        if not done:
-            size += round_up(each.rows * each.columns * each.dtype.itemsize, _ALIGNMENT)
-    if size == 0:
-        return Packed([source[0] for source in sources], [], None, converted)
-    memory = torch.empty(size, dtype=torch.uint8, device=like.device)
-    base = memory.data_ptr()
-    addresses = [source[0] if at is None else base + at for source, at in zip(sources, offsets, strict=False)]
-    folds = [0 if at is None else base + at for at in offsets[len(wanted) :]]
-    jobs = [
-        (*source, base + at, TYPES[each.dtype], each.rows, each.columns)
-        for each, source, at in zip(wanted, sources, offsets, strict=False)
-        if at is not None
-    ]
-    loaded().pack_weights(jobs, None if fold is None else _folding(fold, folds, converted), stream_of(like))
-    return Packed(addresses, folds, memory, converted)
+    for i, each in enumerate(made):
+        if each is NOTHING or (i < len(sources) and _is_done(each, sources[i])):
+            offsets.append(None)
+        else:
+            offsets.append(size)
+            size += round_up(each.rows * each.columns * each.dtype.itemsize, ALIGNMENT)
+    results = [(TYPES[each.dtype], each.rows, each.columns) for each in made]
+    vectors, folded = (), None
+    if fold is not None:
+        folded = _source(_product(fold.w3, fold.dtype), converted)
+        vectors = tuple(_strided_vector(v, converted) for v in (fold.gamma, fold.beta, fold.b3))
+    return Layout(sources, offsets, results, vectors, folded, size, converted)
+
+
+def pack(wanted: Sequence[Wanted], fold: Fold | None, like: Tensor) -> Packed:
+    """Everything by one launch, or by none where nothing needs it. ``like``: a tensor on the device."""
+    layout = lay_out(wanted, fold)
+    if layout.size == 0:
+        return Packed(layout.at(0)[0], [], None, layout.converted)
+    memory = torch.empty(layout.size, dtype=torch.uint8, device=like.device)
+    addresses, folds, jobs, folding = layout.at(memory.data_ptr())
+    loaded().pack_weights(jobs, folding, stream_of(like))
+    return Packed(addresses, folds, memory, layout.converted)
 
 
 def _source(wanted: Wanted, converted: list[Tensor]) -> Source:
@@ -354,15 +402,6 @@ def _is_done(wanted: Wanted, source: Source) -> bool:
         and (stride_row == columns or rows == 1)
         and address % 16 == 0
     )
-
-
-def _folding(fold: Fold, results: Sequence[int], converted: list[Tensor]) -> tuple:
-    """As mk_folding."""
-    w3, wg, wb, scale = results
-    wanted = _product(fold.w3, fold.dtype)
-    packing = (*_source(wanted, converted), w3, TYPES[wanted.dtype], wanted.rows, wanted.columns)
-    vectors = (_strided_vector(v, converted) for v in (fold.gamma, fold.beta, fold.b3))
-    return packing, *vectors, wg, wb, scale
 
 
 def _strided_vector(v: Parameter, converted: list[Tensor]) -> tuple[int, int, int]:
