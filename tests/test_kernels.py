@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -176,6 +177,19 @@ def test_small_gamma_in_half_precision(backend, device):
         actual = F.channel_mixing(u, *block.channel(), backend=backend)
         eager = F.channel_mixing(u, *block.channel(), backend="torch")
     assert_accurate(actual, eager, exact_half(F.channel_mixing, u, block.channel()))
+
+
+def test_vectors_of_any_stride(backend, device):
+    """Norms and biases that are columns of a matrix."""
+    shape, dtype = MixerShape(S=49, C=40, D_S=24, D_C=48), finest(backend)
+    block, x = make_block(shape, dtype, device), make_x(2, shape, dtype, device)
+    expected = run(block, x, backend)
+    for name, p in block.parameters.items():
+        if p.dim() == 1:
+            column = torch.stack((p, torch.full_like(p, torch.nan)), -1)[:, 0]
+            changed = dataclasses.replace(block, parameters={**block.parameters, name: column})
+            # Not bit for bit: cuda sums what lies apart in another order.
+            torch.testing.assert_close(run(changed, x, backend), expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("stream", (torch.float32, torch.float16, torch.bfloat16), ids=str)

@@ -147,6 +147,21 @@ def test_layouts_are_read_as_they_are(name, layout, device):
     assert torch.equal(x, before)
 
 
+def column(v):
+    """The same numbers in a column of a matrix."""
+    return torch.stack((v, torch.full_like(v, torch.nan)), -1)[:, 0]
+
+
+@each_relative
+def test_vectors_of_any_stride(name, device):
+    x, parameters = inputs(name, (20, 24), torch.float32, device)
+    dy = torch.randn_like(evaluate(name, x, parameters, "torch")["output"])
+    expected = evaluate(name, x, parameters, "triton", dy)
+    columns = {k: column(t) if t.dim() == 1 else t for k, t in parameters.items()}
+    for what, actual in evaluate(name, x, columns, "triton", dy).items():
+        assert torch.equal(actual, expected[what]), what
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @each_relative
 def test_without_what_may_be_none(name, dtype, device):

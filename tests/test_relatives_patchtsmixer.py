@@ -103,6 +103,19 @@ def test_layouts_are_read_as_they_are(mixer, layout, device):
     assert torch.equal(x, before)
 
 
+@each_mixer
+def test_vectors_of_any_stride(mixer, device):
+    """Norms and biases that are columns of a matrix."""
+    x, parameters = make(mixer, (2, 3, 5, 20), torch.float32, device)
+    expected = evaluate(mixer, x, parameters, "triton", x)
+    columns = {
+        k: torch.stack((t, torch.full_like(t, torch.nan)), -1)[:, 0] if t.dim() == 1 else t
+        for k, t in parameters.items()
+    }
+    for what, actual in evaluate(mixer, x, columns, "triton", x).items():
+        assert torch.equal(actual, expected[what]), what
+
+
 @pytest.mark.parametrize(
     "absent", (("w_gate", "b_gate"), ("b_gate",), ("b1", "b2"), ("gamma", "beta"), ("gamma",)), ids=str
 )

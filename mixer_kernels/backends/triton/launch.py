@@ -7,6 +7,8 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import Tensor
+
 MAX_GRID = 2**31 - 1  # programs along axis 0; CUDA C++ Programming Guide, "Technical Specifications"
 
 Interceptor = Callable[[Any, tuple[int], tuple[Any, ...], dict[str, Any]], None]
@@ -26,9 +28,14 @@ def intercept_launches(interceptor: Interceptor) -> Iterator[None]:
 
 
 def launch(kernel, programs: int, *args: Any, **options: Any) -> None:
-    """Run ``kernel`` on ``programs`` programs along axis 0, on the current device and stream."""
+    """Run ``kernel`` on ``programs`` programs along axis 0, on the current device and stream.
+
+    Kernels read vectors as contiguous: one with another stride, such as a column, goes as a copy. Results are new
+    tensors, and contiguous.
+    """
     if programs > MAX_GRID:
         raise ValueError(f"{kernel.__name__} needs {programs} programs, the grid holds {MAX_GRID}: split the batch")
+    args = tuple([arg.contiguous() if isinstance(arg, Tensor) and arg.dim() == 1 else arg for arg in args])
     # Contraction to FMA is what the accuracy tests assume; Triton's default is about to change.
     options["enable_fp_fusion"] = True
     interceptor = _interceptor.get()

@@ -218,7 +218,6 @@ class Packing:
         vectors = [self._new(f"{name}.{part}", (rows,), torch.float32, w3) for part in wanted]
         folded = FoldedWeights(out, *(vector for vector, _ in vectors), *(None,) * (3 - len(wanted)))
         if not (is_kept and all(known for _, known in vectors)):
-            gamma, beta, b3 = (None if v is None else v.contiguous() for v in (gamma, beta, b3))
             self._fold = (w3, b3, gamma, beta, *folded, rows, columns, *w3.stride(), wide)
         return folded
 
@@ -250,7 +249,6 @@ class Packing:
 
     def _add(self, w: Tensor, b: Tensor | None, out: Tensor | None, out_b: Tensor | None, rows: int) -> None:
         columns = 0 if out is None else out.shape[1]
-        b = None if b is None else b.contiguous()
         self._matrices.append((w, b, out, out_b, *w.shape, *w.stride(), rows, columns))
 
     @staticmethod
