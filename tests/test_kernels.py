@@ -189,7 +189,7 @@ def test_vectors_of_any_stride(backend, device):
             column = torch.stack((p, torch.full_like(p, torch.nan)), -1)[:, 0]
             changed = dataclasses.replace(block, parameters={**block.parameters, name: column})
             # Not bit for bit: cuda sums what lies apart in another order.
-            torch.testing.assert_close(run(changed, x, backend), expected, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(run(changed, x, backend), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("stream", (torch.float32, torch.float16, torch.bfloat16), ids=str)
