@@ -7,6 +7,8 @@ PIP_ARGS ?=
 ARGS ?=
 # Processes that run tests
 JOBS ?= auto
+# Interpreters that `make wheels` builds for
+PYTHONS ?= $(PYTHON)
 # Targets of compile-check and cuda-gates: make compile-check ARCH="sm_80 sm_90"
 ARCH ?= all
 
@@ -18,13 +20,15 @@ OLDEST_TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
 CSRC = $(shell find csrc tests/cuda_on_host tests/cpu_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench cpu cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day dist clean
+.PHONY: help demo test lint format bench cpu cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day dist wheels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed ## train a small Mixer on handwritten digits, then fused against eager
+# This environment's torchvision is of another build of torch: tests/timm_stub.py says why.
+demo: $(VENV)/.installed ## classify handwritten digits, forecast carbon dioxide; then fused against eager
 	$(BIN)/python examples/train_digits.py $(ARGS)
+	$(BIN)/python tests/timm_stub.py examples/forecast_patchtsmixer.py
 
 test: $(VENV)/.installed ## each benchmark once, then the tests
 	$(if $(wildcard benchmarks/bench_*.py),$(BIN)/pytest benchmarks -q)
@@ -66,6 +70,9 @@ gpu-day: $(VENV)/.installed ## on a machine with a GPU: correctness, repeats, gr
 
 dist: $(VENV)/.installed ## source distribution and wheel, in dist/
 	$(BIN)/python -m build
+
+wheels: ## manylinux wheels with the CPU kernels, in dist/wheels: make wheels PYTHONS="python3.10 python3.11"
+	$(PYTHON) tools/wheels.py $(if $(PIP_ARGS),--pip-args="$(PIP_ARGS)") $(PYTHONS)
 
 clean: ## remove .venv, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.* mixer_kernels/_cpu.*

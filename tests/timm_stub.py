@@ -1,4 +1,8 @@
-"""Let timm be imported beside a torchvision that was built for another torch.
+"""Let timm and transformers be imported beside a torchvision that was built for another torch.
+
+    python tests/timm_stub.py PROGRAM [ARGUMENTS]
+
+runs a program so.
 
 timm's data pipeline imports torchvision, which registers fake implementations for its compiled operators ``nms`` and
 ``qnms`` on import. In a torchvision without its compiled library (a CPU-only torch beside the wheel from PyPI) the
@@ -6,6 +10,10 @@ operators do not exist and that registration raises. Declaring their schemas is 
 """
 
 from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
 
 import torch
 
@@ -35,3 +43,10 @@ def define_torchvision_operators() -> None:
 
 def _is_declared(name: str) -> bool:
     return hasattr(torch.ops.torchvision, name)
+
+
+if __name__ == "__main__":
+    define_torchvision_operators()
+    sys.argv.pop(0)
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,4 +1,7 @@
 // Which kernels run on this CPU, and the tasks of a call on threads.
+#ifdef MIXER_KERNELS_X86
+#include <cpuid.h>
+#endif
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,27 +16,34 @@
 namespace mixer_kernels::cpu {
 namespace {
 
+#ifdef MIXER_KERNELS_X86
+struct X86 {
+    bool avx2, avx512;
+};
+
+// What the CPU has and the operating system saves. __builtin_cpu_supports() would ask a run-time library that Zig's
+// toolchain, which compiles the wheels, does not fill.
+X86 x86() {
+    unsigned a, b, c, d, saved, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return {};
+    asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
+    const unsigned ymm = 0x6, zmm = 0xe6, wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    const bool avx2 = (saved & ymm) == ymm && (b & bit_AVX2);
+    return {avx2, avx2 && (saved & zmm) == zmm && (b & wanted) == wanted};
+}
+#endif
+
 struct InstructionSet {
     const char* name;
     const Kernels* kernels;
     bool (*runs_here)();
 };
 
-// libgcc asks the operating system too whether it saves the registers.
 const InstructionSet kInstructionSets[] = {
 #ifdef MIXER_KERNELS_X86
-    {"avx512", &kernels_avx512,
-     [] {
-         __builtin_cpu_init();
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-     }},
-    {"avx2", &kernels_avx2,
-     [] {
-         __builtin_cpu_init();
-         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-     }},
+    {"avx512", &kernels_avx512, [] { return x86().avx512; }},
+    {"avx2", &kernels_avx2, [] { return x86().avx2; }},
 #endif
     {"baseline", &kernels_baseline, [] { return true; }},
 };
