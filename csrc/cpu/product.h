@@ -15,6 +15,8 @@ constexpr int kBlockVectors = kLanes == 16 ? 3 : 2;
 struct Left {
     const float* data;
     int64_t row, column;  // strides; 0 where it is packed
+
+    bool is_packed() const { return row == 0; }
 };
 
 inline Left by_rows(const float* data, int64_t columns) { return {data, columns, 1}; }
@@ -36,7 +38,7 @@ inline void pack(Left a, int64_t M, int64_t K, float* to) {
     }
 }
 
-template <int Rows, int Vectors, bool Packed>
+template <int Rows, int Vectors>
 inline __attribute__((always_inline)) void block(int64_t K, Left a, const float* b, int64_t stride_b, const float* bias,
                                                  bool add, float* c, int64_t stride_c) {
     Vector sums[Rows][Vectors];
@@ -52,11 +54,11 @@ inline __attribute__((always_inline)) void block(int64_t K, Left a, const float*
         for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
-            const Vector one = all(left[Packed ? r : r * a.row]);
+            const Vector one = all(left[r * a.row]);
 #pragma GCC unroll 3
             for (int v = 0; v < Vectors; ++v) sums[r][v] += one * right[v];
         }
-        left += Packed ? Rows : a.column;
+        left += a.column;
         b += stride_b;
     }
 #pragma GCC unroll 8
@@ -65,47 +67,38 @@ inline __attribute__((always_inline)) void block(int64_t K, Left a, const float*
         for (int v = 0; v < Vectors; ++v) store(c + r * stride_c + v * kLanes, sums[r][v]);
 }
 
-template <int Rows, int Vectors, bool Packed>
+template <int Rows, int Vectors>
 __attribute__((noinline)) void repeat_block(int64_t count, int64_t K, Left a, const float* b, int64_t stride_b,
                                             const float* bias, bool add, float* c, int64_t stride_c) {
+    const int64_t next = Rows * (a.is_packed() ? K : a.row);
+    if (a.is_packed()) a = {a.data, 1, Rows};
     for (int64_t i = 0; i < count; ++i) {
-        block<Rows, Vectors, Packed>(K, a, b, stride_b, bias, add, c, stride_c);
-        a.data += Rows * (Packed ? K : a.row);
+        block<Rows, Vectors>(K, a, b, stride_b, bias, add, c, stride_c);
+        a.data += next;
         if (bias) bias += Rows;
         c += Rows * stride_c;
     }
 }
 
-template <int Vectors, bool Packed, int Rows = kBlockRows>
+template <int Vectors, int Rows = kBlockRows>
 inline void repeat_rows(int64_t rows, int64_t count, int64_t K, Left a, const float* b, int64_t stride_b,
                         const float* bias, bool add, float* c, int64_t stride_c) {
-    if (rows == Rows) return repeat_block<Rows, Vectors, Packed>(count, K, a, b, stride_b, bias, add, c, stride_c);
-    if constexpr (Rows > 1)
-        repeat_rows<Vectors, Packed, Rows - 1>(rows, count, K, a, b, stride_b, bias, add, c, stride_c);
-}
-
-template <int Vectors, bool Packed>
-inline void blocks_down(int64_t M, int64_t K, Left a, const float* b, int64_t stride_b, const float* bias, bool add,
-                        float* c, int64_t stride_c) {
-    for (int64_t m = 0; m < M;) {
-        const int64_t rows = rows_of_block(M - m);
-        const int64_t count = largest((M - m) / kBlockRows - (M % kBlockRows > 0), 1);
-        repeat_rows<Vectors, Packed>(rows, count, K, a, b, stride_b, bias, add, c, stride_c);
-        const int64_t done = count * rows;
-        a.data += done * (Packed ? K : a.row);
-        if (bias) bias += done;
-        c += done * stride_c;
-        m += done;
-    }
+    if (rows == Rows) return repeat_block<Rows, Vectors>(count, K, a, b, stride_b, bias, add, c, stride_c);
+    if constexpr (Rows > 1) repeat_rows<Vectors, Rows - 1>(rows, count, K, a, b, stride_b, bias, add, c, stride_c);
 }
 
 template <int Vectors>
 inline void blocks_down(int64_t M, int64_t K, Left a, const float* b, int64_t stride_b, const float* bias, bool add,
                         float* c, int64_t stride_c) {
-    if (a.row == 0)
-        blocks_down<Vectors, true>(M, K, a, b, stride_b, bias, add, c, stride_c);
-    else
-        blocks_down<Vectors, false>(M, K, a, b, stride_b, bias, add, c, stride_c);
+    for (int64_t m = 0; m < M;) {
+        const int64_t rows = rows_of_block(M - m);
+        const int64_t count = largest((M - m) / kBlockRows - (M % kBlockRows > 0), 1), done = count * rows;
+        repeat_rows<Vectors>(rows, count, K, a, b, stride_b, bias, add, c, stride_c);
+        a.data += done * (a.is_packed() ? K : a.row);
+        if (bias) bias += done;
+        c += done * stride_c;
+        m += done;
+    }
 }
 
 // Whole vectors of B and C are read and written: up to kLanes - 1 columns behind N.
