@@ -135,7 +135,7 @@ class Fused(Watched, Freezable):
         if self._frozen is not None:
             self.check_frozen()
         options = self._fused_options
-        if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x):
+        if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x, self.function(self)):
             return super().forward(x)
         reason = self.why_not_kernels(x)
         if reason is None:
