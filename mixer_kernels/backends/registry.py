@@ -11,11 +11,10 @@ cuda.sm90. Backends are imported when first asked for: importing mixer_kernels n
 3. else ``triton``, which has the instructions of 9.0 and 10.x, then ``cuda``.
 
 What cannot run (not built, not installed, a dtype, a feature that it does not have) is passed over; ``torch`` is the
-last resort. On the CPU ``auto`` takes ``cpu`` for what ``FASTER_ON_CPU`` lists, with AVX2 or AVX-512, else ``torch``. It
-is also what ``auto`` takes while a model is exported to ONNX or traced by
-TorchScript, which know PyTorch's operators alone. ``torch.export`` and AOTInductor keep ours. ``cuda:sm90`` has to be
-asked for: it is ``cuda`` with kernels for compute capability 9.0, and ``cuda`` uses those itself once they have passed
-on a GPU.
+last resort. On the CPU ``auto`` takes ``cpu`` for what ``FASTER_ON_CPU`` lists, with AVX2 or AVX-512, else ``torch``.
+It is also what ``auto`` takes while a model is exported to ONNX or traced by TorchScript, which know PyTorch's
+operators alone. ``torch.export`` and AOTInductor keep ours. ``cuda:sm90`` has to be asked for: it is ``cuda`` with
+kernels for compute capability 9.0, and ``cuda`` uses those itself once they have passed on a GPU.
 """
 
 from __future__ import annotations
