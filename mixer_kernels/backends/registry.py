@@ -79,7 +79,7 @@ def auto_on_cpu(operator: str | None, dtype: torch.dtype) -> str:
     if operator not in FASTER_ON_CPU.get(dtype, ()):
         warn_once("backend 'auto': running on 'torch', because the tensors are on the CPU; the kernels need a GPU")
         return "torch"
-    if _exported_to() is not None:
+    if exported_to() is not None:
         return "torch"
     cpu = load("cpu")
     reason = cpu.why_not(torch.device("cpu"), dtype)
@@ -108,7 +108,7 @@ def choose(
     name = requested_backend() if backend is None else one_of("backend", backend, CHOICES)
     if name == "torch":
         return name  # it always can
-    target = _exported_to()
+    target = exported_to()
     if target is not None:
         if name != "auto":
             raise RuntimeError(f"backend={name!r} cannot run: {target} has no such operators; use backend='torch'")
@@ -174,7 +174,7 @@ def _has(name: str, features: tuple[str, ...]) -> bool:
         return False
 
 
-def _exported_to() -> str | None:
+def exported_to() -> str | None:
     """The format without our operators that a model is being exported to right now, or None."""
     onnx = sys.modules.get("torch.onnx")  # it is imported by who exports
     if onnx is not None and onnx.is_in_onnx_export():
