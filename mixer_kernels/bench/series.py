@@ -110,7 +110,7 @@ def series_rows(
 
 def _forecast(provider: str, model: nn.Module, past: Tensor, threads: int, folder: Path) -> Function:
     """Inference: a call returns the forecast, in a list."""
-    model = Forecast(copy.deepcopy(model).eval())
+    model = Forecast(copy.deepcopy(model)).eval()
     if provider == "ort":
         import onnxruntime
 
