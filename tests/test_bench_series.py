@@ -49,6 +49,7 @@ def test_rows_have_ratios_of_their_rounds(mode):
     assert (eager.speedup_p20, eager.speedup, eager.speedup_p80) == (1, 1, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of PyTorch's exporter, in its own calls
 def test_onnx_runtime_computes_the_forecast():
     pytest.importorskip("onnxruntime")
     rows = rows_of("infer", "ort")

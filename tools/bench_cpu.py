@@ -126,7 +126,7 @@ def plot(rows: list[dict], text: str, path: Path) -> None:
     for axes, (model, mode) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         sizes = [key[2] for key in found if key[:2] == (model, mode)]
         names = [name for name in COLORS if any(ms_of(found[model, mode, size], name) for size in sizes)]
-        width = 0.8 / len(names)
+        width = 0.2
         for place, name in enumerate(names):
             for index, size in enumerate(sizes):
                 row = found[model, mode, size].get(name)
