@@ -20,7 +20,7 @@ OLDEST_TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
 CSRC = $(shell find csrc tests/cuda_on_host tests/cpu_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench cpu cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day dist wheels clean
+.PHONY: help demo test lint format bench bench-cpu cpu cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day dist wheels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,10 @@ format: $(VENV)/.installed ## rewrite the sources as `make lint` wants them
 
 bench: $(VENV)/.installed ## the throughput report
 	$(BIN)/pytest benchmarks --benchmark $(ARGS)
+
+bench-cpu: $(VENV)/.installed ## models of time series on this CPU: benchmarks/results/cpu, the README's table and plot
+	$(PIP) install $(PIP_ARGS) openvino
+	$(BIN)/python tools/bench_cpu.py $(ARGS)
 
 cpu: $(VENV)/.installed ## compile the CPU kernels for the tree: mixer_kernels/_cpu
 	MIXER_KERNELS_BUILD_CPU=1 MIXER_KERNELS_BUILD_CUDA=0 $(BIN)/python setup.py build_ext --inplace

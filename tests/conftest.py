@@ -109,9 +109,11 @@ def few_packing_programs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 def through_functional(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks call the functional API where torch is chosen, too, rather than their own forward: what they would ask of
     kernels, computed by PyTorch's operators, is then the same to the last bit."""
+    from mixer_kernels.backends import registry
     from mixer_kernels.functional import checks
 
-    monkeypatch.setattr(checks, "runs_on_torch", lambda backend, x: False)
+    monkeypatch.setattr(registry, "FASTER_ON_CPU", {})
+    monkeypatch.setattr(checks, "runs_on_torch", lambda backend, x, operator=None: False)
 
 
 class _Eagerly(logging.Handler):

@@ -46,7 +46,7 @@ PLANTED = {  # file of csrc/cpu, what is there, what is planted
     "b1 dropped": ("mixing.h", "in, in_stride, mixer.b1, false, hidden", "in, in_stride, nullptr, false, hidden"),
     "b2 dropped forward": ("mixing.h", "stride, mixer.b2, false, n, n_stride", "stride, nullptr, false, n, n_stride"),
     "the last vector forgotten": ("product.h", "divided_up(N, kLanes)", "N / kLanes"),
-    "rows left forgotten": ("product.h", "repeat_block<Rows, Vectors>(1, K", "repeat_block<Rows, Vectors>(0, K"),
+    "rows left forgotten": ("product.h", "m += done;", "m += M;"),
     "eps dropped": ("norm.h", "Vector{}) + eps;", "Vector{}) + 300 * eps;"),
     "features behind the end in the statistics": (
         "norm.h", "only(load(x[i] + f, F - f) - s.mean[i], F - f)", "load(x[i] + f, F - f) - s.mean[i]"),
@@ -63,7 +63,8 @@ PLANTED = {  # file of csrc/cpu, what is there, what is planted
         "kernels.cpp", "axis, false).addresses(call.x.data", "axis, true).addresses(call.x.data"),
     "images of another axis": ("kernels.cpp", "image / inner_size * outer", "image / inner_size * inner"),
     "w2's gradient not turned": ("kernels.cpp", "H, K, width, true)", "H, K, width)"),
-    "sums of the first task only": ("kernels.cpp", "task < tasks; ++task) total", "task < 1; ++task) total"),
+    "sums of the first task only": ("kernels.cpp", "task < plan.tasks; ++task", "task < 1; ++task"),
+    "weights packed in another order": ("product.h", "to[k * rows + r] =", "to[r * K + k] ="),
 }  # fmt: skip
 
 

@@ -219,5 +219,14 @@ def test_importing_is_quick_on_top_of_torch() -> None:
     )
     others = {name.split(".")[0] for name in output.split()} - set(sys.stdlib_module_names)
     assert others == {"mixer_kernels"}
-    heavy = ("bench", "adapters.t", "adapters.l", "convert", "compile_check", "backends.triton", "backends.cuda", "backends.cpu")
+    heavy = (
+        "bench",
+        "adapters.t",
+        "adapters.l",
+        "convert",
+        "compile_check",
+        "backends.triton",
+        "backends.cuda",
+        "backends.cpu",
+    )
     assert not [name for name in output.split() if name.startswith(tuple(f"mixer_kernels.{part}" for part in heavy))]

@@ -12,19 +12,21 @@ from test_freeze import KINDS, example, kernels
 from torch import nn
 
 from mixer_kernels import FusedMixerBlock, backends, freeze_, functional, fuse_, unfreeze_, use_backend, words
+from mixer_kernels.backends import registry
 
 FUNCTIONS = [name for name in functional.__all__ if name.islower()]
 
 
 @pytest.fixture
 def no_functional(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every function of the API fails."""
+    """Every function of the API fails, and "auto" takes PyTorch's operators for everything on the CPU."""
 
     def fail(*args, **kwargs):
         raise AssertionError("a block called the functional API")
 
     for name in FUNCTIONS:
         monkeypatch.setattr(functional, name, fail)
+    monkeypatch.setattr(registry, "FASTER_ON_CPU", {})
 
 
 @pytest.fixture

@@ -10,9 +10,13 @@ namespace {
 
 using namespace mixer_kernels::cpu;
 
-constexpr int64_t kTileFloats = 65536;  // of x in a tile: what is around it stays in the L2 cache
+constexpr int64_t kTileFloats = 8192;   // of x in a tile: it and what is around it stay in the L2 cache
+constexpr int64_t kLeastRows = 96;      // of a layer's tile: or the weights of the second mixer would be read too often
 constexpr int64_t kLeastColumns = 128;  // of a tile, where there are as many
 constexpr int64_t kBackwardTasks = 16;  // sets of sums, at most
+constexpr int64_t kSumsColumns =
+    256;  // to a set of sums: fewer would cost less than the set, which is written and read
+constexpr int64_t kPackedColumns = 128;  // of a mixer, from which packing its weights pays
 
 // A mixer of a call with all that it needs for tiles of up to `most` images or rows.
 struct Tile {
@@ -26,7 +30,7 @@ struct Tile {
     Dropout dropout;
     Mlp mlp;
 
-    Tile(Arena& arena, const Call& call, int which, int64_t most, bool backward)
+    Tile(Arena& arena, const Call& call, const Plan& plan, int which, int64_t most, bool backward)
         : mixer(call.mixer[which]),
           shape(shape_of(call, which)),
           most(most),
@@ -42,8 +46,8 @@ struct Tile {
           dbeta(backward ? arena.take(round_up(shape.F, kLanes)) : nullptr),
           noise_rows(reinterpret_cast<uint32_t*>(arena.take(call.options.dropout_p > 0.0f ? stride : 0))),
           noise_images(reinterpret_cast<uint32_t*>(arena.take(call.options.dropout_p > 0.0f ? stride : 0))),
-          mlp(arena, mixer, shape, call.mixers == 1 && call.options.gate_first, call.options.tanh,
-              columns_of(shape, most), backward) {
+          mlp(arena, mixer, matrices_of(call, plan, which), shape, call.mixers == 1 && call.options.gate_first,
+              call.options.tanh, columns_of(shape, most), backward) {
         if (call.options.dropout_p > 0.0f && call.options.seeds)
             dropout = {call.options.dropout_p, static_cast<uint64_t>(call.options.seeds[which]), noise_rows,
                        noise_images};
@@ -57,6 +61,23 @@ struct Tile {
     static Shape shape_of(const Call& call, int which) {
         const int axis = call.mixers == 2 ? 2 + which : call.axis;
         return {call.x.sizes[axis], call.x.sizes[3], axis == 3};
+    }
+
+    // `use(matrix, rows, columns, place)` for the matrices of mixer `which`, packed behind those of the one before it.
+    template <class USE>
+    static Matrices packed_matrices(Arena& arena, const Call& call, int which, USE use) {
+        const int64_t K = shape_of(call, which).K;
+        Matrices matrices = Matrices::of(call.mixer[which], K);
+        matrices.each(arena, call.mixer[which].hidden, K, call.dy != nullptr, use);
+        return matrices;
+    }
+
+    static Matrices matrices_of(const Call& call, const Plan& plan, int which) {
+        if (!plan.packed) return Matrices::of(call.mixer[which], shape_of(call, which).K);
+        Arena arena(const_cast<float*>(plan.packed));
+        const auto there = [](Left& matrix, int64_t, int64_t, float* place) { matrix = {place, 0, 0}; };
+        for (int i = 0; i < which; ++i) packed_matrices(arena, call, i, there);
+        return packed_matrices(arena, call, which, there);
     }
 
     // out = in + branch, of `count` images or rows; the first of all that there are is number `first`.
@@ -148,6 +169,11 @@ int64_t count_of(const Call& call) {
     return call.axis == 1 ? size[0] * size[2] : size[0] * size[1] * size[2];
 }
 
+int64_t elements_of(const Call& call) {
+    const int64_t* size = call.x.sizes;
+    return size[0] * size[1] * size[2] * size[3];
+}
+
 // What a thread has: pointers to rows, one or two mixers, u of a layer and its gradient.
 struct Work {
     int64_t rows;
@@ -180,7 +206,7 @@ int64_t work_of(const Call& call, const Plan& plan, bool backward) {
     const int64_t used = arena.used();
     for (int i = 0; i < call.mixers; ++i) {
         arena.back_to(used);
-        Tile(arena, call, i, call.mixers == 2 && i == 1 ? plan.tile * call.x.sizes[2] : plan.tile, backward);
+        Tile(arena, call, plan, i, call.mixers == 2 && i == 1 ? plan.tile * call.x.sizes[2] : plan.tile, backward);
     }
     return arena.most();
 }
@@ -189,9 +215,27 @@ int64_t work_of(const Call& call, const Plan& plan, bool backward) {
 int64_t tile_of(const Call& call, int64_t parts) {
     const Shape shape = Tile::shape_of(call, 0);
     const int64_t columns = shape.features ? 1 : shape.F;
-    const int64_t most = largest(kTileFloats / (columns * shape.K), 1);
+    const int64_t most =
+        largest(kTileFloats / (columns * shape.K), call.mixers == 2 ? divided_up(kLeastRows, shape.K) : 1);
     const int64_t fewest = divided_up(kLeastColumns, columns);
     return least(largest(divided_up(count_of(call), parts), fewest), largest(most, shape.features ? fewest : 1));
+}
+
+int64_t packs_of(const Call& call) {
+    Arena arena(nullptr);
+    for (int i = 0; i < call.mixers; ++i) {
+        if (elements_of(call) / Tile::shape_of(call, i).K < kPackedColumns) return 0;
+        Tile::packed_matrices(arena, call, i, [](Left&, int64_t, int64_t, float*) {});
+    }
+    return arena.used();
+}
+
+void pack(const Call& call, float* packs) {
+    Arena arena(packs);
+    for (int i = 0; i < call.mixers; ++i)
+        Tile::packed_matrices(arena, call, i, [](Left& matrix, int64_t rows, int64_t columns, float* place) {
+            pack(matrix, rows, columns, place);
+        });
 }
 
 Plan plan_forward(const Call& call, int threads) {
@@ -199,20 +243,26 @@ Plan plan_forward(const Call& call, int threads) {
     plan.tile = least(tile_of(call, threads), count_of(call));
     plan.tiles = plan.tasks = divided_up(count_of(call), plan.tile);
     plan.work = work_of(call, plan, false);
+    plan.packs = packs_of(call);
     return plan;
 }
 
 Plan plan_backward(const Call& call) {
     Plan plan{};
-    plan.tile = least(tile_of(call, kBackwardTasks), count_of(call));
-    plan.tiles = divided_up(count_of(call), plan.tile);
-    plan.tasks = least(plan.tiles, kBackwardTasks);
-    plan.work = work_of(call, plan, true);
+    int64_t work = 0;  // sums times the columns that are added to them
     for (int i = 0; i < call.mixers; ++i) {
         Arena arena(nullptr);
-        Sums::at(arena, Tile::shape_of(call, i), call.mixer[i].hidden, call.mixer[i].w_gate != nullptr);
+        const Shape shape = Tile::shape_of(call, i);
+        Sums::at(arena, shape, call.mixer[i].hidden, call.mixer[i].w_gate != nullptr);
         plan.sums[i] = arena.most();
+        work += plan.sums[i] * (elements_of(call) / shape.K);
     }
+    const int64_t sets = least(work / ((plan.sums[0] + plan.sums[1]) * kSumsColumns), kBackwardTasks);
+    plan.tile = least(tile_of(call, largest(sets, 1)), count_of(call));
+    plan.tiles = divided_up(count_of(call), plan.tile);
+    plan.tasks = least(plan.tiles, largest(sets, 1));
+    plan.work = work_of(call, plan, true);
+    plan.packs = packs_of(call);
     return plan;
 }
 
@@ -230,13 +280,13 @@ void forward(const Call& call, const Plan& plan, int64_t task, float* memory) {
     const int axis = call.mixers == 2 ? 2 : call.axis;
     Layout::of(call, axis, false).addresses(call.x.data, first, count, work.in);
     Layout::of(call, axis, true).addresses(call.y, first, count, work.out);
-    if (call.mixers == 1) return Tile(arena, call, 0, plan.tile, false).forward(first, count, work.in, work.out);
+    if (call.mixers == 1) return Tile(arena, call, plan, 0, plan.tile, false).forward(first, count, work.in, work.out);
 
     const int64_t patches = call.x.sizes[2], F = call.x.sizes[3], rows = count * patches;
     consecutive(call.u ? call.u + first * patches * F : work.u_values, rows, F, work.u);
-    Tile(arena, call, 0, plan.tile, false).forward(first, count, work.in, work.u);
+    Tile(arena, call, plan, 0, plan.tile, false).forward(first, count, work.in, work.u);
     arena.back_to(used);
-    Tile(arena, call, 1, plan.tile * patches, false).forward(first * patches, rows, work.u, work.out);
+    Tile(arena, call, plan, 1, plan.tile * patches, false).forward(first * patches, rows, work.u, work.out);
 }
 
 void backward(const Call& call, const Plan& plan, int64_t task, float* memory, float* memory_of_sums) {
@@ -260,7 +310,7 @@ void backward(const Call& call, const Plan& plan, int64_t task, float* memory, f
         Layout::of(call, axis, true).addresses(call.dy, first, count, work.dy);
         Layout::of(call, axis, true).addresses(call.dx, first, count, work.out);
         if (call.mixers == 1) {
-            Tile(arena, call, 0, plan.tile, true).backward(first, count, work.in, work.dy, work.out, sums_of(0));
+            Tile(arena, call, plan, 0, plan.tile, true).backward(first, count, work.in, work.dy, work.out, sums_of(0));
             continue;
         }
         const int64_t rows = count * patches;
@@ -268,45 +318,44 @@ void backward(const Call& call, const Plan& plan, int64_t task, float* memory, f
             consecutive(const_cast<float*>(call.kept_u) + first * patches * F, rows, F, work.u);
         } else {
             consecutive(work.u_values, rows, F, work.u);
-            Tile(arena, call, 0, plan.tile, true).forward(first, count, work.in, work.u);
+            Tile(arena, call, plan, 0, plan.tile, true).forward(first, count, work.in, work.u);
             arena.back_to(used);
         }
         consecutive(work.du_values, rows, F, work.du);
-        Tile(arena, call, 1, plan.tile * patches, true)
+        Tile(arena, call, plan, 1, plan.tile * patches, true)
             .backward(first * patches, rows, work.u, work.dy, work.du, sums_of(1));
         arena.back_to(used);
-        Tile(arena, call, 0, plan.tile, true).backward(first, count, work.in, work.du, work.out, sums_of(0));
+        Tile(arena, call, plan, 0, plan.tile, true).backward(first, count, work.in, work.du, work.out, sums_of(0));
     }
 }
 
-// to [rows, columns] = the tasks' sums, of `width` to a row; or its transpose
-void add(float* to, const float* from, int64_t tasks, int64_t stride, int64_t rows, int64_t columns, int64_t width,
-         bool transposed = false) {
+// to [rows, columns], or its transpose, from rows of `width`
+void copy(float* to, const float* from, int64_t rows, int64_t columns, int64_t width, bool transposed = false) {
     if (!to) return;
     for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) {
-            float total = 0.0f;
-            for (int64_t task = 0; task < tasks; ++task) total += from[task * stride + r * width + c];
-            to[transposed ? c * rows + r : r * columns + c] = total;
-        }
+        for (int64_t c = 0; c < columns; ++c) to[transposed ? c * rows + r : r * columns + c] = from[r * width + c];
 }
 
-void add_sums(const Call& call, const Plan& plan, const float* memory) {
-    Arena arena(const_cast<float*>(memory));
-    const int64_t stride = plan.sums[0] + plan.sums[1];
+void add_sums(const Call& call, const Plan& plan, float* memory) {
+    const int64_t size = plan.sums[0] + plan.sums[1];
+    for (int64_t task = 1; task < plan.tasks; ++task) {
+        const float* sums = memory + task * size;
+        for (int64_t i = 0; i < size; i += kLanes) store(memory + i, load(memory + i) + load(sums + i));
+    }
+    Arena arena(memory);
     for (int i = 0; i < call.mixers; ++i) {
         const Shape shape = Tile::shape_of(call, i);
         const int64_t H = call.mixer[i].hidden, K = shape.K, width = round_up(K, kLanes);
         const Gradients& to = call.gradients[i];
         const Sums from = Sums::at(arena, shape, H, call.mixer[i].w_gate != nullptr);
-        add(to.w1, from.w1, plan.tasks, stride, H, K, width);
-        add(to.w2, from.w2, plan.tasks, stride, H, K, width, true);
-        add(to.w_gate, from.w_gate, plan.tasks, stride, K, K, width);
-        add(to.b1, from.b1, plan.tasks, stride, 1, H, H);
-        add(to.b2, from.b2, plan.tasks, stride, 1, K, K);
-        add(to.b_gate, from.b_gate, plan.tasks, stride, 1, K, K);
-        add(to.gamma, from.gamma, plan.tasks, stride, 1, shape.F, shape.F);
-        add(to.beta, from.beta, plan.tasks, stride, 1, shape.F, shape.F);
+        copy(to.w1, from.w1, H, K, width);
+        copy(to.w2, from.w2, H, K, width, true);
+        copy(to.w_gate, from.w_gate, K, K, width);
+        copy(to.b1, from.b1, 1, H, H);
+        copy(to.b2, from.b2, 1, K, K);
+        copy(to.b_gate, from.b_gate, 1, K, K);
+        copy(to.gamma, from.gamma, 1, shape.F, shape.F);
+        copy(to.beta, from.beta, 1, shape.F, shape.F);
     }
 }
 
@@ -314,6 +363,6 @@ void add_sums(const Call& call, const Plan& plan, const float* memory) {
 
 namespace mixer_kernels::cpu {
 
-const Kernels JOINED(kernels_, MIXER_KERNELS_ISA) = {plan_forward, plan_backward, forward, backward, add_sums};
+const Kernels JOINED(kernels_, MIXER_KERNELS_ISA) = {plan_forward, plan_backward, pack, forward, backward, add_sums};
 
 }  // namespace mixer_kernels::cpu

@@ -67,15 +67,18 @@ struct Plan {
     int64_t tasks;    // forward: a tile each; backward: tiles in order, to one set of sums
     int64_t work;     // floats that a thread needs
     int64_t sums[2];  // floats of a mixer's sums in a task
+    int64_t packs;    // floats of the packed weights; 0 where they are read as they are
+    const float* packed;
 };
 
 // What kernels.cpp is, for one instruction set.
 struct Kernels {
     Plan (*plan_forward)(const Call&, int threads);
     Plan (*plan_backward)(const Call&);
+    void (*pack)(const Call&, float* packs);
     void (*forward)(const Call&, const Plan&, int64_t task, float* work);
     void (*backward)(const Call&, const Plan&, int64_t task, float* work, float* sums);
-    void (*add_sums)(const Call&, const Plan&, const float* sums);  // of all tasks, in order, into the gradients
+    void (*add_sums)(const Call&, const Plan&, float* sums);  // of all tasks, in order, into the gradients
 };
 
 extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;

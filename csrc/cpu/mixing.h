@@ -44,9 +44,33 @@ struct Sums {
     }
 };
 
+// The matrices of a mixer as its products read them; those of backward are transposed.
+struct Matrices {
+    Left w1, w2, w_gate, w1_back, w2_back, w_gate_back;
+
+    static Matrices of(const Mixer& mixer, int64_t K) {
+        const int64_t H = mixer.hidden;
+        return {by_rows(mixer.w1, K),    by_rows(mixer.w2, H),    by_rows(mixer.w_gate, K),
+                transposed(mixer.w1, K), transposed(mixer.w2, H), transposed(mixer.w_gate, K)};
+    }
+
+    // `use(matrix, rows, columns, place)` for each that is needed, packed in the arena's memory.
+    template <class USE>
+    void each(Arena& arena, int64_t H, int64_t K, bool backward, USE use) {
+        use(w1, H, K, arena.take(H * K));
+        use(w2, K, H, arena.take(H * K));
+        if (w_gate.data) use(w_gate, K, K, arena.take(K * K));
+        if (!backward) return;
+        use(w1_back, K, H, arena.take(H * K));
+        use(w2_back, H, K, arena.take(H * K));
+        if (w_gate.data) use(w_gate_back, K, K, arena.take(K * K));
+    }
+};
+
 // A mixer at work on blocks of columns.
 struct Mlp {
     Mixer mixer;
+    Matrices matrices;
     Shape shape;
     bool gate_first, tanh;
     int64_t columns;  // to a block, whole vectors
@@ -54,8 +78,9 @@ struct Mlp {
     // [H] and [K] rows of a block; backward's are null in a forward pass
     float *hidden, *gate, *slope, *value, *logits, *mask, *across;
 
-    Mlp(Arena& arena, const Mixer& mixer, Shape shape, bool gate_first, bool tanh, int64_t most_columns, bool backward)
-        : mixer(mixer), shape(shape), gate_first(gate_first), tanh(tanh) {
+    Mlp(Arena& arena, const Mixer& mixer, const Matrices& matrices, Shape shape, bool gate_first, bool tanh,
+        int64_t most_columns, bool backward)
+        : mixer(mixer), matrices(matrices), shape(shape), gate_first(gate_first), tanh(tanh) {
         constexpr int64_t kPanel = kBlockVectors * kLanes, kFloats = 32768;  // in the L2 cache, with x
         constexpr int64_t kLeast = 96;  // or weights, from a slower cache, would be the most that is read
         const int64_t H = mixer.hidden, K = shape.K;
@@ -83,13 +108,13 @@ struct Mlp {
             probabilities(n, n_stride, count);
             multiply(K, count, gate, stride, n, n_stride);
         }
-        product(H, count, K, by_rows(mixer.w1, K), n, n_stride, mixer.b1, false, hidden, stride);
+        product(H, count, K, matrices.w1, n, n_stride, mixer.b1, false, hidden, stride);
         if (tanh)
             each(H, count, hidden, stride, [](Vector z) { return gelu<true>(z); });
         else
             each(H, count, hidden, stride, [](Vector z) { return gelu<false>(z); });
         if (dropout.on()) drop(H, count, hidden, stride, dropout, first, kHidden, nullptr);
-        product(K, count, H, by_rows(mixer.w2, H), hidden, stride, mixer.b2, false, n, n_stride);
+        product(K, count, H, matrices.w2, hidden, stride, mixer.b2, false, n, n_stride);
         if (dropout.on()) drop(K, count, n, n_stride, dropout, first, kBranch, nullptr);
         if (gated() && !gate_first) {
             probabilities(n, n_stride, count);
@@ -113,7 +138,7 @@ struct Mlp {
             in = value;
             in_stride = stride;
         }
-        product(H, count, K, by_rows(mixer.w1, K), in, in_stride, mixer.b1, false, hidden, stride);
+        product(H, count, K, matrices.w1, in, in_stride, mixer.b1, false, hidden, stride);
         if (tanh)
             slopes<true>(count);
         else
@@ -125,7 +150,7 @@ struct Mlp {
                     store(mask + k * stride + c, dropout.kept(k, first + c, kBranch));
         }
         if (gated() && !gate_first) {
-            product(K, count, H, by_rows(mixer.w2, H), hidden, stride, mixer.b2, false, value, stride);
+            product(K, count, H, matrices.w2, hidden, stride, mixer.b2, false, value, stride);
             if (dropout.on()) multiply(K, count, mask, stride, value, stride);
             probabilities(value, stride, count);
             gate_backward(value, stride, g, n_stride, count, sums);
@@ -138,14 +163,14 @@ struct Mlp {
             add_product(H, count, hidden, stride, sums->w2);
         }
         // hidden becomes the gradient of z.
-        product(H, count, K, transposed(mixer.w2, H), g, n_stride, nullptr, false, hidden, stride);
+        product(H, count, K, matrices.w2_back, g, n_stride, nullptr, false, hidden, stride);
         multiply(H, count, slope, stride, hidden, stride);
         if (sums) {  // of fc1
             add_rows(H, count, hidden, stride, sums->b1);
             turn(in, in_stride, count);
             add_product(H, count, hidden, stride, sums->w1);
         }
-        product(K, count, H, transposed(mixer.w1, K), hidden, stride, nullptr, false, g, n_stride);
+        product(K, count, H, matrices.w1_back, hidden, stride, nullptr, false, g, n_stride);
         if (gated() && gate_first) gate_backward(n, n_stride, g, n_stride, count, sums);
     }
 
@@ -178,7 +203,7 @@ struct Mlp {
     // gate = softmax(Wg . v + bg), down each column.
     void probabilities(const float* v, int64_t v_stride, int64_t count) const {
         const int64_t K = shape.K;
-        product(K, count, K, by_rows(mixer.w_gate, K), v, v_stride, mixer.b_gate, false, gate, stride);
+        product(K, count, K, matrices.w_gate, v, v_stride, mixer.b_gate, false, gate, stride);
         for (int64_t c = 0; c < count; c += kLanes) {
             float* column = gate + c;
             Vector most = load(column), total{};
@@ -207,7 +232,7 @@ struct Mlp {
                 store(g + k * g_stride + c, one * p);
             }
         }
-        product(K, count, K, transposed(mixer.w_gate, K), logits, stride, nullptr, true, g, g_stride);
+        product(K, count, K, matrices.w_gate_back, logits, stride, nullptr, true, g, g_stride);
         if (!sums) return;
         add_rows(K, count, logits, stride, sums->b_gate);
         turn(v, v_stride, count);

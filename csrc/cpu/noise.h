@@ -8,7 +8,25 @@
 
 namespace {
 
-typedef uint64_t Products __attribute__((vector_size(8 * kLanes)));
+// The high and the low halves of the products of 32-bit integers with one.
+inline void multiply(Unsigned a, uint32_t factor, Unsigned& high, Unsigned& low) {
+#if defined(__AVX2__) && MIXER_KERNELS_LANES == 8
+    const __m256i odd = _mm256_srli_epi64((__m256i)a, 32), by = _mm256_set1_epi64x(factor);
+    const __m256i evens = _mm256_mul_epu32((__m256i)a, by), odds = _mm256_mul_epu32(odd, by);
+    low = (Unsigned)_mm256_blend_epi32(evens, _mm256_slli_epi64(odds, 32), 0xAA);
+    high = (Unsigned)_mm256_blend_epi32(_mm256_srli_epi64(evens, 32), odds, 0xAA);
+#elif defined(__AVX512F__) && MIXER_KERNELS_LANES == 16
+    const __m512i odd = _mm512_srli_epi64((__m512i)a, 32), by = _mm512_set1_epi64(factor);
+    const __m512i evens = _mm512_mul_epu32((__m512i)a, by), odds = _mm512_mul_epu32(odd, by);
+    low = (Unsigned)_mm512_mask_blend_epi32(0xAAAA, evens, _mm512_slli_epi64(odds, 32));
+    high = (Unsigned)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(evens, 32), odds);
+#else
+    typedef uint64_t Products __attribute__((vector_size(8 * kLanes)));
+    const Products products = __builtin_convertvector(a, Products) * factor;
+    low = __builtin_convertvector(products, Unsigned);
+    high = __builtin_convertvector(products >> 32, Unsigned);
+#endif
+}
 
 enum Site : uint32_t { kHidden = 0, kBranch = 1 };
 
@@ -28,12 +46,13 @@ struct Dropout {
         memcpy(&c2, images + column, sizeof(c2));
         uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
         for (int round = 0; round < 10; ++round) {
-            const Products a = __builtin_convertvector(c0, Products) * 0xD2511F53u;
-            const Products b = __builtin_convertvector(c2, Products) * 0xCD9E8D57u;
-            c0 = __builtin_convertvector(b >> 32, Unsigned) ^ c1 ^ k0;
-            c2 = __builtin_convertvector(a >> 32, Unsigned) ^ c3 ^ k1;
-            c1 = __builtin_convertvector(b, Unsigned);
-            c3 = __builtin_convertvector(a, Unsigned);
+            Unsigned high_a, low_a, high_b, low_b;
+            multiply(c0, 0xD2511F53u, high_a, low_a);
+            multiply(c2, 0xCD9E8D57u, high_b, low_b);
+            c0 = high_b ^ c1 ^ k0;
+            c2 = high_a ^ c3 ^ k1;
+            c1 = low_b;
+            c3 = low_a;
             k0 += 0x9E3779B9u;
             k1 += 0xBB67AE85u;
         }

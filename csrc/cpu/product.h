@@ -1,7 +1,7 @@
 // Matrix products of small matrices: C [M, N] = A [M, K] . B [K, N] + bias, or + C.
 //
-// A is read as it lies in memory, by broadcasts: a weight, transposed or not, needs no packing. B and C have rows of
-// whole vectors. The sum of an element is over k in order, whatever the sizes and wherever the element is.
+// A is read by broadcasts: as it lies in memory, transposed or not, or packed in the order in which it is read. B and C
+// have rows of whole vectors. The sum of an element is over k in order, whatever the sizes and wherever the element is.
 #pragma once
 
 #include "vectors.h"
@@ -14,11 +14,29 @@ constexpr int kBlockVectors = kLanes == 16 ? 3 : 2;
 
 struct Left {
     const float* data;
-    int64_t row, column;  // strides
+    int64_t row, column;  // strides; 0 where it is packed
+
+    bool is_packed() const { return row == 0; }
 };
 
 inline Left by_rows(const float* data, int64_t columns) { return {data, columns, 1}; }
 inline Left transposed(const float* data, int64_t columns) { return {data, 1, columns}; }
+
+// Rows of the next block, of `left` rows: the last two are alike, because a small block has too few sums under way.
+inline int64_t rows_of_block(int64_t left) {
+    return left <= kBlockRows || left >= 2 * kBlockRows ? least(left, kBlockRows) : (left + 1) / 2;
+}
+
+// A [M, K] in the order in which blocks read it.
+inline void pack(Left a, int64_t M, int64_t K, float* to) {
+    for (int64_t m = 0; m < M;) {
+        const int64_t rows = rows_of_block(M - m);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t k = 0; k < K; ++k) to[k * rows + r] = a.data[(m + r) * a.row + k * a.column];
+        to += rows * K;
+        m += rows;
+    }
+}
 
 template <int Rows, int Vectors>
 inline __attribute__((always_inline)) void block(int64_t K, Left a, const float* b, int64_t stride_b, const float* bias,
@@ -52,28 +70,35 @@ inline __attribute__((always_inline)) void block(int64_t K, Left a, const float*
 template <int Rows, int Vectors>
 __attribute__((noinline)) void repeat_block(int64_t count, int64_t K, Left a, const float* b, int64_t stride_b,
                                             const float* bias, bool add, float* c, int64_t stride_c) {
+    const int64_t next = Rows * (a.is_packed() ? K : a.row);
+    if (a.is_packed()) a = {a.data, 1, Rows};
     for (int64_t i = 0; i < count; ++i) {
         block<Rows, Vectors>(K, a, b, stride_b, bias, add, c, stride_c);
-        a.data += Rows * a.row;
+        a.data += next;
         if (bias) bias += Rows;
         c += Rows * stride_c;
     }
 }
 
-template <int Vectors, int Rows = kBlockRows - 1>
-inline void rows_left(int64_t rows, int64_t K, Left a, const float* b, int64_t stride_b, const float* bias, bool add,
-                      float* c, int64_t stride_c) {
-    if (rows == Rows) return repeat_block<Rows, Vectors>(1, K, a, b, stride_b, bias, add, c, stride_c);
-    if constexpr (Rows > 1) rows_left<Vectors, Rows - 1>(rows, K, a, b, stride_b, bias, add, c, stride_c);
+template <int Vectors, int Rows = kBlockRows>
+inline void repeat_rows(int64_t rows, int64_t count, int64_t K, Left a, const float* b, int64_t stride_b,
+                        const float* bias, bool add, float* c, int64_t stride_c) {
+    if (rows == Rows) return repeat_block<Rows, Vectors>(count, K, a, b, stride_b, bias, add, c, stride_c);
+    if constexpr (Rows > 1) repeat_rows<Vectors, Rows - 1>(rows, count, K, a, b, stride_b, bias, add, c, stride_c);
 }
 
 template <int Vectors>
 inline void blocks_down(int64_t M, int64_t K, Left a, const float* b, int64_t stride_b, const float* bias, bool add,
                         float* c, int64_t stride_c) {
-    const int64_t whole = M / kBlockRows, done = whole * kBlockRows;
-    repeat_block<kBlockRows, Vectors>(whole, K, a, b, stride_b, bias, add, c, stride_c);
-    a.data += done * a.row;
-    rows_left<Vectors>(M - done, K, a, b, stride_b, bias ? bias + done : nullptr, add, c + done * stride_c, stride_c);
+    for (int64_t m = 0; m < M;) {
+        const int64_t rows = rows_of_block(M - m);
+        const int64_t count = largest((M - m) / kBlockRows - (M % kBlockRows > 0), 1), done = count * rows;
+        repeat_rows<Vectors>(rows, count, K, a, b, stride_b, bias, add, c, stride_c);
+        a.data += done * (a.is_packed() ? K : a.row);
+        if (bias) bias += done;
+        c += done * stride_c;
+        m += done;
+    }
 }
 
 // Whole vectors of B and C are read and written: up to kLanes - 1 columns behind N.

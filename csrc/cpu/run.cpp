@@ -92,6 +92,15 @@ void on_threads(int64_t tasks, int threads, RUN run) {
     parallel(of_a_thread, &region, static_cast<unsigned>(threads), 0);
 }
 
+// The call's weights in the order in which products read them, once for all tasks.
+std::unique_ptr<float, Free> packed(const Kernels& kernels, const Call& call, Plan& plan) {
+    if (plan.packs == 0) return nullptr;
+    auto packs = allocated(plan.packs);
+    kernels.pack(call, packs.get());
+    plan.packed = packs.get();
+    return packs;
+}
+
 int threads_for(const Plan& plan, int threads) { return static_cast<int>(plan.tasks < threads ? plan.tasks : threads); }
 
 // Whether a parameter of the call has a gradient.
@@ -124,7 +133,8 @@ const Kernels* find(const char* name) {
 bool has_pool() { return pool() != nullptr; }
 
 void run_forward(const Kernels& kernels, const Call& call, int threads) {
-    const Plan plan = kernels.plan_forward(call, threads);
+    Plan plan = kernels.plan_forward(call, threads);
+    const auto packs = packed(kernels, call, plan);
     threads = threads_for(plan, threads);
     const auto work = allocated(threads * plan.work);
     on_threads(plan.tasks, threads, [&](int64_t task, int64_t thread) {
@@ -133,7 +143,8 @@ void run_forward(const Kernels& kernels, const Call& call, int threads) {
 }
 
 void run_backward(const Kernels& kernels, const Call& call, int threads) {
-    const Plan plan = kernels.plan_backward(call);
+    Plan plan = kernels.plan_backward(call);
+    const auto packs = packed(kernels, call, plan);
     threads = threads_for(plan, threads);
     const auto work = allocated(threads * plan.work);
     const int64_t size = plan.sums[0] + plan.sums[1];

@@ -11,10 +11,10 @@ cuda.sm90. Backends are imported when first asked for: importing mixer_kernels n
 3. else ``triton``, which has the instructions of 9.0 and 10.x, then ``cuda``.
 
 What cannot run (not built, not installed, a dtype, a feature that it does not have) is passed over; ``torch`` is the
-last resort and on the CPU the only one. It is also what ``auto`` takes while a model is exported to ONNX or traced by
-TorchScript, which know PyTorch's operators alone. ``torch.export`` and AOTInductor keep ours. ``cuda:sm90`` has to be
-asked for: it is ``cuda`` with kernels for compute capability 9.0, and ``cuda`` uses those itself once they have passed
-on a GPU.
+last resort. On the CPU ``auto`` takes ``cpu`` for what ``FASTER_ON_CPU`` lists, with AVX2 or AVX-512, else ``torch``.
+It is also what ``auto`` takes while a model is exported to ONNX or traced by TorchScript, which know PyTorch's
+operators alone. ``torch.export`` and AOTInductor keep ours. ``cuda:sm90`` has to be asked for: it is ``cuda`` with
+kernels for compute capability 9.0, and ``cuda`` uses those itself once they have passed on a GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from .protocol import Backend
 
 BACKENDS = ("cuda", "cuda:sm90", "triton", "cpu", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
+# What `cpu` was measured to be faster at than PyTorch, forward and in training, at every batch size that was tried:
+# operators by dtype of their products; benchmarks/results/cpu. Vectors of the baseline were not measured.
+FASTER_ON_CPU = {torch.float32: ("gated_mixer_layer", "gated_mixing")}
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
@@ -71,9 +74,20 @@ def requested_backend() -> str:
 
 
 @constant_while_tracing
-def auto_on_cpu() -> str:
-    """What "auto" means for tensors on the CPU."""
-    warn_once("backend 'auto': running on 'torch', because the tensors are on the CPU; the kernels need a GPU")
+def auto_on_cpu(operator: str | None, dtype: torch.dtype) -> str:
+    """What "auto" means for ``operator``, with products in ``dtype``, on tensors on the CPU."""
+    if operator not in FASTER_ON_CPU.get(dtype, ()):
+        warn_once("backend 'auto': running on 'torch', because the tensors are on the CPU; the kernels need a GPU")
+        return "torch"
+    if exported_to() is not None:
+        return "torch"
+    cpu = load("cpu")
+    reason = cpu.why_not(torch.device("cpu"), dtype)
+    if reason is None and cpu.instruction_set() == "baseline":
+        reason = "this CPU has neither AVX2 nor AVX-512"
+    if reason is None:
+        return "cpu"
+    warn_once(f"backend 'cpu': running on 'torch', because {reason}")
     return "torch"
 
 
@@ -101,7 +115,7 @@ def choose(
         return "torch"
     if name == "auto" and device_type != "cuda":
         if device_type == "cpu":
-            return auto_on_cpu()
+            return auto_on_cpu(next(iter(features), None), dtype)
         where = f"on a device of type {device_type!r}"
         warn_once(f"backend 'auto': running on 'torch', because the tensors are {where}; the kernels need a GPU")
         return "torch"

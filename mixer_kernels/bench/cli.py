@@ -19,6 +19,8 @@ from .progress import progress_line
 from .providers import BACKENDS, provider_names
 from .report import Report, Row, group_rows
 from .run import is_out_of_memory, release, run_group
+from .series import OURS, SERIES_BASELINES, series_rows, series_table, write_series_json
+from .series_models import SERIES_MODELS
 from .timing import rotated_inputs
 from .training import Step
 from .whole_model import model_providers, randomize_, reference_of
@@ -33,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         device = _device(arguments.device)
+        if arguments.threads:
+            if device.type != "cpu":
+                raise ValueError("--threads is of the CPU: it goes with --device cpu")
+            torch.set_num_threads(arguments.threads)
+        if arguments.model in SERIES_MODELS:
+            return _series(arguments, parser, device)
+        if not set(BASELINES).issuperset(arguments.baseline or BASELINES):
+            raise ValueError(f"--baseline ort and openvino go with --model {' or '.join(SERIES_MODELS)}")
         check_img_size(SPECS[arguments.model], arguments.img_size)
         if arguments.dtype == "tf32" and device.type != "cuda":
             raise ValueError("--dtype tf32 is a mode of CUDA devices; on a CPU use fp32")
@@ -59,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
     dtype = DTYPES["fp32" if dtype_name == "tf32" else dtype_name]
     batch_sizes = arguments.batch_size or ([1, 32, 256] if on_gpu and not training else [32, 128] if on_gpu else [1])
-    wanted = {"eager", *arguments.baseline, *(arguments.backend or BACKENDS)}
+    baselines = BASELINES if arguments.baseline is None else arguments.baseline
+    wanted = {"eager", *baselines, *(arguments.backend or BACKENDS)}
     rows: list[Row] = []
     with progress_line(len(batch_sizes)) as (say, advance):
         say(f"building Mixer-{arguments.model}")
@@ -76,6 +87,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot:
         plot(rows, report.device["name"], arguments.plot)
     return 0 if any(row.ms is not None and row.provider.split()[0] in BACKENDS for row in rows) else 1
+
+
+def _series(arguments: argparse.Namespace, parser: argparse.ArgumentParser, device: torch.device) -> int:
+    """A model of time series: another report, on the CPU alone."""
+    if device.type != "cpu":
+        raise ValueError(f"--model {arguments.model} is measured on the CPU: add --device cpu")
+    takes = ("device", "batch_size", "mode", "threads", "baseline", "seconds", "json")
+    _check_alone(arguments, parser, "model", takes)
+    if arguments.json and not Path(arguments.json).parent.is_dir():
+        raise ValueError(f"there is no directory {str(Path(arguments.json).parent)!r} to write {arguments.json!r} into")
+    baselines = tuple(SERIES_BASELINES if arguments.baseline is None else arguments.baseline)
+    if "bare" in baselines:
+        raise ValueError(f"--baseline bare is of the Mixer, not of --model {arguments.model}")
+    batch_sizes = arguments.batch_size or [1, 32, 256]
+    rows = []
+    with progress_line(len(batch_sizes)) as (say, advance):
+        for size in batch_sizes:
+            rows += series_rows(
+                arguments.model,
+                arguments.mode,
+                size,
+                baselines,
+                torch.get_num_threads(),
+                arguments.seconds,
+                lambda text, size=size: say(f"batch {size}: {text}"),
+            )
+            advance()
+    print(series_table(rows))
+    if arguments.json:
+        write_series_json(rows, arguments.json)
+    return 0 if any(row.ms is not None for row in rows if row.provider == OURS) else 1
 
 
 def _measure(
@@ -121,7 +163,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Throughput of a whole Mixer: eager PyTorch, torch.compile, the fused backends, and the bare "
         "matrix products, measured round by round in one run. With --saved-bytes: what training keeps, on any machine.",
     )
-    parser.add_argument("--model", choices=SPECS, default="B/16", help="the paper's name (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        choices=[*SPECS, *SERIES_MODELS],
+        default="B/16",
+        help="the paper's name, or on the CPU a model of time series: ptsm (PatchTSMixer), ttm (TinyTimeMixer) "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="PyTorch's on a CPU (default: its own choice)")
     parser.add_argument(
         "--batch-size", type=_positive, nargs="+", metavar="N", help="default: 1 32 256, to train 32 128; on a CPU 1"
     )
@@ -151,7 +200,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--img-size", type=_positive, default=224, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="backends of this package (default: all)")
     parser.add_argument(
-        "--baseline", nargs="*", choices=BASELINES, default=BASELINES, help="besides eager (default: all)"
+        "--baseline",
+        nargs="*",
+        choices=list(dict.fromkeys((*BASELINES, *SERIES_BASELINES))),
+        help="besides eager; ort and openvino of models of time series (default: all that there are)",
     )
     parser.add_argument(
         "--seconds", type=_seconds, default=1.0, help="to time each provider and batch size (default: %(default)s)"

@@ -58,7 +58,7 @@ def run_group(
             with torch.no_grad():
                 samples = measure(built, inputs, seconds=seconds, progress=progress)
         except Exception as error:
-            failures.update(dict.fromkeys(built, _describe(error)))
+            failures.update(dict.fromkeys(built, describe(error)))
     memory = {name: memory_of(built[name], inputs[0], case.mode, parameters) for name in samples}
     rows = group_rows(case, inputs[0].device, [p.name for p in providers], samples, failures, details, memory)
     return Group(rows, samples)
@@ -104,7 +104,7 @@ def prepare_providers(
             except CannotRun as reason:
                 failures[provider.name] = f"{CANNOT_RUN}: {reason}"
             except Exception as error:  # a row says so and the run goes on
-                failures[provider.name] = _describe(error)
+                failures[provider.name] = describe(error)
                 logger.debug("%s failed", provider.name, exc_info=True)
             else:
                 functions[provider.name] = function
@@ -136,7 +136,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """Why there is no row with figures."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     if "No working C++ compiler" in str(error):

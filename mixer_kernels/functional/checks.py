@@ -32,8 +32,10 @@ def choose(backend: str | None, x: Tensor, options: Options, operator: str, *mor
     return name if reason is None else _choose_torch(backend, reason)
 
 
-def runs_on_torch(backend: str | None, x: Tensor) -> bool:
+def runs_on_torch(backend: str | None, x: Tensor, operator: str | None = None) -> bool:
     """Whether the torch backend is chosen for a block on ``x``: it computes what the block's own modules compute.
+
+    ``operator``: what computes the block, where it is one that a backend may have for CPUs.
 
     False where another one is asked for by name: the call of it says whether it can run.
     """
@@ -41,7 +43,7 @@ def runs_on_torch(backend: str | None, x: Tensor) -> bool:
     if asked != "auto":
         return asked == "torch"
     if x.is_cpu:
-        return backends.auto_on_cpu() == "torch"
+        return backends.auto_on_cpu(operator, product_dtype(x.dtype, "cpu")) == "torch"
     device = x.device
     dtype = product_dtype(x.dtype, device.type)
     return backends.choose(asked, device.type, device.index, dtype) == "torch"

@@ -1,8 +1,9 @@
 """The ``cpu`` backend: float32 kernels for mixers of time series, forward and backward, in C++ (csrc/cpu).
 
-A call does all of a mixer, or of a layer, tile of series by tile of series, on PyTorch's threads; results do not
-depend on how many. x is read as it is where its features lie side by side, else from a contiguous copy; parameters are
-read where they are. Products are IEEE float32 whatever ``torch.get_float32_matmul_precision()`` says.
+A call does all of a mixer, or of a layer, tile of series by tile of series, on PyTorch's threads; results do not depend
+on how many. x is read as it is where its features lie side by side, else from a contiguous copy; weights are packed in
+the call, or read where they are in a small one. Products are IEEE float32 whatever
+``torch.get_float32_matmul_precision()`` says.
 """
 
 from __future__ import annotations

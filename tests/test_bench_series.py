@@ -1,0 +1,142 @@
+"""The report of models of time series: who gets a speed, what is written. No assertion on how fast anything is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PatchTSMixerConfig, PatchTSMixerForPrediction
+
+from mixer_kernels.bench import cli, series, series_models
+from mixer_kernels.bench.progress import no_progress
+from mixer_kernels.bench.series import series_rows, series_table
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch):
+    """One layer, and the threads as they were."""
+    config = {
+        "context_length": series_models.CONTEXT, "prediction_length": series_models.PREDICTION,
+        "num_input_channels": series_models.CHANNELS, "patch_length": 64, "patch_stride": 64, "num_layers": 1,
+        "d_model": 8,
+    }  # fmt: skip
+    model = lambda: PatchTSMixerForPrediction(PatchTSMixerConfig(**config))  # noqa: E731
+    monkeypatch.setitem(series_models.SERIES_MODELS, "ptsm", model)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(mode: str, *baselines: str) -> dict[str, series.SeriesRow]:
+    rows = series_rows("ptsm", mode, 2, baselines, 1, 0.01, no_progress)
+    return {row.provider: row for row in rows}
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_rows_have_ratios_of_their_rounds(mode):
+    rows = rows_of(mode)
+    assert list(rows) == ["eager", "mixer_kernels"]
+    for row in rows.values():
+        assert row.reason is None and row.ms > 0 and row.rounds >= series.MIN_ROUNDS
+        assert 0 < row.speedup_p20 <= row.speedup <= row.speedup_p80
+    eager = rows["eager"]
+    assert (eager.speedup_p20, eager.speedup, eager.speedup_p80) == (1, 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of PyTorch's exporter, in its own calls
+def test_onnx_runtime_computes_the_forecast():
+    pytest.importorskip("onnxruntime")
+    rows = rows_of("infer", "ort")
+    assert rows["ort"].reason is None and rows["ort"].ms > 0, rows["ort"]
+
+
+def test_who_does_not_train_says_so():
+    assert "does not train" in rows_of("train", "ort")["ort"].reason
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_what_is_wrong_has_no_speed(mode, monkeypatch):
+    def fuse_wrongly(model):
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.01)
+
+    monkeypatch.setattr(series, "fuse_", fuse_wrongly)
+    row = rows_of(mode)["mixer_kernels"]
+    assert row.ms is None and "wrong by" in row.reason
+    assert "wrong by" in series_table([row])
+
+
+def test_the_command_writes_rows_machine_and_versions(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    arguments = ["--model", "ptsm", "--device", "cpu", "--threads", "1", "--batch-size", "1", "2", "--baseline"]
+    assert cli.main([*arguments, "--seconds", "0.01", "--json", str(path)]) == 0
+    assert "ptsm, inference, batch 2, 1 thread(s)" in capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert [(row["batch_size"], row["provider"]) for row in report["rows"]] == [
+        (1, "eager"), (1, "mixer_kernels"), (2, "eager"), (2, "mixer_kernels"),
+    ]  # fmt: skip
+    assert report["versions"]["transformers"] and report["device"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "S/32", "--device", "cpu", "--baseline", "ort"], "ort and openvino go with --model ptsm or ttm"),
+        (["--model", "ptsm", "--device", "cpu", "--baseline", "bare"], "bare is of the Mixer"),
+        (["--model", "ptsm", "--device", "cpu", "--dtype", "bf16"], "--dtype does not go with it"),
+        (["--model", "ptsm", "--device", "cpu", "--json", "/nowhere/x.json"], "there is no directory '/nowhere'"),
+    ],
+)
+def test_what_does_not_go_together_is_said(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(series_models.SERIES_MODELS, "ptsm", series_models._patchtsmixer)
+    with pytest.raises(SystemExit):
+        cli.main(["--model", "ptsm", "--device", "cpu", "--batch-size", "1"])
+    assert "pip install 'mixer_kernels[bench-cpu]'" in capsys.readouterr().err
+
+
+def test_the_readme_shows_what_was_measured():
+    tool = _tool()
+    reports = [json.loads((tool.RESULTS / f"{model}.json").read_text()) for model in tool.MODELS]
+    rows = [row for report in reports for row in report["rows"]]
+    shown = (ROOT / "README.md").read_text().split(tool.BEGIN)[1].split(tool.END)[0]
+    assert tool.table(rows, reports[0]) in shown
+    lost = [line for line in shown.splitlines() if line.startswith("| ") and "**" in line]
+    assert len(lost) == len({(row["model"], row["mode"], row["batch_size"]) for row in rows})
+
+
+def test_the_table_divides_by_the_better_runtime():
+    tool = _tool()
+    times = {"eager": 12.0, "ort": 6.0, "openvino": 4.0, "mixer_kernels": 2.0}
+    rows = [
+        {"model": "ptsm", "mode": "infer", "batch_size": 1, "threads": 1, "provider": name, "ms": ms, "reason": None,
+         "speedup": 12 / ms, "speedup_p20": 11 / ms, "speedup_p80": 13 / ms}
+        for name, ms in times.items()
+    ]  # fmt: skip
+    rows.append(rows[0] | {"provider": "compile", "ms": None, "speedup": None, "reason": "cannot run: no compiler"})
+    versions = dict.fromkeys(("torch", "transformers", "granite-tsfm", "onnxruntime", "openvino"))
+    line = tool.table(
+        rows, {"device": {"name": "a CPU", "instruction_set": "avx2"}, "versions": versions}
+    ).splitlines()[2]
+    assert line == (
+        "| PatchTSMixer, inference | 1 | 12.0 | cannot run | 2.00 | 3.00 | **6.00** (5.50 to 6.50) | 2.00 |"
+    )
+
+
+def _tool():
+    spec = importlib.util.spec_from_file_location("bench_cpu", ROOT / "tools/bench_cpu.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool

@@ -1,0 +1,78 @@
+"""What ``auto`` takes on the CPU: the kernels where they were measured to be faster, else PyTorch's operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_freeze import example
+from test_relatives_patchtsmixer_layer import evaluate, make_layer
+
+import mixer_kernels.functional as F
+from mixer_kernels import backends, fuse_
+from mixer_kernels.backends import registry
+from mixer_kernels.backends.cpu import library
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def needs_kernels() -> None:
+    try:
+        isa = library.instruction_set()
+    except ModuleNotFoundError as error:
+        pytest.skip(f"waits for a build with the CPU kernels: {library.why_not_loaded(error)}")
+    if isa == "baseline":
+        pytest.skip("waits for a CPU with AVX2 or AVX-512")
+
+
+def layers(*names: str) -> list:
+    x, parameters = make_layer((3, 7, 13, 20), torch.float32, CPU)
+    dy = torch.randn(x.shape)
+    return [evaluate(x, parameters, name, dy) for name in names]
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_layer_runs_on_the_kernels_forward_and_backward():
+    auto, cpu, eager = layers("auto", "cpu", "torch")
+    assert same(auto, cpu) and not same(auto, eager)
+
+
+def test_a_fused_model_runs_on_the_kernels():
+    model, x = example("patchtsmixer")
+    with torch.no_grad():
+        eager = model.eval()(x).last_hidden_state
+        auto = fuse_(model) and model(x).last_hidden_state
+        with backends.use_backend("cpu"):
+            asked_for = model(x).last_hidden_state
+    assert torch.equal(auto, asked_for) and not torch.equal(auto, eager)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "sse9"])
+def test_vectors_that_were_not_measured_are_not_taken(isa, monkeypatch):
+    monkeypatch.setenv(library.ISA_VARIABLE, isa)
+    auto, eager = layers("auto", "torch")
+    assert same(auto, eager)
+
+
+def test_an_exporter_gets_pytorchs_operators(monkeypatch):
+    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32) == "cpu"
+    monkeypatch.setattr(registry.sys.modules.setdefault("torch.onnx", torch.onnx), "is_in_onnx_export", lambda: True)
+    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32) == "torch"
+
+
+def test_other_dtypes_and_operators_run_on_torch():
+    assert backends.choose("auto", "cpu", None, torch.float64, ("gated_mixer_layer",)) == "torch"
+    assert backends.choose("auto", "cpu", None, torch.float32, ("token_mixing",)) == "torch"
+    x, parameters = make_layer((2, 3, 4, 8), torch.float32, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        auto, eager = (F.gated_mixer_layer(x, **parameters, backend=name) for name in ("auto", "torch"))
+    assert torch.equal(auto, eager)
+
+
+def test_the_table_lists_what_the_backend_has():
+    cpu = backends.load("cpu")
+    for dtype, operators in registry.FASTER_ON_CPU.items():
+        assert cpu.why_not(CPU, dtype) is None and all(map(cpu.has, operators))
