@@ -69,7 +69,7 @@ compile-check: $(VENV)/.installed ## compile every tile config for every GPU, wi
 compile-check-oldest: $(VENV)/.installed $(OLDEST_TRITON_DIR)/.installed ## the same under the oldest tested Triton
 	PYTHONPATH=$(OLDEST_TRITON_DIR) $(BIN)/python -m mixer_kernels compile-check --arch $(ARCH) $(ARGS)
 
-gpu-day: $(VENV)/.installed ## on a machine with a GPU: correctness, repeats, graphs, benchmarks
+gpu-day: $(VENV)/.installed ## on a machine with a GPU: do the kernels agree, how fast are they
 	$(BIN)/python tools/gpu_day.py $(ARGS)
 
 dist: $(VENV)/.installed ## source distribution and wheel, in dist/

@@ -30,6 +30,8 @@ class CMakeBuild(build_ext):
         kind = "CPU" if ext.name == CPU else "CUDA"
         cmake, ninja, pybind11 = _tools(kind)
         compiler = CXX if ext.name == CPU else f"{NVCC.path} {NVCC.version}"
+        bounded = "ON" if os.environ.get("MIXER_KERNELS_BOUNDED_WAITS") == "1" else "OFF"
+        compiler = f"{compiler} {bounded}" if bounded == "ON" else compiler
         configuration = hashlib.sha256(compiler.encode()).hexdigest()[:8]
         objects = Path(self.build_temp, f"{kind.lower()}-{configuration}").resolve()  # CMake keeps to one compiler
         jobs = _positive("MAX_JOBS", _cores())
@@ -47,6 +49,7 @@ class CMakeBuild(build_ext):
             source = ROOT
             options["CMAKE_CUDA_COMPILER"] = NVCC.path
             options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(_build.cmake_architectures(NVCC))
+            options["MIXER_KERNELS_BOUNDED_WAITS"] = bounded
             options["MIXER_KERNELS_NVCC_THREADS"] = _positive("NVCC_THREADS", min(jobs, 4))
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         _run([cmake, "-S", str(source), "-B", str(objects), "-G", "Ninja", *definitions], kind)

@@ -1,5 +1,5 @@
-// What the module was built with, as attributes of it: on_host, runtime_version, architectures, ptx, sm90_sources;
-// driver_version().
+// What the module was built with, as attributes of it: on_host, runtime_version, architectures, ptx, sm90_sources,
+// sources, bounded_waits; driver_version().
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,6 +19,11 @@
 // A digest of the sources of the kernels for sm_90a; empty where there are none in the build.
 #ifndef MIXER_KERNELS_SM90_SOURCES
 #define MIXER_KERNELS_SM90_SOURCES ""
+#endif
+
+// A digest of all CUDA sources, for a module that is carried to another machine.
+#ifndef MIXER_KERNELS_SOURCES
+#define MIXER_KERNELS_SOURCES ""
 #endif
 
 namespace mixer_kernels {
@@ -51,6 +56,12 @@ inline void describe_build(pybind11::module_& module) {
     module.attr("architectures") = comma_separated(MIXER_KERNELS_ARCHITECTURES);
     module.attr("ptx") = comma_separated(MIXER_KERNELS_PTX);
     module.attr("sm90_sources") = MIXER_KERNELS_SM90_SOURCES;
+    module.attr("sources") = MIXER_KERNELS_SOURCES;
+#ifdef MK_BOUNDED_WAITS
+    module.attr("bounded_waits") = true;
+#else
+    module.attr("bounded_waits") = false;
+#endif
 }
 
 }  // namespace mixer_kernels

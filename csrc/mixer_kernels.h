@@ -48,7 +48,8 @@ typedef struct {
 
 typedef void* mk_stream;  // cudaStream_t
 
-const char* mk_error_string(int error);
+const char* mk_error_string(int error);  // of the calling thread's latest error, valid until its next
+void mk_note_error(const char* text);    // what mk_error_string adds the next time, in this thread
 
 // mean and rstd [B * S] of x: equation (1).
 int mk_row_statistics(mk_input x, mk_size size, float eps, float* mean, float* rstd, mk_stream stream);

@@ -22,7 +22,7 @@ from . import backends
 from .backends.cpu import library as cpu_library
 from .backends.cuda import library
 from .backends.measured import measured_gpus, passed_on
-from .backends.registry import ENVIRONMENT_VARIABLE
+from .backends.registry import ENVIRONMENT_VARIABLE, preferred
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What a user may have set that changes what runs or how it is built.
@@ -66,7 +66,11 @@ def collect() -> dict[str, Any]:
         "cpu_kernels": cpu_kernels(),
         "cuda_kernels": cuda_kernels(),
         "devices": [
-            {**device_info(device), "backends": {name: backend_info(name, device) for name in backends.BACKENDS}}
+            {
+                **device_info(device),
+                "auto": auto_on(device),
+                "backends": {name: backend_info(name, device) for name in backends.BACKENDS},
+            }
             for device in devices
         ],
         "environment": {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ},
@@ -83,6 +87,10 @@ def render(collected: dict[str, Any]) -> str:
         lines += [f"{'Hopper kernels':<14} {_hopper(collected['cuda_kernels'])}"]
     for device in collected["devices"]:
         lines += ["", _device_title(device)]
+        of = {
+            name: [dtype for dtype, each in device["auto"].items() if each == name] for name in device["auto"].values()
+        }
+        lines += ["  auto      " + "; ".join(f"{name} for {', '.join(dtypes)}" for name, dtypes in of.items())]
         for name, entry in device["backends"].items():
             lines += [f"  {name:<9} {line}" if i == 0 else f"{'':<12}{line}" for i, line in enumerate(_verdict(entry))]
     environment = collected["environment"]
@@ -185,6 +193,13 @@ def nvidia_smi(properties: Any) -> dict[str, str]:
     return dict(zip(_SMI_FIELDS, values, strict=True)) if len(values) == len(_SMI_FIELDS) else {}
 
 
+def auto_on(device: torch.device) -> dict[str, str]:
+    """The backend that "auto" takes on ``device`` for products in each dtype."""
+    names = preferred(device) if device.type == "cuda" else ()
+    taken = {dtype: next((n for n in names if backends.why_not(n, device, dtype) is None), "torch") for dtype in DTYPES}
+    return {_short(dtype): name for dtype, name in taken.items()}
+
+
 def backend_info(name: str, device: torch.device) -> dict[str, Any]:
     """For which dtypes backend ``name`` runs a forward pass on ``device``; where not, why; whether it was measured."""
     reasons = {dtype: backends.why_not(name, device, dtype) for dtype in DTYPES}
@@ -237,7 +252,9 @@ def _verdict(entry: dict[str, Any]) -> list[str]:
 
 
 def _device_title(device: dict[str, Any]) -> str:
-    details = [f"{name} {value}" for name, value in device.items() if name not in ("device", "name", "backends")]
+    details = [
+        f"{name} {value}" for name, value in device.items() if name not in ("device", "name", "auto", "backends")
+    ]
     return f"{device['device']}: {device['name']} ({', '.join(details)})"
 
 

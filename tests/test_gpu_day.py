@@ -1,323 +1,281 @@
-"""``tools/gpu_day.py`` without a GPU: its phases on tiny sizes, its deadlines, and that it notices what goes wrong."""
+"""``tools/gpu_day.py`` without a GPU: what goes wrong costs its own rows, a second run completes the first."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-
-from mixer_kernels.bench.providers import TRAINING_PROVIDERS
 
 ROOT = Path(__file__).parents[1]
-HERE = {"cuda", "cuda:sm90"}  # compiled by nvcc
-PROGRAM = ROOT / "tools" / "gpu_day.py"
+sys.path.append(str(ROOT / "tools"))
 
-# A worker that needs no torch: it lists the tasks named in its argument, and each does what its name says.
-FAKE_WORKER = """
-import json, os, sys, time
-names = sys.argv[1].split(",")
-if names == ["broken"]:
-    sys.exit("no such GPU")
-print(json.dumps({"tasks": [{"case": name} for name in names]}), flush=True)
-for line in sys.stdin:
-    name = names[json.loads(line)["run"]].split()[0]
-    if name == "crash":
-        print("the last words", file=sys.stderr, flush=True)
-        os.abort()
-    time.sleep({"hang": 1e6, "slow": 0.4}.get(name, 0))
-    status = "failed" if name in ("wrong", "spoil") else "ok"
-    print(json.dumps({"status": status, "values": {"pid": os.getpid()}, "spoiled": name == "spoil"}), flush=True)
-"""
+from gpu_day import plan, programs, record, results, tables  # noqa: E402
+
+GPU = "NVIDIA H200"
 
 
-@pytest.fixture
-def supervise(monkeypatch, tmp_path):
-    """``supervise(tasks, **options)``: (complete, {case: (status, values)}) of a phase of fake tasks."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import gpu_day.supervise as module
-
-    script = tmp_path / "worker.py"
-    script.write_text(FAKE_WORKER)
-
-    def run(tasks: str, *, jobs=1, seconds=60.0, task_seconds=30.0):
-        seen: dict[str, tuple] = {}
-
-        def report(task, status, values):
-            assert task["case"] not in seen, f"{task['case']} was reported twice"
-            seen[task["case"]] = (status, values)
-
-        command = [sys.executable, str(script), tasks]
-        complete = module.run_phase(command, jobs=jobs, seconds=seconds, task_seconds=task_seconds, report=report)
-        return complete, seen
-
-    run.WorkerDied = module.WorkerDied
-    return run
+def rehearse(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tests/gpu_day_rehearsal.py"), "--output", str(path), "--minutes", "12"]
+    environment = {name: value for name, value in os.environ.items() if name != "OUT"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=900, env=environment)
 
 
-def gpu_day(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    cleared = {name: value for name, value in os.environ.items() if name not in ("OUT", "TRITON_INTERPRET")}
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**cleared, "CUDA_VISIBLE_DEVICES": "", **environment},
-    )
+def known(*paths: Path) -> results.Results:
+    return results.Results(earlier=[line for path in paths for line in results.read(path)])
 
 
-def read(directory: Path) -> dict:
-    (path,) = directory.glob("**/*.json")
-    return json.loads(path.read_text())
+def statuses(found: results.Results, phase: str) -> dict[str, str]:
+    rows = [row for row in found.rows.values() if row["phase"] == phase]
+    return {f"{row['name']} {row['provider']}": row["status"] for row in rows}
 
 
-def test_rehearsal(tmp_path):
-    """All phases on tiny sizes: everything is right, what needs a GPU says so, and the file has all of it."""
-    out = tmp_path / "out"
-    out.mkdir()
-    # The phases' shares are a GPU's; a loaded machine without one takes longer.
-    result = gpu_day("--rehearse", "--budget", "1800", "--output", str(tmp_path / "results"), OUT=str(out))
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr
-    document = read(tmp_path / "results")
-    assert document == read(out)
-    assert not document["passed"], "a rehearsal is no pass"
-    assert document["versions"]["torch"] == torch.__version__
-    phases = {phase["name"]: phase["complete"] for phase in document["phases"]}
-    assert list(phases) == [
-        "probe",
-        "build",
-        "hopper",
-        "correctness",
-        "gradients",
-        "sanitizers",
-        "repeats",
-        "streams",
-        "large",
-        "compiled",
-        "ladder",
-        "benchmarks",
-        "tests",
+def test_what_goes_wrong_costs_its_own_rows(tmp_path):
+    """A slow import; kernels that hang, kill their process, are wrong by 1 %, in truth and in a benchmark."""
+    plants = (
+        "hang:token_mixing+small+cuda:sm90", "crash:mixer_block+small+cuda:sm90", "wrong:token_linear+small+triton",
+        "wrong:token_S/32_batch_1+triton", "crash:model_ptsm_batch_2+cuda",
+    )  # fmt: skip
+    done = rehearse(tmp_path / "run.jsonl", "--plant", "import:12", *plants)
+    assert done.returncode == 1, done.stdout[-4000:] + done.stderr
+    found = known(tmp_path / "run.jsonl")
+    bad = {f"{row['task']} {row['provider']}": row["status"] for row in found.bad}
+    assert bad == {
+        "truth: token_mixing, small [cuda:sm90] cuda:sm90": "hang",
+        "truth: mixer_block, small [cuda:sm90] cuda:sm90": "fault",
+        "truth: token_linear, small [triton] triton": "wrong",
+        "speed: token S/32 batch 1 triton": "wrong",
+        "speed: model ptsm batch 2 cuda": "fault",
+    }, done.stdout[-4000:]
+    truth = statuses(found, "truth")
+    assert truth["channel_mixing, small cuda:sm90"] == "ok"  # between two that went wrong
+    assert sum(status == "ok" for status in truth.values()) == 2 * 12 + 2 * 3 + 3 - 3
+    # Two strikes: no more of this backend. What it has not done was not reached, and did not fail.
+    assert set(found.missing) == {f"truth: {name}, B/16 [cuda:sm90]" for name in plan.MIXER}
+    speed = statuses(found, "speed")
+    assert {speed[f"token S/32 batch 1 {name}"] for name in ("eager", "compile", "torch", "cuda", "bare")} == {"ok"}
+    assert speed["model ptsm batch 2 triton"] == "ok" and not [name for name in speed if name.endswith("sm90")]
+    row = found.rows["speed: token S/32 batch 1", "cuda"]
+    assert 0 < row["p20"] <= row["ms"] <= row["p80"]
+    closing = done.stdout[done.stdout.index("\ntruth, RMS") :]
+    for text in (
+        "HANG, ?", "WRONG, 1.00", "FAULT", "not reached: truth: token_mixing, B/16 [cuda:sm90]",
+        "cuda:sm90 sits out: hang in truth: token_mixing, small [cuda:sm90]; fault in", "5 wrong, 3 not reached",
+        "rehearsal.py\", line", "SIGABRT", "output: rms error",
+    ):  # fmt: skip
+        assert text in closing, f"{text}\n{closing}"
+
+
+def test_a_second_run_completes_the_first_and_both_give_one_table(tmp_path):
+    """The first has a build that fails, and is told to stop; the second has not."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    done = rehearse(first, "--plant", "build:")
+    assert done.returncode == 1
+    assert "the build failed with exit status 2: x.cu(1): error: as planted" in done.stdout
+    found = known(first)
+    assert not found.bad and len(found.missing) == 2 * 2 * 3
+    assert set(statuses(found, "truth").values()) == {"ok"} and len(statuses(found, "truth")) == 2 * 12
+    lines = first.read_text().splitlines(keepends=True)
+    cut = next(index for index, line in enumerate(lines) if '"done", "task": "speed: model' in line)
+    first.write_text("".join(lines[:cut]) + lines[cut][:20])  # the machine was taken away in the middle of a line
+
+    done = rehearse(second, "--resume", str(first))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert "all was reached and is right" in done.stdout
+    again = {row["task"] for row in known(second).rows.values()} - {"warm-up: warm-up"}
+    assert again == {*found.missing, "speed: model ptsm batch 2"}, "nothing is done twice"
+
+    root = fake_checkout(tmp_path)
+    for path in (first, second):
+        lines = results.read(path)
+        for line in (line for line in lines if line["kind"] == "machine"):
+            line |= {"device": {"device": "cuda:0", "name": GPU}, "cuda_kernels": {"sm90": {"sources": "4567"}}}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record.record([first, second], root, tmp_path / "results")
+    assert json.loads((root / "mixer_kernels/measured.json").read_text())["triton"] == ["NVIDIA A100", GPU]
+    readme = (root / "README.md").read_text()
+    assert readme.startswith("before\n<!--") and readme.endswith("-->\nafter\n") and "nothing yet" not in readme
+    assert [line.split(" | ")[0] for line in readme.splitlines() if " batch " in line] == [
+        "| token S/32 batch 1", "| model ptsm batch 2",
+    ]  # fmt: skip
+    assert {path.name for path in (tmp_path / "results/nvidia-h200").iterdir()} == {first.name, second.name}
+
+
+def fake_checkout(folder: Path) -> Path:
+    root = folder / "checkout"
+    (root / "mixer_kernels").mkdir(parents=True)
+    (root / "mixer_kernels/measured.json").write_text('{"triton": ["NVIDIA A100"], "cuda:sm90": {"NVIDIA H100": "01"}}')
+    (root / "README.md").write_text(f"before\n{record.BEGIN}\nnothing yet\n{record.END}\nafter\n")
+    return root
+
+
+def test_workers_die_with_the_program():
+    """Even if it is killed, and somebody holds the worker's pipes."""
+    worker = [sys.executable, "-c", "from gpu_day.worker import main; main()", '{"device": "cpu"}']
+    code = f"import subprocess, time; print(subprocess.Popen({worker!r}).pid, flush=True); time.sleep(900)"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, env=environment) as parent:
+        pid = int(parent.stdout.readline())
+        assert "hello" in json.loads(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends and Path(f"/proc/{pid}/cmdline").exists():
+            if Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z":
+                break
+            time.sleep(0.1)
+        else:
+            assert not Path(f"/proc/{pid}").exists(), "it lives on"
+        parent.stdin.close()
+
+
+def test_a_program_is_killed_when_its_time_is_up_though_its_child_lives_on():
+    code = "import subprocess; print('the last words', flush=True); subprocess.run(['sleep', '60'])"
+    start = time.monotonic()
+    status, log = asyncio.run(programs.run_program([sys.executable, "-c", code], 5, dict(os.environ)))
+    assert (status, log) == (None, "the last words\n") and time.monotonic() - start < 50
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/gpu_day.py"), "--output", str(tmp_path / "x.jsonl")],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 2 and "PyTorch sees no GPU here" in done.stderr, done.stdout + done.stderr
+
+
+# Recording
+
+
+def run_file(path: Path, sources: str = "aa", gpu: str = GPU, **changes: str) -> Path:
+    """A whole day of which everything is right, but for the status of the tasks in ``changes``, by backend."""
+    backends = {
+        "cuda_kernels": {"sm90": {"sources": "4567"}},
+        "versions": dict.fromkeys(("torch", "triton", "cuda"), "9"),
+    }
+    tasks = [task for phase in ("truth", "speed") for task in plan.day()[phase]]
+    lines = [
+        {"kind": "run", "planned": [task.key for task in tasks]},
+        {"kind": "machine", "device": {"device": "cuda:0", "name": gpu}, "sources": sources, **backends},
     ]
-    assert all(phases.values())
-    rows = document["rows"]
-    assert {row["status"] for row in rows} == {"ok", "skipped"}
-    assert {row["phase"] for row in rows} == set(phases)
-
-    check_kernels([row for row in rows if row.get("backend") == "triton"], "sm_80", {"fp32", "bf16", "bf16 on fp32"})
-    check_kernels([row for row in rows if row.get("backend") == "cuda"], "one multiprocessor", {"bf16", "bf16 on fp32"})
-    check_hopper([row for row in rows if row.get("backend") == "cuda:sm90"])
-
-    assert {"eager", "torch", "bare"} <= {row["provider"] for row in document["throughput"] if row.get("ms")}
-    trained = [row for row in document["throughput"] if row["mode"] == "train"]
-    assert [row["provider"] for row in trained] == list(TRAINING_PROVIDERS)
-    assert all(row["memory_mib"] > 0 for row in trained if row["provider"] in ("eager", "torch"))
-    benchmarks = [(row["case"], row["backend"]) for row in rows if row["phase"] == "benchmarks"]
-    assert ("block S/32 bf16 batch 1", "cuda") in benchmarks and ("block S/32 bf16 batch 1", "triton") in benchmarks
-    for phase, backends in (("build", {"cuda"}), ("sanitizers", HERE), ("tests", HERE)):
-        its = [row for row in rows if row["phase"] == phase]
-        assert {row["backend"] for row in its} == backends
-        assert all(row["reason"].startswith("needs a GPU") for row in its)
-
-    table = result.stdout[result.stdout.index("\nphase ") :]
-    assert "skipped streams cuda: needs a GPU" in table and "\npassed: " in table
-    assert "block S/32 bf16 batch 1" in table
+    for task in tasks:
+        for provider in [task.backend] if task.backend else plan.BACKENDS:
+            status = changes.get(provider.replace(":", "_"), "ok") if task == tasks[0] or task.backend else "ok"
+            row = {"kind": "row", "task": task.key, "phase": task.phase, "name": task.name, "provider": provider}
+            lines.append({**row, "status": status, "ms": 1.0, "reason": "so it is"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
-def check_hopper(rows: list[dict]) -> None:
-    """Only what its kernels take, in the order of the phases before all else."""
-    first = [row for row in rows if row["phase"] == "hopper"]
-    assert len(first) == 8 and all(row["status"] == "ok" and row["max_err"] > 0 for row in first)
-    for phase in ("correctness", "gradients"):
-        its = [row for row in rows if row["phase"] == phase]
-        assert {row["dtype"] for row in its} <= {"bf16", "fp16"} and all(row["status"] == "ok" for row in its)
-        assert any("one multiprocessor" in row["case"] for row in its)
-        assert not any(layout in row["case"] for row in its for layout in ("transposed", "offset", "slice"))
-    ladder = [row for row in rows if row["phase"] == "ladder"]
-    assert len(ladder) == 8 + 3 * 9 and all(row["ms"] > 0 and row["vs_bare"] > 0 for row in ladder)
-    assert sum("chosen" in row["config"] for row in ladder) == 4
+def test_each_backend_passes_for_itself(tmp_path):
+    whole = run_file(tmp_path / "a.jsonl")
+    assert record.passed_backends(record.merged([whole])) == list(plan.BACKENDS)
+    for status in (*plan.BAD, plan.CANNOT):
+        bad = run_file(tmp_path / "b.jsonl", cuda=status)
+        assert record.passed_backends(record.merged([bad])) == ["triton", "cuda:sm90"], status
+    once = record.merged([run_file(tmp_path / "b.jsonl", cuda="wrong"), whole])
+    assert record.passed_backends(once) == ["triton", "cuda:sm90"], "what was wrong once stays wrong"
+    half = "".join(
+        line for line in whole.read_text().splitlines(True) if 'mixer_block, B/16 [triton]", "ph' not in line
+    )
+    whole.write_text(half)
+    assert record.passed_backends(record.merged([whole])) == ["cuda", "cuda:sm90"]
 
 
-def check_kernels(rows: list[dict], other_tiles: str, gradient_dtypes: set[str]) -> None:
-    """What a rehearsal has to have checked of one backend."""
-    correctness = [row for row in rows if row["phase"] == "correctness" and row["status"] == "ok"]
-    assert {*gradient_dtypes, "fp16"} <= {row["dtype"] for row in correctness}
-    assert all(row["max_err"] > 0 and row["err_vs_eager"] > 0 and row["config"] for row in correctness)
-    assert any(row["case"].startswith(f"tiles of {other_tiles}") for row in correctness)
-    assert any("constant rows" in row["case"] for row in correctness)
-    repeats = [row["repeats_equal"] for row in rows if row["phase"] == "repeats"]
-    assert set(repeats) == {3} and len(repeats) >= 3
-    gradients = [row for row in rows if row["phase"] == "gradients"]
-    assert {row["dtype"] for row in gradients} == gradient_dtypes
-    assert all(row["status"] == "ok" and row["max_err"] > 0 for row in gradients)
-    assert all(row["config"] for row in gradients if "tiles" in row["case"])
-    for text in (f"backward tiles of {other_tiles}", "fast: channel", "min: channel", "transposed", "min: block"):
-        assert any(text in row["case"] for row in gradients), text
-    streams = {row["case"].split(":")[0]: row for row in rows if row["phase"] == "streams"}
-    threads = streams.pop("four threads")
-    assert threads["status"] == "ok"
-    assert len(streams) == 7 and {row["reason"] for row in streams.values()} == {"needs a GPU"}
-    compiled = [row["case"] for row in rows if row["phase"] == "compiled" and row["status"] == "ok"]
-    assert len(compiled) == 4 and any("timm" in case for case in compiled)
-    assert len([row for row in rows if row["phase"] == "large" and row["status"] == "ok"]) == 16
-
-
-def test_what_goes_wrong_is_named(tmp_path):
-    """Elements that are off in a result and in a gradient, a write beside the output, a crash: the others run."""
-    plants = {
-        "crash": "crash:B = 0: token triton",
-        "output": "error:images far apart: channel cuda bf16 2x3x",
-        "gradient": "error:backward, min: block cuda bf16",
-        "redzone": "redzone:tokens far apart: token cuda bf16 2x3x",
-    }
-    result = gpu_day("--rehearse", "--phases", "repeats,large", "--output", str(tmp_path), "--plant", *plants.values())
-    assert result.returncode == 1, result.stdout[-4000:] + result.stderr
-    rows = read(tmp_path)["rows"]
-    failed = {row["case"]: row["reason"] for row in rows if row["status"] == "failed"}
-    assert len(failed) == 4 and len(rows) > 20
-    reasons = {
-        name: next(failed[case] for case in failed if plant.partition(":")[2] in case) for name, plant in plants.items()
-    }
-    assert reasons["output"].startswith("output: max error ")
-    assert reasons["gradient"].startswith("gradient of x: max error ")
-    assert reasons["redzone"] == "a kernel wrote behind a tensor of shape (2, 3, 8)"
-    assert "SIGABRT" in reasons["crash"]
-    closing = result.stdout[result.stdout.index("\nphase ") :]
-    assert all(f": {case}: " in closing for case in failed)
-    assert "FAILED: 4 failed, 0 not reached" in closing
-
-
-def test_a_backend_whose_first_calls_go_wrong_is_left_out(tmp_path):
-    """A kernel that hangs would take the time of all others."""
-    plant = "error:token cuda:sm90 bf16 3x49x72"
-    result = gpu_day("--rehearse", "--phases", "hopper,streams,ladder", "--output", str(tmp_path), "--plant", plant)
-    assert result.returncode == 1, result.stdout[-4000:] + result.stderr
-    later = [row for row in read(tmp_path)["rows"] if row["phase"] in ("streams", "ladder")]
-    (hopper, ladder) = [row for row in later if row["backend"] == "cuda:sm90"]
-    assert hopper["reason"] == ladder["reason"] == "its first calls went wrong or had no end"
-    assert {row["backend"] for row in later if row["status"] == "ok"} == {"cuda", "triton"}
-
-
-def test_without_a_gpu(tmp_path):
-    result = gpu_day("--output", str(tmp_path))
-    assert result.returncode == 2
-    assert "sees no GPU" in result.stderr and "--rehearse" in result.stderr
-    assert not list(tmp_path.iterdir())
+def test_of_the_hopper_kernels_the_sources_are_recorded(tmp_path):
+    root = fake_checkout(tmp_path)
+    record.record([run_file(tmp_path / "a.jsonl", triton="hang", cuda="hang")], root, tmp_path / "results")
+    measured = json.loads((root / "mixer_kernels/measured.json").read_text())
+    assert measured == {"triton": ["NVIDIA A100"], "cuda:sm90": {"NVIDIA H100": "01", GPU: "4567"}}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
-        (("--phases", "repeats,streems"), "expected some of build,hopper,correctness,gradients"),
-        (("--budget", "0"), "--budget must be > 0 seconds, got 0"),
-        (("--plant", "typo:x"), "got 'typo:x', expected KIND:TEXT"),
+        ({"sources": "bb"}, r"b.jsonl is of .*'bb'.*, .*a.jsonl of .*'aa'"),
+        ({"gpu": "NVIDIA L4"}, r"b.jsonl is of .*NVIDIA L4.*, .*a.jsonl of .*NVIDIA H200"),
+        ({"triton": "hang", "cuda": "wrong", "cuda_sm90": "fault"}, "no backend passed on NVIDIA H200"),
     ],
 )
-def test_bad_arguments(arguments, message, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from gpu_day.cli import main
-
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_crash_costs_one_task(supervise):
-    complete, seen = supervise("a,crash,b")
-    assert complete
-    assert [seen[case][0] for case in ("a", "crash", "b")] == ["ok", "failed", "ok"]
-    assert "SIGABRT" in seen["crash"][1]["reason"] and "the last words" in seen["crash"][1]["reason"]
+def test_what_is_not_recorded(changes, message, tmp_path):
+    root = fake_checkout(tmp_path)
+    paths = [run_file(tmp_path / "a.jsonl"), run_file(tmp_path / "b.jsonl", **changes)]
+    before = (root / "README.md").read_text()
+    with pytest.raises(ValueError, match=message):
+        record.record(paths if "triton" not in changes else paths[1:], root, tmp_path / "results")
+    assert (root / "README.md").read_text() == before and not (tmp_path / "results").exists()
 
 
-def test_a_hang_costs_one_task(supervise):
-    complete, seen = supervise("a,hang,b", task_seconds=1)
-    assert complete
-    assert [seen[case][0] for case in ("a", "hang", "b")] == ["ok", "failed", "ok"]
-    assert seen["hang"][1]["reason"] == "hangs: killed after 1 s"
+def test_the_readme_has_a_place_for_the_table():
+    readme = (ROOT / "README.md").read_text()
+    assert 0 < readme.index(record.BEGIN) < readme.index(record.END)
 
 
-def test_a_deadline_cuts_the_phase(supervise):
-    start = time.monotonic()
-    complete, seen = supervise("a,hang,b", seconds=2)
-    assert time.monotonic() - start < 15
-    assert not complete
-    assert [seen[case][0] for case in ("a", "hang", "b")] == ["ok", "cut", "cut"]
-    assert seen["hang"][1]["reason"] == "was running when the phase's 2 s were over"
-    assert seen["b"][1]["reason"] == "not reached: the phase's 2 s were over"
+# What other programs say
 
 
-def test_a_spoiled_process_is_replaced(supervise):
-    _, seen = supervise("a,spoil,b,c")
-    assert [seen[case][0] for case in ("a", "spoil", "b", "c")] == ["ok", "failed", "ok", "ok"]
-    pids = {case: values["pid"] for case, (_, values) in seen.items()}
-    assert pids["a"] == pids["spoil"] != pids["b"] == pids["c"]
+@pytest.mark.parametrize(
+    ("status", "log", "verdict"),
+    [
+        (0, "....\n12 passed, 3 skipped in 5.01s\n", {"status": "ok", "detail": "12 passed, 3 skipped"}),
+        (0, "3 skipped in 0.10s\n", {"status": "cannot run", "reason": "no test passed: 3 skipped"}),
+        (
+            1,
+            "FAILED tests/a.py::test_a[cuda] - max\nFAILED tests/b.py::test_b[cuda] - x\n2 failed in 1.00s\n",
+            {"provider": "cuda", "status": "failed"},
+        ),
+        (1, "FAILED tests/a.py::test_a[cuda]\nFAILED tests/a.py::test_a[triton]\n2 failed in 1s\n", {"provider": ""}),
+        (4, "ImportError: no module\n", {"reason": "exit status 4, no counts: ImportError: no module"}),
+    ],
+)  # fmt: skip
+def test_what_pytest_said(status, log, verdict):
+    assert verdict.items() <= programs.tested(status, log).items()
 
 
-def test_workers_share_the_tasks(supervise):
-    names = ",".join(f"slow {i}" for i in range(6))
-    complete, seen = supervise(names, jobs=3)
-    assert complete and len(seen) == 6
-    assert len({values["pid"] for _, values in seen.values()}) == 3
+def test_why_a_build_failed():
+    log = '[1/14] Building\n/x.cu(40): error: identifier "foo" is undefined\n\n1 error detected\n'
+    assert programs.why_failed(2, log).endswith(
+        'status 2: /x.cu(40): error: identifier "foo" is undefined | 1 error detected'
+    )
+    assert programs.why_failed(0, log) is None and "took over" in programs.why_failed(None, "")
 
 
-def test_a_phase_that_cannot_start_says_why(supervise):
-    with pytest.raises(supervise.WorkerDied, match="exit status 1. no such GPU"):
-        supervise("broken", jobs=2)
+def test_what_is_resumed_is_of_the_same_sources():
+    earlier = [{"kind": "machine", "device": {"name": GPU}, "sources": "aa"}, {"kind": "done", "task": "speed: x"}]
+    for sources, done in (("aa", {"speed: x"}), ("bb", set())):
+        found = results.Results(earlier=earlier)
+        found.learn({"device": {"name": GPU}, "sources": sources})
+        assert found.done == done and found.machine["sources"] == sources
 
 
-@pytest.fixture
-def results(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import gpu_day.results as module
+def test_goals_stand_beside_our_ratios():
+    from gpu_day.speed import figures
 
-    return module
+    from mixer_kernels.bench.report import Row
+    from mixer_kernels.bench.timing import Samples
 
-
-def test_record(results, tmp_path):
-    measured, run = tmp_path / "measured.json", tmp_path / "2026-01-31.json"
-    measured.write_text('{"triton": ["NVIDIA H200"]}\n')
-    passed = {"passed_backends": ["cuda", "triton"], "device": {"name": "NVIDIA A100-SXM4-80GB"}}
-    run.write_text(json.dumps(passed))
-    results.record(run, measured, tmp_path / "results")
-    both = {"cuda": ["NVIDIA A100-SXM4-80GB"], "triton": ["NVIDIA A100-SXM4-80GB", "NVIDIA H200"]}
-    assert json.loads(measured.read_text()) == both
-    assert (tmp_path / "results" / "nvidia-a100-sxm4-80gb" / run.name).read_text() == run.read_text()
-
-
-def test_of_the_hopper_kernels_the_sources_are_recorded(results, tmp_path):
-    measured, run = tmp_path / "measured.json", tmp_path / "run.json"
-    measured.write_text('{"cuda:sm90": {"NVIDIA H200": "0123", "NVIDIA H100 PCIe": "0123"}}')
-    built = {"sm90": {"sources": "4567", "passed_on": []}}
-    passed = {"passed_backends": ["cuda:sm90"], "device": {"name": "NVIDIA H200"}, "cuda_kernels": built}
-    run.write_text(json.dumps(passed))
-    results.record(run, measured, tmp_path / "results")
-    assert json.loads(measured.read_text()) == {"cuda:sm90": {"NVIDIA H200": "4567", "NVIDIA H100 PCIe": "0123"}}
+    case = {"level": "token", "name": "B/16", "S": 1, "C": 1, "D_S": 1, "D_C": 1, "dtype": "bf16", "batch_size": 256}
+    ratios = {"speedup_vs_eager": 4.0, "speedup_vs_compile": 1.5, "time_vs_bare": 0.9}
+    samples, goals = Samples([1e-3 * each for each in (1, 2, 3, 4, 5, 6)]), plan.GOALS["token", "infer"]
+    ours = figures(Row(**case, provider="triton", ms=3.5, **ratios), samples, goals)
+    assert (ours["p20"], ours["p80"]) == pytest.approx((2, 5))
+    assert ours["ratios"] == [
+        "4.00 x eager (goal >= 3.5, 5)", "1.50 x compile (goal >= 2, 3)", "0.90 of bare (goal <= 0.95, 0.8)",
+    ]  # fmt: skip
+    wrong = figures(Row(**case, provider="cuda", reason="wrong: output: rms"), None, goals)
+    lacking = figures(Row(**case, provider="cuda", reason="cannot run: not built"), None, goals)
+    assert wrong["status"] == "wrong" and lacking == {"status": "cannot run", "reason": "not built"}
+    assert figures(Row(**case, provider="compile", reason="failed: x"), None, goals)["status"] == "cannot run"
 
 
-def test_a_failed_run_is_not_recorded(results, tmp_path):
-    measured, run = tmp_path / "measured.json", tmp_path / "run.json"
-    measured.write_text("{}")
-    run.write_text(json.dumps({"passed_backends": [], "device": {"name": "NVIDIA H200"}}))
-    with pytest.raises(ValueError, match="not of a whole run that passed"):
-        results.record(run, measured, tmp_path / "results")
-    assert measured.read_text() == "{}" and not (tmp_path / "results").exists()
-
-
-def test_rows_are_in_the_file_as_they_come(results, tmp_path):
-    """Whenever the run is killed, and beside the runs of the same day."""
-    for number in (1, 2):
-        written = results.Results(number=number)
-        written.write_into([tmp_path])
-        written.add(results.Row("large", "first", max_err=0.5))
-        (path,) = written.paths
-        assert json.loads(path.read_text())["rows"] == [
-            {"phase": "large", "case": "first", "status": "ok", "max_err": 0.5}
-        ]
-        written.add(results.Row("large", "second", status="failed", reason="wrong"))
-        assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["first", "second"]
-    assert sorted(json.loads(path.read_text())["number"] for path in tmp_path.iterdir()) == [1, 2]
+def test_lines_that_say_the_same_are_one():
+    found = known()
+    for name in ("a", "b", "c", "d"):
+        found.add(plan.Task("speed", name), "cuda", plan.CANNOT, reason="not built")
+    assert "cannot run: a; b; c and 1 more: cuda: not built" in tables.closing(found)

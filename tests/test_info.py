@@ -48,7 +48,7 @@ def test_info_shows_the_environment_variables_in_force(monkeypatch, capsys):
 @pytest.mark.parametrize("measured, line", [(True, "was measured on"), (False, "was never run by its authors on")])
 def test_info_says_whether_a_backend_was_measured_on_this_gpu(measured, line):
     entry = {"runs": ["float16"], "why_not": {"float32": "no"}, "trains": False, "measured": measured}
-    device = {"device": "cuda:0", "name": "NVIDIA H200", "backends": {"triton": entry}}
+    device = {"device": "cuda:0", "name": "NVIDIA H200", "auto": {"bfloat16": "triton"}, "backends": {"triton": entry}}
     built = {"why_not": "not in this installation"}
     text = info.render(
         {
@@ -138,3 +138,10 @@ def test_help_lists_the_commands(capsys):
     assert exit.value.code == 0
     output = capsys.readouterr().out
     assert all(name in output for name in COMMANDS)
+
+
+def test_info_says_what_auto_takes(capsys):
+    (device,) = (each for each in info.collect()["devices"] if each["device"] == "cpu")
+    assert device["auto"] == {"float32": "torch", "float16": "torch", "bfloat16": "torch"}
+    assert info.main([]) == 0
+    assert "auto      torch for float32, float16, bfloat16" in capsys.readouterr().out

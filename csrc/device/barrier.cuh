@@ -8,6 +8,10 @@
 
 #include "platform.cuh"
 
+#ifdef MK_BOUNDED_WAITS
+#include <cstdio>
+#endif
+
 namespace mixer_kernels {
 
 #ifdef MIXER_KERNELS_ON_HOST
@@ -58,15 +62,49 @@ __device__ __forceinline__ void barrier_expect(shared_address barrier, int bytes
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(shared_address barrier, int parity) {
+__device__ __forceinline__ bool barrier_has_ended(shared_address barrier, int parity) {
     uint32_t ended;
-    do {
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
-                     : "=r"(ended)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-    } while (ended == 0);
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
+                 : "=r"(ended)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return ended != 0;
 }
+
+#ifndef MK_BOUNDED_WAITS
+
+__device__ __forceinline__ void barrier_wait(shared_address barrier, int parity) {
+    while (!barrier_has_ended(barrier, parity)) {
+    }
+}
+
+#else
+
+// For the first runs on a GPU: a barrier that waits for over 2 s says where, and ends the kernel with an error.
+__device__ __noinline__ void barrier_give_up(const char* file, int line, const char* function, shared_address barrier,
+                                             int parity) {
+    printf("mixer_kernels: %s, %s:%d: block %u, warp %u waits for parity %d of the barrier at %u for over 2 s\n",
+           function, file, line, blockIdx.x, threadIdx.x / 32, parity, barrier);
+    __trap();
+}
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+    uint64_t time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+}
+
+__device__ __forceinline__ void barrier_wait(shared_address barrier, int parity, const char* file = __builtin_FILE(),
+                                             int line = __builtin_LINE(), const char* function = __builtin_FUNCTION()) {
+    constexpr uint64_t longest = 2000000000;
+    if (barrier_has_ended(barrier, parity)) return;
+    const uint64_t start = nanoseconds();
+    while (!barrier_has_ended(barrier, parity)) {
+        if (nanoseconds() - start > longest) barrier_give_up(file, line, function, barrier, parity);
+    }
+}
+
+#endif
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) of `threads` threads, whole warps, that come to sync or to arrive.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {

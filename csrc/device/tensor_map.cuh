@@ -9,6 +9,9 @@
 
 #ifndef MIXER_KERNELS_ON_HOST
 #include <cuda.h>
+
+#include <atomic>
+#include <cstdio>
 #endif
 
 #include "barrier.cuh"
@@ -109,29 +112,58 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
 
 // --------------------------------------------------------------------------------------------------------- host code
 
-// The driver's cuTensorMapEncodeTiled. Asked for at run time, so that nothing links to libcuda.
-inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
-    static const auto encoder = [] {
-        void* function = nullptr;
+// The driver's cuTensorMapEncodeTiled. Asked for at run time, so that nothing links to libcuda; again where the answer
+// was none, for a driver that was not ready may be later.
+inline cudaError_t tensor_map_encoder(decltype(&cuTensorMapEncodeTiled)* encoder) {
+    static std::atomic<void*> known{nullptr};
+    void* function = known.load(std::memory_order_acquire);
+    cudaError_t error = cudaSuccess;
+    if (function == nullptr) {
         cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-        const cudaError_t error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+        error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
 #else
-        const cudaError_t error =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+        error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-        if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) function = nullptr;
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-    }();
-    return encoder;
+        if (error == cudaSuccess && found != cudaDriverEntryPointSuccess) error = cudaErrorNotSupported;
+        if (error == cudaSuccess) known.store(function, std::memory_order_release);
+    }
+    *encoder = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    return error;
+}
+
+// Encoding wants a current context, which a thread that has launched nothing yet may lack: autograd's.
+inline cudaError_t ensure_context() {
+    static thread_local bool ensured = false;
+    if (ensured) return cudaSuccess;
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaSetDevice(device);  // from CUDA 12 on it makes the context
+    ensured = error == cudaSuccess;
+    return error;
+}
+
+// Which map was refused, for mk_error_string.
+inline void note_refused_map(int error, const void* base, int rank, const int64_t* sizes, const int64_t* strides,
+                             const int* box, int swizzle) {
+    char text[300];
+    int end = std::snprintf(text, sizeof text, "tensor map of %p refused, CUresult %d:", base, error);
+    for (int i = 0; i < rank && end < static_cast<int>(sizeof text); ++i) {
+        end += std::snprintf(text + end, sizeof text - end, " axis %d size %lld stride %lld box %d;", i,
+                             static_cast<long long>(sizes[i]), i == 0 ? 1LL : static_cast<long long>(strides[i - 1]),
+                             box[i]);
+    }
+    if (end < static_cast<int>(sizeof text)) std::snprintf(text + end, sizeof text - end, " swizzle %d", swizzle);
+    mk_note_error(text);
 }
 
 #endif
 
 // The map of a tensor of up to 5 axes, axis 0 with stride 1, and of boxes of `box` elements. strides: in elements, of
 // axes 1 and up. Returns 0 or a cudaError_t: cudaErrorInvalidValue unless base and strides are multiples of 16 bytes,
-// box is 1 to 256 along each axis, and along axis 0 a multiple of 16 bytes and within the swizzle's.
+// box is 1 to 256 along each axis, and along axis 0 a multiple of 16 bytes and within the swizzle's. Where the driver
+// refuses a map its CUresult is returned, which has the number of the same cudaError_t: 700 and 719 are of a kernel
+// that failed before.
 inline int make_tensor_map(TensorMap* map, const void* base, mk_type type, int rank, const int64_t* sizes,
                            const int64_t* strides, const int* box, Swizzle swizzle) {
 #ifdef MIXER_KERNELS_ON_HOST
@@ -139,9 +171,11 @@ inline int make_tensor_map(TensorMap* map, const void* base, mk_type type, int r
                                          static_cast<int>(swizzle));
 #else
     constexpr int most = 5;
-    const auto encode = tensor_map_encoder();
-    if (encode == nullptr) return cudaErrorNotSupported;
     if (rank < 1 || rank > most) return cudaErrorInvalidValue;
+    decltype(&cuTensorMapEncodeTiled) encode = nullptr;
+    cudaError_t failed = ensure_context();
+    if (failed == cudaSuccess) failed = tensor_map_encoder(&encode);
+    if (failed != cudaSuccess) return failed;
     const cuuint64_t element = type == MK_FLOAT32 ? 4 : 2;
     cuuint64_t lengths[most], bytes[most];
     cuuint32_t box_lengths[most], steps[most];
@@ -163,7 +197,10 @@ inline int make_tensor_map(TensorMap* map, const void* base, mk_type type, int r
     const CUresult error = encode(map, number, static_cast<cuuint32_t>(rank), const_cast<void*>(base), lengths, bytes,
                                   box_lengths, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[which],
                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return error == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    if (error != CUDA_SUCCESS) {
+        note_refused_map(error, base, rank, sizes, strides, box, static_cast<int>(swizzle));
+    }
+    return error;
 #endif
 }
 

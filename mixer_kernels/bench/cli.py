@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,22 +70,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
     dtype = DTYPES["fp32" if dtype_name == "tf32" else dtype_name]
     batch_sizes = arguments.batch_size or ([1, 32, 256] if on_gpu and not training else [32, 128] if on_gpu else [1])
-    baselines = BASELINES if arguments.baseline is None else arguments.baseline
+    baselines = arguments.baseline  # torch.compile takes minutes on a CPU: there it has to be asked for
+    if baselines is None:
+        baselines = BASELINES if on_gpu else tuple(name for name in BASELINES if name != "compile")
     wanted = {"eager", *baselines, *(arguments.backend or BACKENDS)}
     rows: list[Row] = []
     with progress_line(len(batch_sizes)) as (say, advance):
         say(f"building Mixer-{arguments.model}")
         model = FusedMixer.from_spec(arguments.model, img_size=arguments.img_size).to(device, dtype)
         randomize_(model).train(training).requires_grad_(training)
-        for batch_size in batch_sizes:
-            rows += _measure(arguments, model, batch_size, wanted, say)
-            advance()
+        with contextlib.suppress(KeyboardInterrupt):  # what there is, is printed
+            for batch_size in batch_sizes:
+                rows += _measure(arguments, model, batch_size, wanted, say)
+                advance()
     report = Report.of(rows, device)
     print(report.device["name"])
     print(report)
     if arguments.json:
         report.write_json(arguments.json)
-    if arguments.plot:
+    if arguments.plot and rows:
         plot(rows, report.device["name"], arguments.plot)
     return 0 if any(row.ms is not None and row.provider.split()[0] in BACKENDS for row in rows) else 1
 
@@ -203,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline",
         nargs="*",
         choices=list(dict.fromkeys((*BASELINES, *SERIES_BASELINES))),
-        help="besides eager; ort and openvino of models of time series (default: all that there are)",
+        help="besides eager; ort and openvino of models of time series (default: all; on a CPU compile of those alone)",
     )
     parser.add_argument(
         "--seconds", type=_seconds, default=1.0, help="to time each provider and batch size (default: %(default)s)"

@@ -90,7 +90,8 @@ def _measure(
     max_rounds: int,
     progress: Callable[[str], None],
 ) -> dict[str, Samples]:
-    for function in candidates.values():
+    for name, function in candidates.items():
+        progress(f"warming up {name}")
         clock.warm_up(function, inputs)
     round_seconds = sum(clock.estimate(function, inputs[0]) for function in candidates.values())
     budget = seconds * len(candidates)

@@ -1,9 +1,7 @@
-"""The phases of ``tools/gpu_day.py``.
+"""The phases of ``tools/gpu_day.py``; README.md beside this file says how to run it.
 
-Read on in cli (options, exit status), phases (their order and shares of the time), results (rows, JSON, who passed),
-tables (what closes the output), supervise (processes and deadlines), worker (one such process), sample, launches and
-memory (inputs, accuracy, what is launched, red zones), kernels (which backends run here), programs (compilers,
-sanitizers, pytest), and the phases themselves: probe, build, hopper, correctness, gradients, sanitizers, repeats,
-streams, large, compiled, ladder, benchmarks, tests. cli, phases, results, tables and supervise need no torch: a broken
-GPU cannot take them along.
+Read on in cli (the order of the phases), plan (their tasks), supervise and worker (processes, deadlines, who sits out),
+results (the file, and what several of them say together), tables, record; then in what runs on the GPU: truth, speed,
+models, breadth; and in programs: the build, pytest, compute-sanitizer. The first seven need no torch: a broken GPU
+cannot take them along.
 """

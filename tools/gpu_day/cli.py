@@ -1,232 +1,169 @@
-"""``python tools/gpu_day.py``: the command line, and one phase after the other."""
+"""``python tools/gpu_day.py``: the command line, and the phases in the order of their worth."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import datetime
 import os
+import signal
 import sys
-import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .phases import HOPPER_PHASE, NAMES, PER_BACKEND, PHASES, REQUIRED, Phase
-from .results import CUT, FAILED, Results, Row, passed_backends, record, say, slug
-from .supervise import WorkerDied, run_phase
-from .tables import closing_text
-from .tasks import Settings
-from .worker import command
+from . import plan, programs, tables
+from .plan import BACKENDS, COMPILED, Task
+from .record import RESULTS, record
+from .results import Results, read, say
+from .supervise import ROOT, Pool, Supervisor
 
-ROOT = Path(__file__).parents[2]
-MEASURED = ROOT / "mixer_kernels" / "measured.json"
-RESULTS = ROOT / "benchmarks" / "results"
-BUDGET = 530  # seconds: under nine minutes
-GIB_PER_JOB = 4  # of GPU memory: half a GiB is the context of a process, the rest is for float64
-PLANTS = ("error", "redzone", "crash", "hang")
 NO_GPU = 2
-EPILOG = """\
-The CUDA kernels are built with nvcc, a C++ compiler that it takes, and setuptools, cmake, ninja and pybind11. Without
-nvcc or one of the others the build is skipped and says what is missing, and so do the phases that want the kernels.
-On a machine without a network bring the Python packages along. Where there is a network, for that machine's Python:
-  pip download --dest wheels --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
-      --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 cmake ninja pybind11 setuptools
-and where there is none:
-  pip install --no-index --find-links wheels --target site cmake ninja pybind11 setuptools
-  PYTHONPATH=$PWD/site PATH=$PWD/site/bin:$PATH python tools/gpu_day.py
-The phase tests wants pytest 8.1 or newer, sanitizers wants compute-sanitizer, which is part of the CUDA toolkit."""
+DEVICE = "cuda"
+WARM_UP_SECONDS, TRUTH_SECONDS, SPEED_SECONDS = 90.0, 90.0, 150.0
+LATE_SECONDS = 60.0  # more for truth where the kernels have to be compiled first
+BREADTH_SECONDS = 120.0  # kept for what comes behind speed, once speed has had its own
+STEP_SECONDS = 15.0  # without a sign of life, and a task hangs
+CLOSING_SECONDS = 8.0
+PROCESSES = {"triton": 8, "cuda": 2, plan.HOPPER: 2}
+AHEAD_PROCESSES = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 if all was right, 1 if something failed or a check was not reached, 2 without a GPU."""
+    """0 if all was reached and right, 1 if not, 2 without a GPU."""
     arguments = _parse(argv)
-    if arguments.record:
-        try:
-            say(record(arguments.record, MEASURED, RESULTS))
-        except (OSError, ValueError, KeyError) as error:
-            print(f"gpu_day: {error}", file=sys.stderr)
-            return 1
-        return 0
-    start = time.monotonic()
-    results = Results(command=sys.argv[1:], rehearsal=arguments.rehearse, budget=arguments.budget)
-    run = _Run(arguments, results, start)
-    run.phase(PHASES[0])
-    device = results.document.get("device")
-    if device is None and not results.with_status(FAILED):
-        print(
-            "gpu_day: PyTorch sees no GPU here, and this program checks and measures kernels on one.\n"
-            "On a CPU, --rehearse runs the same logic on tiny sizes: Triton's kernels interpreted, csrc/ by g++.",
-            file=sys.stderr,
-        )
+    try:
+        if arguments.record:
+            say(record(arguments.record))
+            return 0
+        earlier = [line for path in arguments.resume for line in read(path)]
+        path = arguments.output or _default_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"gpu_day: {error}", file=sys.stderr)
+        return 1
+    results = Results(path, earlier)
+    results.take({
+        "kind": "run", "command": sys.argv[1:], "time": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %z}",
+        "planned": [task.key for tasks in plan.day().values() for task in tasks],
+    })  # fmt: skip
+    with contextlib.suppress(asyncio.CancelledError):  # told to stop: what there is, is printed
+        asyncio.run(_Day(arguments, results).run())
+    if results.machine.get("device", True) is None:
+        print("gpu_day: PyTorch sees no GPU here. tests/gpu_day_rehearsal.py needs none.", file=sys.stderr)
         return NO_GPU
-    results.write_into(_directories(arguments, device))
-    if device is not None:
-        for phase in PHASES[1:]:
-            if phase.name in arguments.phases:
-                run.phase(phase)
-    return _close(results, arguments, start)
+    return _close(results)
 
 
-class _Run:
-    """Runs phases one after the other and notes their rows."""
+class _Day:
+    def __init__(self, arguments: argparse.Namespace, results: Results) -> None:
+        self._minutes, self._results, self._environment = arguments.minutes, results, _environment()
+        settings = {"device": DEVICE, "compile_mode": arguments.compile_mode}
+        self._supervisor = Supervisor(results, settings, self._environment, STEP_SECONDS)
+        self._why_not_built: str | None = None
 
-    def __init__(self, arguments: argparse.Namespace, results: Results, start: float) -> None:
-        self._arguments = arguments
-        self._results = results
-        self._start = start
+    @property
+    def _left(self) -> float:
+        return 60 * self._minutes - CLOSING_SECONDS - self._results.elapsed
 
-    def phase(self, phase: Phase) -> None:
-        """Run one phase; whatever becomes of it is in the results."""
-        seconds = self._seconds(phase)
-        start, before = time.monotonic(), len(self._results.rows)
-        say(f"== {phase.name}, at most {seconds:.0f} s")
-
-        def report(task: dict[str, Any], status: str, values: dict[str, Any]) -> None:
-            self._results.document.update(values.pop("facts", {}))
-            self._results.document["throughput"] += values.pop("throughput", [])
-            values["config"] = values.get("config") or task["config"]
-            for each in values.pop("rows", None) or [{}]:  # a benchmark's: one a backend
-                row = Row.of(phase.name, task, each.get("status", status), {**values, **each})
-                self._results.add(row)
-                say(f"{time.monotonic() - self._start:5.0f} s {phase.name:11} {row.line()}")
-
-        arguments = self._arguments
-        settings = Settings(
-            phase.name, arguments.rehearse, arguments.compile_mode, tuple(arguments.plant), self._without(),
-            time.time() + seconds,
-        )  # fmt: skip
+    async def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, asyncio.current_task().cancel)
+        capability = programs.capability()
+        built = asyncio.ensure_future(programs.build(capability, self._environment))
         try:
-            complete = run_phase(
-                command(settings),
-                jobs=self._jobs(phase),
-                seconds=seconds,
-                task_seconds=min(phase.task_seconds, seconds),
-                report=report,
-                environment=_environment(arguments),
-            )
-        except WorkerDied as death:
-            complete = False
-            report({"case": "the whole phase", "config": ""}, FAILED, {"reason": str(death)})
-        rows = self._results.rows[before:]
-        elapsed = time.monotonic() - start
-        failed, cut = (sum(row.status == status for row in rows) for status in (FAILED, CUT))
-        end = f"{len(rows)} tasks, {failed} failed" + (f", {cut} cut" if cut else "")
-        say(f"== {phase.name}: {end}, {elapsed:.0f} s")
-        entry = {"name": phase.name, "seconds": round(elapsed, 1), "allotted": round(seconds, 1), "complete": complete}
-        self._results.document["phases"].append(entry)
-        self._results.flush()
+            await self._phase("warm-up", [Pool(deque([Task("warm-up", "warm-up")]))], WARM_UP_SECONDS)
+            if self._results.machine.get("device", True) is not None:
+                await self._truth(capability, built)
+                await self._speed()
+                await self._breadth()
+        finally:
+            built.cancel()
+            await asyncio.gather(built, self._supervisor.close(), return_exceptions=True)
 
-    def _without(self) -> tuple[str, ...]:
-        """Backends that later phases leave out: a kernel that hangs would take their time."""
-        wrong = {row.backend for row in self._results.rows if row.phase == HOPPER_PHASE and row.status in (FAILED, CUT)}
-        return tuple(sorted(wrong - {""}))
+    async def _truth(self, capability: str | None, built: asyncio.Future[str | None]) -> None:
+        """With the build beside it, and torch.compile's functions for the benchmarks."""
+        unfit = await programs.why_unfit(programs.BOUNDED, capability, self._environment)
+        say(f"_C with bounded waits: {unfit or 'used for truth'}")
+        pools = []
+        for backend in BACKENDS:
+            tasks = deque(task for task in self._open("truth") if task.backend == backend)
+            ready = (lambda: asyncio.shield(built)) if backend in COMPILED else None
+            pools.append(Pool(tasks, _at_once(PROCESSES[backend]), ready))
+        ahead = deque(Task("ahead", task.name) for task in self._open("speed") if DEVICE == "cuda")
+        pools.append(Pool(ahead, _at_once(AHEAD_PROCESSES)))
+        seconds = min(self._left, TRUTH_SECONDS + (0.0 if built.done() else LATE_SECONDS))
+        await self._phase("truth", pools, seconds, bounded="" if unfit else str(programs.BOUNDED))
+        self._why_not_built = built.result() if built.done() else "the build had not ended when speed began"
 
-    def _seconds(self, phase: Phase) -> float:
-        """The phase's part of the time that is left."""
-        later = PHASES[NAMES.index(phase.name) + 1 :]
-        shares = phase.share + sum(each.share for each in later if each.name in self._arguments.phases)
-        left = self._arguments.budget - (time.monotonic() - self._start)
-        return max(1.0, left * phase.share / shares)
+    async def _speed(self) -> None:
+        names = [f"{backend}{memory}" for backend in BACKENDS for memory in ("", " fast", " min")]
+        absent = COMPILED if self._why_not_built else ()
+        out = [name for name in (*names, "compile") if self._results.why_out(name) or name.split(" ")[0] in absent]
+        tasks = deque(Task(task.phase, task.name, without=tuple(out)) for task in self._open("speed"))
+        await self._phase("speed", [Pool(tasks)], min(self._left, max(SPEED_SECONDS, self._left - BREADTH_SECONDS)))
 
-    def _jobs(self, phase: Phase) -> int:
-        if self._arguments.rehearse or phase.jobs == 1:
-            return min(self._arguments.jobs or 1, phase.jobs)
-        memory = self._results.document["device"]["memory_gib"]
-        return max(1, min(self._arguments.jobs or os.cpu_count() or 1, phase.jobs, int(memory // GIB_PER_JOB)))
+    async def _breadth(self) -> None:
+        for phase, at_once in (("ladder", 1), ("tests", _at_once(16) // 2 + 1)):
+            say(f"== {phase}, at most {self._left:.0f} s")
+            await programs.run_each(self._open(phase), self._results, self._left, self._environment, at_once)
 
+    async def _phase(self, name: str, pools: list[Pool], seconds: float, bounded: str = "") -> None:
+        say(f"== {name}, at most {seconds:.0f} s")
+        await self._supervisor.run(pools, seconds, bounded=bounded)
 
-def _close(results: Results, arguments: argparse.Namespace, start: float) -> int:
-    failed = results.with_status(FAILED)
-    unreached = [row for row in results.with_status(CUT) if row.phase in REQUIRED]
-    right = not failed and not unreached
-    document = results.document
-    if not arguments.rehearse and not arguments.plant and set(arguments.phases) >= set(NAMES[1:]):
-        document["passed_backends"] = passed_backends(results.rows, REQUIRED, PER_BACKEND)
-    document["passed"] = right and bool(document["passed_backends"])
-    document["seconds"] = round(time.monotonic() - start, 1)
-    results.flush()
-    say("")
-    say(closing_text(results))
-    verdict = "passed" if right else f"FAILED: {len(failed)} failed, {len(unreached)} not reached"
-    say(f"\n{verdict}: {len(results.rows)} tasks in {document['seconds']:.0f} s")
-    for path in results.paths:
-        say(f"results: {path}")
-    if document["passed_backends"]:
-        passed = " and ".join(document["passed_backends"])
-        say(f"record {passed}, on any machine: python tools/gpu_day.py --record {results.paths[0].name}")
-    return 0 if right else 1
+    def _open(self, phase: str) -> list[Task]:
+        """The tasks of a phase that are not done, and can be."""
+        tasks = [task for task in plan.day().get(phase, []) if task.key not in self._results.done]
+        absent = COMPILED if self._why_not_built else ()
+        for task in tasks:
+            if task.backend in absent:
+                self._results.leave(task, self._why_not_built)
+        return [task for task in tasks if task.backend not in absent]
 
 
-def _directories(arguments: argparse.Namespace, device: dict[str, Any] | None) -> list[Path]:
-    """Where the results go: under --output by the GPU's name, and flat into ``$OUT`` where that is set."""
-    directories = []
-    if arguments.output is not None or not arguments.rehearse:
-        directories.append((arguments.output or RESULTS) / slug(device["name"] if device else "unknown"))
-    if os.environ.get("OUT"):
-        directories.append(Path(os.environ["OUT"]))
-    return directories
+def _at_once(most: int) -> int:
+    return max(1, min(most, (os.cpu_count() or 1) // 2))
 
 
-def _environment(arguments: argparse.Namespace) -> dict[str, str]:
+def _close(results: Results) -> int:
+    missing, bad = results.missing, results.bad
+    say(f"\n{tables.closing(results)}\n")
+    what = f"{len(bad)} wrong, {len(missing)} not reached" if missing or bad else "all was reached and is right"
+    say(f"{what}, in {results.elapsed:.0f} s; results: {results.path}")
+    if missing:
+        say(f"go on with: python tools/gpu_day.py --minutes 4 --resume {results.path}")
+    say(f"record it, on any machine: python tools/gpu_day.py --record {results.path} ...")
+    return 1 if missing or bad else 0
+
+
+def _default_path() -> Path:
+    return Path(os.environ.get("OUT") or RESULTS) / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.jsonl"
+
+
+def _environment() -> dict[str, str]:
     """The workers import this checkout and the tests' helpers; nothing has to be installed."""
-    environment = dict(os.environ)
-    paths = [ROOT / "tools", ROOT / "tests", ROOT, environment.get("PYTHONPATH")]
-    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
-    environment.pop("PYTHONOPTIMIZE", None)  # the accuracy rule is made of assertions
-    for name in ("MIXER_KERNELS_BACKEND", "TRITON_INTERPRET"):
-        environment.pop(name, None)
-    if arguments.rehearse:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    return environment
+    cleared = ("PYTHONOPTIMIZE", "MIXER_KERNELS_BACKEND", "TRITON_INTERPRET")
+    paths = [ROOT / "tools", ROOT / "tests", ROOT, os.environ.get("PYTHONPATH")]
+    python_path = os.pathsep.join(str(path) for path in paths if path)
+    return {name: value for name, value in os.environ.items() if name not in cleared} | {"PYTHONPATH": python_path}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="gpu_day.py",
-        description="Build the CUDA kernels, check every kernel on this machine's GPU, then measure, in under nine "
-        "minutes.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        prog="gpu_day.py", description="On a machine with a GPU: do the kernels agree, and how fast are they. "
+        "tools/gpu_day/README.md has the command lines.",
+    )  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)g)")
+    parser.add_argument("--resume", type=Path, nargs="+", default=[], metavar="FILE", help="do what these runs did not")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: TIME.jsonl in $OUT or benchmarks/results")
+    parser.add_argument("--compile-mode", default="default", metavar="MODE", help="of torch.compile (default: default)")
     parser.add_argument(
-        "--phases", type=_phases, default=NAMES, metavar="A,B", help=f"some of {','.join(NAMES[1:])} (default: all)"
-    )
-    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"default: {BUDGET}")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="results go to DIR/<gpu>/<date>.json (default: benchmarks/results)"
-    )
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes that check correctness side by side")
-    parser.add_argument(
-        "--compile-mode",
-        default="default",
-        metavar="MODE",
-        help="of torch.compile in the benchmarks (default: default)",
-    )
-    parser.add_argument("--rehearse", action="store_true", help="run the same logic without a GPU, on tiny sizes")
-    parser.add_argument(
-        "--plant",
-        nargs="+",
-        default=[],
-        metavar="KIND:TEXT",
-        help=f"let cases whose name contains TEXT go wrong, KIND one of {', '.join(PLANTS)}: the run must then fail",
-    )
-    parser.add_argument(
-        "--record",
-        type=Path,
-        metavar="FILE",
-        help="enter a run's GPU in mixer_kernels/measured.json, for each backend that passed; runs nothing",
-    )
+        "--record", type=Path, nargs="+", metavar="FILE",
+        help="enter what these runs on one GPU say in mixer_kernels/measured.json and the README; runs nothing",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
-    if arguments.budget <= 0:
-        parser.error(f"--budget must be > 0 seconds, got {arguments.budget:g}")
-    unknown = [plant for plant in arguments.plant if plant.partition(":")[0] not in PLANTS or ":" not in plant]
-    if unknown:
-        parser.error(f"--plant: got {unknown[0]!r}, expected KIND:TEXT with KIND one of {', '.join(PLANTS)}")
+    if not arguments.minutes > 0:
+        parser.error(f"--minutes must be > 0, got {arguments.minutes:g}")
     return arguments
-
-
-def _phases(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in names if name not in NAMES]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected some of {','.join(NAMES[1:])}")
-    return names

@@ -1,148 +1,129 @@
-"""Rows, the file that holds them, and who passed: what is recorded in mixer_kernels/measured.json."""
+"""The results: lines of JSON, appended as they come, and what one or several such files say together."""
 
 from __future__ import annotations
 
-import datetime
-import itertools
 import json
-import os
-import re
-import shutil
-import sys
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, fields
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-OK, FAILED, SKIPPED, CUT = "ok", "failed", "skipped", "cut"
-HOPPER = "cuda:sm90"
-BACKENDS = (HOPPER, "cuda", "triton")  # with kernels
+from .plan import BAD, MAX_STRIKES, STRIKES, Task
 
-
-@dataclass
-class Row:
-    """One task. ``max_err`` is against float64; ratios are those of mixer_kernels.bench.report."""
-
-    phase: str
-    case: str
-    dtype: str = ""
-    shape: str = ""
-    config: str = ""
-    backend: str = ""  # whose kernels it is about
-    status: str = OK
-    max_err: float | None = None
-    err_vs_eager: float | None = None
-    repeats_equal: int | None = None
-    ms: float | None = None
-    call_ms: float | None = None
-    vs_eager: float | None = None
-    vs_compile: float | None = None
-    vs_bare: float | None = None
-    seconds: float | None = None
-    reason: str | None = None
-
-    @classmethod
-    def of(cls, phase: str, task: dict[str, Any], status: str, values: dict[str, Any]) -> Row:
-        known = {field.name for field in fields(cls)}
-        return cls(**{"phase": phase, **task, "status": status, **{n: v for n, v in values.items() if n in known}})
-
-    def line(self) -> str:
-        """For the progress of the run."""
-        text = f"{self.status:7} {self.case}"
-        if self.max_err is not None:
-            text += f"  max err {self.max_err:.2e}"
-        if self.err_vs_eager is not None:
-            text += f" ({self.err_vs_eager:.2f}x eager's)"
-        if self.repeats_equal is not None:
-            text += f"  {self.repeats_equal} equal"
-        if self.ms is not None:
-            text += f"  {self.ms:.3f} ms"
-        return text + (f"  {self.reason}" if self.reason else "")
-
-
-class Results:
-    """The document, rewritten as a whole with every row: whenever the run is killed, what was measured is there."""
-
-    def __init__(self, **facts: Any) -> None:
-        self.rows: list[Row] = []
-        self.document: dict[str, Any] = {
-            "passed": False, "passed_backends": [], **facts, "phases": [], "rows": [], "throughput": [],
-        }  # fmt: skip
-        self.paths: list[Path] = []
-
-    def write_into(self, directories: list[Path]) -> None:
-        """From now on keep ``<date>.json`` in each directory; ``<date>-2.json`` if the first is there already."""
-        date = datetime.date.today().isoformat()
-        for directory in directories:
-            directory.mkdir(parents=True, exist_ok=True)
-            names = (f"{date}{'' if number == 1 else f'-{number}'}.json" for number in itertools.count(1))
-            self.paths.append(next(directory / name for name in names if not (directory / name).exists()))
-        self.flush()
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        self.document["rows"].append({name: value for name, value in asdict(row).items() if value not in (None, "")})
-        self.flush()
-
-    def flush(self) -> None:
-        text = json.dumps(self.document, indent=1) + "\n"
-        for path in self.paths:
-            partial = path.with_suffix(".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-
-    def with_status(self, *statuses: str) -> list[Row]:
-        return [row for row in self.rows if row.status in statuses]
-
-
-def passed_backends(rows: Sequence[Row], required: Collection[str], per_backend: Collection[str]) -> list[str]:
-    """Of which backends all is right: their rows, and those that are of none.
-
-    Nothing failed, nothing of the phases in ``required`` was cut, and something was checked in each of ``per_backend``.
-    """
-
-    def right(backend: str) -> bool:
-        its = [row for row in rows if row.backend in (backend, "")]
-        checked = {row.phase for row in its if row.backend and row.status == OK}
-        wrong = [row for row in its if row.status == FAILED or (row.status == CUT and row.phase in required)]
-        return not wrong and checked >= set(per_backend)
-
-    return [backend for backend in BACKENDS if right(backend)]
-
-
-def slug(name: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" as a directory: nvidia-h100-80gb-hbm3."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def record(path: Path, measured: Path, directory: Path) -> str:
-    """Enter the GPU of ``path`` into ``measured`` (mixer_kernels/measured.json), for each backend that passed.
-
-    Its results are copied into ``directory`` unless they lie there already.
-
-    Returns:
-        what was done. Raises ValueError if no backend passed, or it was not a whole run on a GPU.
-    """
-    document = json.loads(path.read_text(encoding="utf-8"))
-    passed = document.get("passed_backends")
-    if not passed:
-        raise ValueError(f"{path} is not of a whole run that passed: nothing recorded")
-    name = document["device"]["name"]
-    target = directory / slug(name) / path.name
-    if target.exists() and target.resolve() != path.resolve() and target.read_bytes() != path.read_bytes():
-        raise ValueError(f"{target} is there already and is another run: rename {path} first")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    known = json.loads(measured.read_text(encoding="utf-8"))
-    for backend in passed:
-        if backend == HOPPER:  # of which "cuda" uses these sources from now on, and no others
-            known[backend] = {**known.get(backend, {}), name: document["cuda_kernels"]["sm90"]["sources"]}
-        else:
-            known[backend] = sorted({*known.get(backend, []), name})
-    measured.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    return f"{name!r} is recorded in {measured} for {', '.join(passed)}; results: {target}"
+Row = dict[str, Any]  # task (its key), phase, name, provider, status, and what there is of: reason, figures
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stdout, flush=True)
+    print(text, flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; the last may be half a line, where the machine was taken away."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            say(f"{path}: a line is cut off and left out: {text[:60]!r}")
+    return lines
+
+
+class Results:
+    """What is known so far. With ``path`` each new line is appended to it."""
+
+    def __init__(self, path: Path | None = None, earlier: Iterable[dict[str, Any]] = ()) -> None:
+        self.machine: dict[str, Any] = {}
+        self.planned: dict[str, None] = {}  # keys of tasks, in order
+        self.rows: dict[tuple[str, str], Row] = {}  # by task and provider
+        self.done: set[str] = set()
+        self._why_missing: dict[str, str] = {}
+        self._start, self._learnt = time.monotonic(), False
+        self.path: Path | None = None
+        for line in earlier:
+            self.take(line)
+        self.path = path
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def take(self, line: dict[str, Any]) -> None:
+        """One line, of a file or new. What went wrong once stays wrong, whatever another run says."""
+        kind = line["kind"]
+        if kind == "run":
+            self.planned |= dict.fromkeys(line["planned"])
+        elif kind == "machine":
+            self.machine = line if _has_kernels(line) else self.machine or line
+        elif kind == "row":
+            place = line["task"], line["provider"]
+            if self.rows.get(place, line)["status"] not in BAD or line["status"] in BAD:
+                self.rows[place] = line
+        elif kind == "done":
+            self.done.add(line["task"])
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def learn(self, facts: dict[str, Any]) -> None:
+        """What a process says about the machine; the first is written down, and the first that has built kernels."""
+        if self._learnt and (_has_kernels(self.machine) or not _has_kernels(facts)):
+            return
+        self._learnt, earlier, self.machine = True, self.machine, {}
+        if earlier.get("device") and about(earlier) != about(facts):
+            say(f"what is resumed is left out: it is of {about(earlier)}, this is {about(facts)}")
+            self.rows.clear(), self.done.clear()
+        self.take({"kind": "machine", **facts})
+
+    def add(self, task: Task, provider: str, status: str, **values: Any) -> None:
+        row = {"task": task.key, "phase": task.phase, "name": task.name, "provider": provider, "status": status}
+        row |= {name: value for name, value in values.items() if value is not None}
+        if task.phase != "ahead":  # what it prepares is measured, or found wanting, later
+            self.take({"kind": "row", **row})
+        say(f"{self.elapsed:4.0f} s  {line_of(row)}")
+
+    def finish(self, task: Task) -> None:
+        self.take({"kind": "done", "task": task.key})
+
+    def leave(self, task: Task, why: str) -> None:
+        """It is not reached: no verdict on anything."""
+        self._why_missing[task.key] = why
+
+    def why_out(self, name: str) -> str | None:
+        """Why the backend or provider ``name`` sits out, if it does."""
+        backend = name.split(" ")[0]
+        its = [row for row in self.rows.values() if row["provider"].split(" ")[0] == backend]
+        strikes = [f"{row['status']} in {row['task']}" for row in its if row["status"] in STRIKES]
+        return f"{backend} sits out: {'; '.join(strikes[:MAX_STRIKES])}" if len(strikes) >= MAX_STRIKES else None
+
+    @property
+    def bad(self) -> list[Row]:
+        return [row for row in self.rows.values() if row["status"] in BAD]
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Tasks that were not reached, and why."""
+        return {key: self._why_missing.get(key, "time was up") for key in self.planned if key not in self.done}
+
+
+def about(machine: dict[str, Any]) -> dict[str, str | None]:
+    """What results have to have in common to stand in one table."""
+    return {"sources": machine.get("sources"), "GPU": (machine["device"] or {}).get("name")}
+
+
+def _has_kernels(machine: dict[str, Any]) -> bool:
+    return "sm90" in machine.get("cuda_kernels", ())
+
+
+def line_of(row: Row) -> str:
+    """One row for the progress of the run."""
+    text = f"{row['status']:10} {row['name']} {row['provider']}"
+    if "max_err" in row:
+        text += f"  max error {row['max_err']:.1e}, RMS {row['vs_eager']:.2f} x eager's"
+    if "ms" in row:
+        text += f"  {row['ms']:.4f} ms"
+    if "p20" in row:
+        text += f" (p20 {row['p20']:.4f}, p80 {row['p80']:.4f})"
+    if "call_ms" in row:
+        text += f", call {row['call_ms']:.3f}"
+    text += "".join(f", {ratio}" for ratio in row.get("ratios", ()))
+    return text + "".join(f"  {row[name]}" for name in ("detail", "reason") if row.get(name))

@@ -1,8 +1,8 @@
-"""Runs one phase in processes of its own, and never waits for them longer than its deadline.
+"""Runs tasks in processes of their own, and never waits for them longer than it said it would.
 
-A worker lists its tasks and then runs those that it is handed, one after the other; both ways go lines of JSON. What
-a task does to its process (a CUDA fault, which spoils a process for good; a crash; a hang) costs that task: it is
-recorded, the process is replaced, and the new one goes on with the next task.
+A worker says what it is at, and then what came out: lines of JSON both ways. What a task does to its process (a CUDA
+fault, which spoils a process for good; a crash; a hang) is a row of the one who is to blame. The process is replaced; a
+benchmark is run again without the one to blame, and who has cost two processes sits out from then on.
 """
 
 from __future__ import annotations
@@ -12,169 +12,200 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import tempfile
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from .results import CUT, FAILED
+from .plan import FAILED, FAULT, HANG, Task
+from .results import Results
 
-LONGEST_LINE = 2**24
-LAST_LINES = 6  # of a dead worker's stderr, in the reason of its row
-
-Task = dict[str, Any]  # case, dtype, shape, config: the first fields of a Row
-Report = Callable[[Task, str, dict[str, Any]], None]  # task, status, other fields of its Row
-
-
-class WorkerDied(Exception):
-    """What a worker's end has to say: signal or exit status, and the last lines of its stderr."""
+ROOT = Path(__file__).parents[2]
+WORKER = [sys.executable, "-c", "from gpu_day.worker import main; main()"]
+START_SECONDS = 90.0  # for a process to import torch and make a context
+KILL_SECONDS = 5.0  # a process that is inside the driver may not die at once
+MAX_STARTS = 2  # that fail, of one pool
+LONGEST_LINE = 2**22
+LAST_LINES = 8
+NEEDED = "eager"  # without it a benchmark has nothing to compare with
 
 
 @dataclass
-class Phase:
-    """The tasks of one phase and how far they are."""
+class Pool:
+    """Tasks, and how many processes share them. ``ready`` says why they cannot run, once it is known."""
 
-    report: Report
-    tasks: list[Task] | None = None
-    pending: deque[int] = field(default_factory=deque)
-    running: set[int] = field(default_factory=set)
-
-    def learn(self, tasks: list[Task]) -> None:
-        if self.tasks is None:
-            self.tasks = tasks
-            self.pending.extend(range(len(tasks)))
-
-    @property
-    def has_work(self) -> bool:
-        return self.tasks is None or bool(self.pending)
+    tasks: deque[Task]
+    processes: int = 1
+    ready: Callable[[], Awaitable[str | None]] | None = None
+    failed_starts: list[str] = field(default_factory=list)
 
 
-def run_phase(
-    command: Sequence[str],
-    *,
-    jobs: int,
-    seconds: float,
-    task_seconds: float,
-    report: Report,
-    environment: dict[str, str] | None = None,
-) -> bool:
-    """Run all tasks of ``command``'s phase on ``jobs`` workers, for at most ``seconds``.
-
-    Every task is reported exactly once: done, failed, or "cut" because the time was up. Raises WorkerDied if no worker
-    could even list its tasks.
-
-    Returns:
-        whether every task came to an end before the deadline.
-    """
-    phase = Phase(report)
-    deaths = asyncio.run(_run_phase(phase, command, jobs, seconds, task_seconds, environment))
-    over = f"no process could be started: {deaths[0]}" if deaths else f"the phase's {seconds:.0f} s were over"
-    if phase.tasks is None:
-        raise WorkerDied(f"{over} before its tasks were listed")
-    for index in sorted(phase.running):
-        phase.report(phase.tasks[index], CUT, {"reason": f"was running when {over}"})
-    for index in phase.pending:
-        phase.report(phase.tasks[index], CUT, {"reason": f"not reached: {over}"})
-    return not phase.running and not phase.pending
+class Died(Exception):
+    """How a process ended, and its last words."""
 
 
-async def _run_phase(
-    phase: Phase,
-    command: Sequence[str],
-    jobs: int,
-    seconds: float,
-    task_seconds: float,
-    environment: dict[str, str] | None,
-) -> list[WorkerDied]:
-    """Returns why workers could not start, if the others have ended without them; raises what else went wrong."""
-    workers = [asyncio.ensure_future(_work(phase, command, task_seconds, environment)) for _ in range(jobs)]
-    try:
-        ends = await asyncio.wait_for(asyncio.gather(*workers, return_exceptions=True), seconds)
-    except asyncio.TimeoutError:
-        return []
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-    for end in ends:
-        if isinstance(end, BaseException) and not isinstance(end, WorkerDied):
-            raise end
-    return [end for end in ends if isinstance(end, WorkerDied)]
+@dataclass
+class Supervisor:
+    """``arguments``: what the worker is told. ``step_seconds``: how long it may be silent."""
 
+    results: Results
+    arguments: dict[str, Any]
+    environment: dict[str, str]
+    step_seconds: float
+    spare: tuple[dict[str, Any], Process] | None = None  # one that a phase has left, and what it was told
 
-async def _work(phase: Phase, command: Sequence[str], task_seconds: float, environment: dict[str, str] | None) -> None:
-    """One worker process after the other, until there is no task left."""
-    while phase.has_work:
-        worker = await _Worker.start(command, environment)
-        current = None
+    async def run(self, pools: Sequence[Pool], seconds: float, **arguments: Any) -> None:
+        """Run the pools' tasks side by side for at most ``seconds``; what is not done then is not reached."""
+        lanes = [
+            asyncio.ensure_future(self._lane(pool, {**self.arguments, **arguments}))
+            for pool in pools
+            for _ in range(min(pool.processes, len(pool.tasks)))
+        ]
         try:
-            phase.learn((await worker.receive())["tasks"])
-            while phase.pending:
-                current = phase.pending.popleft()
-                phase.running.add(current)
-                start = time.monotonic()
-                await worker.send({"run": current})
-                answer = await asyncio.wait_for(worker.receive(), task_seconds)
-                answer.setdefault("values", {})["seconds"] = round(time.monotonic() - start, 2)
-                _finish(phase, current, answer["status"], answer["values"])
-                current = None
-                if answer.get("spoiled"):
-                    break
-        except asyncio.TimeoutError:
-            _finish(phase, current, FAILED, {"reason": f"hangs: killed after {task_seconds:.0f} s"})
-        except WorkerDied as death:
-            if current is None:
-                raise
-            _finish(phase, current, FAILED, {"reason": str(death)})
+            if lanes:
+                await asyncio.wait(lanes, timeout=max(seconds, 0.0))
         finally:
-            await worker.kill()
+            for lane in lanes:
+                lane.cancel()
+            ends = await asyncio.gather(*lanes, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    async def _lane(self, pool: Pool, arguments: dict[str, Any]) -> None:
+        """One process after the other, until there is no task left."""
+        why = await pool.ready() if pool.ready and pool.tasks else None
+        worker = None
+        try:
+            while pool.tasks:
+                task = pool.tasks.popleft()
+                reason = why or (self.results.why_out(task.backend) if task.backend else None)
+                if reason is None and len(pool.failed_starts) >= MAX_STARTS:
+                    reason = f"no process could be started: {pool.failed_starts[-1]}"
+                if reason is not None:
+                    self.results.leave(task, reason)
+                    continue
+                if worker is None and self.spare and self.spare[0] == arguments:
+                    (_, worker), self.spare = self.spare, None
+                if worker is None:
+                    worker = await Process.start([*WORKER, json.dumps(arguments)], self.environment)
+                    try:
+                        self.results.learn((await worker.receive(START_SECONDS))["hello"])
+                    except (Died, asyncio.TimeoutError) as error:
+                        pool.failed_starts.append(str(error) or f"silent for {START_SECONDS:.0f} s")
+                        pool.tasks.appendleft(task)
+                        worker = await worker.kill()
+                        continue
+                again, healthy = await self._do(worker, task)
+                if again is not None:
+                    pool.tasks.appendleft(again)
+                if not healthy:
+                    worker = await worker.kill()
+            if self.spare is None and worker is not None:
+                self.spare, worker = (arguments, worker), None
+        finally:
+            if worker is not None:
+                await worker.kill()
+
+    async def close(self) -> None:
+        if self.spare is not None:
+            await self.spare[1].kill()
+
+    async def _do(self, worker: Process, task: Task) -> tuple[Task | None, bool]:
+        """Returns the task again if there is more to do of it, and whether the process is fit for another."""
+        step, suspects, limit = "beginning", [task.backend] if task.backend else [], self.step_seconds
+        self.results.leave(task, "was running when its time was up")
+        try:
+            await worker.send({"run": asdict(task)})
+            while True:
+                message = await worker.receive(limit)
+                if "at" in message:
+                    step, limit = message["at"], max(self.step_seconds, message.get("seconds", 0.0))
+                    suspects = message.get("suspects", suspects)
+                elif "row" in message:
+                    self.results.add(task, **message["row"])
+                elif "fault" in message:
+                    status, reason, suspects = FAULT, message["fault"], message["suspects"] or suspects
+                    break
+                elif "done" in message:
+                    self.results.finish(task)
+                    return None, True
+        except asyncio.TimeoutError:
+            status, reason = HANG, f"silent for {limit:.0f} s while {step}. {await worker.stack()}"
+        except Died as death:
+            status, reason = FAULT, f"while {step}: {death}"
+        blamed = next((name for name in suspects if name not in task.without), "")
+        self.results.add(task, blamed, status if blamed else FAILED, reason=reason)
+        if task.phase == "speed" and blamed not in ("", NEEDED):
+            return replace(task, without=(*task.without, blamed)), False
+        self.results.finish(task)
+        return None, False
 
 
-def _finish(phase: Phase, index: int, status: str, values: dict[str, Any]) -> None:
-    phase.running.discard(index)
-    phase.report(phase.tasks[index], status, values)
-
-
-class _Worker:
+class Process:
     """A process in a session of its own, so that its children can be killed with it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, stderr: Any) -> None:
-        self._process = process
-        self._stderr = stderr
+    def __init__(self, process: asyncio.subprocess.Process, log: Any) -> None:
+        self._process, self._log = process, log
 
     @classmethod
-    async def start(cls, command: Sequence[str], environment: dict[str, str] | None) -> _Worker:
-        stderr = tempfile.TemporaryFile()  # closed by kill
+    async def start(cls, command: Sequence[str], environment: dict[str, str], piped: bool = True) -> Process:
+        """With pipes to talk through; or without, and all that it prints is its log."""
+        log, pipe = tempfile.TemporaryFile(), asyncio.subprocess.PIPE  # noqa: SIM115  closed by kill
         process = await asyncio.create_subprocess_exec(
             *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=stderr,
+            stdin=pipe if piped else asyncio.subprocess.DEVNULL,
+            stdout=pipe if piped else log,
+            stderr=log,
             env=environment,
+            cwd=ROOT,
             limit=LONGEST_LINE,
             start_new_session=True,
         )
-        return cls(process, stderr)
+        return cls(process, log)
 
     async def send(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(ConnectionError):  # the answer that does not come says why
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             await self._process.stdin.drain()
 
-    async def receive(self) -> dict[str, Any]:
-        line = await self._process.stdout.readline()
+    async def receive(self, seconds: float) -> dict[str, Any]:
+        line = await asyncio.wait_for(self._process.stdout.readline(), seconds)
         if line.endswith(b"\n"):
             return json.loads(line)
-        status = await self._process.wait()
+        status = await asyncio.wait_for(self._process.wait(), KILL_SECONDS)
         end = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        self._stderr.seek(0)
-        last = self._stderr.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
-        raise WorkerDied(f"its process died: {end}. {' | '.join(last)}".strip())
+        raise Died(f"its process died: {end}. {last_lines(self.log())}".strip())
+
+    async def stack(self) -> str:
+        """Where a silent process is, as faulthandler sees it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)
+            await asyncio.sleep(0.5)
+        frames = [line.strip() for line in self.log().splitlines() if line.strip().startswith("File ")]
+        return " < ".join(frame.replace(f"{ROOT}/", "") for frame in frames[:4])
+
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    async def end(self, seconds: float) -> int | None:
+        """The exit status, None if it takes longer."""
+        try:
+            return await asyncio.wait_for(self._process.wait(), seconds)
+        except asyncio.TimeoutError:
+            return None
 
     async def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        await self._process.wait()
-        self._stderr.close()
+        await self.end(KILL_SECONDS)
+        self._log.close()
+
+
+def last_lines(log: str, count: int = LAST_LINES) -> str:
+    """For a reason, which is one line."""
+    return " | ".join([line.strip() for line in log.splitlines() if line.strip()][-count:])

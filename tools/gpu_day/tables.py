@@ -1,100 +1,104 @@
-"""What closes the output: checks, speeds, what went wrong. Of some machines its end is all that comes back."""
+"""What closes the output: truth, speed, what went wrong, what is missing; and the README's table.
+
+Of some machines the output's last 12,000 characters are all that comes back, so lines that say the same are one.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-from .results import CUT, FAILED, OK, SKIPPED, Results, Row
+from .plan import BACKENDS, BAD, CANNOT, OK, OPERATORS, SIZES
+from .results import Results, Row
 
-MAX_REASONS = 25
-MAX_REASON, MAX_NAME = 300, 40  # characters
-LATENCY_BATCH = 32  # up to this batch size the time of a call is shown, launches included
+MAX_REASONS, MAX_REASON = 20, 240
 PROVIDERS = ("eager", "compile", "torch", "triton", "cuda", "cuda:sm90", "bare")
 
-_COLUMNS = (
-    "phase", "backend", "case", "dtype", "shape", "config", "status", "max err", "/ eager's", "equal",
-)  # fmt: skip
 
-
-def closing_text(results: Results) -> str:
-    """The table of the checks, that of the benchmarks, why tasks were skipped, cut or failed."""
-    throughput = results.document["throughput"]
-    small = [row for row in throughput if row["batch_size"] <= LATENCY_BATCH and row.get("mode") != "train"]
-    parts = [
-        _checks(results.rows),
-        speed_table(throughput, "ms", "ms (training: memory=fast)"),
-        speed_table(small, "call_ms", "ms of a call, launches included"),
-        _reasons(results),
-    ]
+def closing(results: Results) -> str:
+    missing = (f"not reached: {line}" for line in _folded((why, key) for key, why in results.missing.items()))
+    parts = _truth(results), _speed(results), _counts(results), _reasons(results), "\n".join(missing)
     return "\n\n".join(part for part in parts if part)
 
 
-def speed_table(throughput: Sequence[dict[str, Any]], figure: str, title: str) -> str:
-    """A line a benchmark, a column a provider; ``throughput``: rows of mixer_kernels.bench.report as dictionaries."""
-    lines = [[title, *PROVIDERS]]
-    for name, group in itertools.groupby(throughput, key=_benchmark):
-        found = {row["provider"].removesuffix(" fast"): row.get(figure) for row in group}
-        if any(value is not None for value in found.values()):
-            values = (found.get(provider) for provider in PROVIDERS)
-            lines.append([name, *("-" if value is None else f"{value:.3f}" for value in values)])
-    return _aligned(lines, first_number=1) if len(lines) > 1 else ""
+def _truth(results: Results) -> str:
+    """An operator a line, a backend a column: RMS error by eager's, small and at full size, or what is wrong."""
+    rows = {(row["name"], row["provider"]): row for row in _of(results, "truth")}
+
+    def cell(operator: str, backend: str) -> str:
+        found = [rows.get((f"{operator}, {size}", backend)) for size in SIZES]
+        return ", ".join(_cell(row, "vs_eager", ".2f") for row in found) if operator in OPERATORS[backend] else "-"
+
+    lines = [[name, *(cell(name, backend) for backend in BACKENDS)] for name in OPERATORS["triton"]]
+    return _aligned([[f"truth, RMS error / eager's: {', '.join(SIZES)}", *BACKENDS], *lines]) if rows else ""
 
 
-def _benchmark(row: dict[str, Any]) -> str:
-    training = " training" if row.get("mode") == "train" else ""
-    return f"{row['level']} {row['name']} {row['dtype']} batch {row['batch_size']}{training}"
-
-
-def _checks(rows: Sequence[Row]) -> str:
-    """One line for the tasks of a phase, backend and dtype: the worst of them."""
-    lines = [list(_COLUMNS)]
-    for _, group in itertools.groupby(rows, key=lambda row: row.phase):
-        members = list(group)
-        for key in dict.fromkeys((row.backend, row.dtype) for row in members):
-            lines.append(_summary([row for row in members if (row.backend, row.dtype) == key]))
-    return _aligned(lines, first_number=_COLUMNS.index("max err"))
-
-
-def _summary(rows: Sequence[Row]) -> list[str]:
-    counts = [f"{sum(row.status == status for row in rows)} {status}" for status in (OK, FAILED, CUT, SKIPPED)]
-    status = ", ".join(count for count in counts if not count.startswith("0 "))
-    shapes, configs = {row.shape for row in rows}, {row.config for row in rows if row.config}
-    case = rows[0].case if len(rows) == 1 else f"{len(rows)} cases"
-    shape = shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
-    config = configs.pop() if len(configs) == 1 and len(rows) == 1 else f"{len(configs)} configs" if configs else ""
-    numbers = [
-        _worst(rows, "max_err", "{:.1e}"),
-        _worst(rows, "err_vs_eager", "{:.2f}"),
-        _worst(rows, "repeats_equal", "{}", min),
+def _speed(results: Results) -> str:
+    rows = _of(results, "speed")
+    lines = [
+        [name, *(_cell(found.get(each), "ms", ".4f") for each in PROVIDERS)] for name, found in _by_provider(results)
     ]
-    return [rows[0].phase, rows[0].backend, case[:MAX_NAME], rows[0].dtype, shape, config[:MAX_NAME], status, *numbers]
+    goals = [row for row in rows if "goal" in str(row.get("ratios"))]
+    words = [f"{row['name']}, {row['provider']}: {', '.join(row['ratios'])}" for row in goals]
+    return "\n".join([_aligned([["speed, ms (training: memory=fast)", *PROVIDERS], *lines]), *words]) if rows else ""
 
 
-def _worst(rows: Sequence[Row], name: str, form: str, pick: Any = max) -> str:
-    values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
-    return form.format(pick(values)) if values else "-"
+def _cell(row: Row | None, figure: str, form: str) -> str:
+    if row is None:
+        return "?"
+    return f"{row[figure]:{form}}" if row["status"] == OK else "-" if row["status"] == CANNOT else row["status"].upper()
+
+
+def _counts(results: Results) -> str:
+    lines = []
+    for phase in ("ladder", "tests"):
+        found = [row["status"] for row in _of(results, phase)]
+        counts = [f"{found.count(status)} {status}" for status in (OK, *BAD, CANNOT) if status in found]
+        lines += [f"{phase}: {', '.join(counts)}"] if counts else []
+    return "\n".join(lines)
 
 
 def _reasons(results: Results) -> str:
-    bad = results.with_status(FAILED, CUT)
-    lines = [f"{row.status.upper()} {row.phase}: {row.case}: {(row.reason or '')[:MAX_REASON]}" for row in bad]
-    if len(lines) > MAX_REASONS:
-        lines[MAX_REASONS:] = [f"and {len(lines) - MAX_REASONS} more in the file"]
-    skipped = dict.fromkeys(
-        f"skipped {' '.join(filter(None, (row.phase, row.backend)))}: {(row.reason or '')[:MAX_REASON]}"
-        for row in results.with_status(SKIPPED)
-    )
-    return "\n".join([*itertools.islice(skipped, MAX_REASONS), *lines])
+    bad = [f"{row['status'].upper()} {row['task']} {row['provider']}: {row['reason']}" for row in results.bad]
+    more = [f"and {len(bad) - MAX_REASONS} more in the file"] if len(bad) > MAX_REASONS else []
+    lacking = [row for row in results.rows.values() if row["status"] == CANNOT]
+    folded = _folded((f"{row['provider']}: {row['reason']}"[:MAX_REASON], row["name"]) for row in lacking)
+    return "\n".join([*(f"cannot run: {x}" for x in folded), *(line[:MAX_REASON] for line in bad[:MAX_REASONS]), *more])
 
 
-def _aligned(lines: Sequence[Sequence[str]], first_number: int) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i >= first_number else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+def _folded(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """(reason, of whom): a line for each reason."""
+    found: dict[str, list[str]] = {}
+    for reason, name in pairs:
+        found.setdefault(reason, []).append(name)
+    more = {reason: f" and {len(names) - 3} more" if names[3:] else "" for reason, names in found.items()}
+    return [f"{'; '.join(names[:3])}{more[reason]}: {reason}" for reason, names in found.items()]
+
+
+def markdown(results: Results) -> str:
+    """The README's table."""
+    versions = ", ".join(f"{name} {results.machine['versions'][name]}" for name in ("torch", "triton", "cuda"))
+    lines = [
+        f"Milliseconds of device time, median, bfloat16, on {results.machine['device']['name']} ({versions}):",
+        "",
+        f"| | {' | '.join(PROVIDERS)} |",
+        "|---" * (len(PROVIDERS) + 1) + "|",
+    ]
+    for name, found in _by_provider(results):
+        lines.append(f"| {name} | {' | '.join(_cell(found.get(each), 'ms', '.3f') for each in PROVIDERS)} |")
+    return "\n".join(lines)
+
+
+def _of(results: Results, phase: str) -> list[Row]:
+    return [row for row in results.rows.values() if row["phase"] == phase]
+
+
+def _by_provider(results: Results) -> Iterator[tuple[str, dict[str, Row]]]:
+    """The rows of each benchmark by provider; in training those that keep most."""
+    rows = _of(results, "speed")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        yield name, {row["provider"].removesuffix(" fast"): row for row in rows if row["name"] == name}
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines)

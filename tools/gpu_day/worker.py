@@ -1,91 +1,161 @@
-"""``python -m gpu_day.worker SETTINGS``: one process of a phase, see supervise for who talks to it and how."""
+"""A process that runs tasks; see supervise for who talks to it, and how."""
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import importlib
+import importlib.util
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 import zlib
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .results import CUT, FAILED, OK, SKIPPED
-from .tasks import Cut, Settings, Skip, Task
+from .plan import CANNOT, FAILED, OK, WRONG, Task
+from .record import sources
+
+PR_SET_PDEATHSIG = 1
+
+
+class Fault(Exception):
+    """This process can do no more; ``suspects``: whose doing it may be, the likeliest first."""
+
+    def __init__(self, reason: str, suspects: Sequence[str]) -> None:
+        super().__init__(reason)
+        self.suspects = list(suspects)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says to a worker."""
+
+    device: str = "cuda"
+    compile_mode: str = "default"
+    bounded: str = ""  # a module _C with bounded waits, to be used in the place of the installed one
+
+
+class Channel:
+    """The pipe to the supervisor; what libraries print goes to stderr."""
+
+    def __init__(self) -> None:
+        self._file = os.dup(1)
+        os.dup2(2, 1)
+
+    def send(self, **message: Any) -> None:
+        os.write(self._file, json.dumps(message).encode() + b"\n")  # short, so whole, whichever thread sends it
+
+    def at(self, what: str, **values: Any) -> None:
+        """A sign of life. ``seconds``: how long the next may take to come; ``suspects``: whose doing it is if not."""
+        self.send(at=what, **values)
+
+    def row(self, provider: str, status: str, **values: Any) -> None:
+        self.send(row={"provider": provider, "status": status, **values})
 
 
 def main() -> None:
-    channel = _claim_stdout()
-    settings = Settings(**json.loads(sys.argv[1]))
-    if settings.rehearse:
-        from . import rehearsal
-
-        rehearsal.install()  # before anything imports Triton
-    import torch
-
-    if not settings.rehearse:
-        _check_gpu(settings)
-    tasks: list[Task] = importlib.import_module(f"{__package__}.{settings.phase}").tasks(settings)
-    _send(channel, {"tasks": [task.described() for task in tasks]})
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a hung kernel must not outlive the program
+    channel, settings = Channel(), Settings(**json.loads(sys.argv[-1]))
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    channel.send(hello=_hello(settings, channel))
     for line in sys.stdin:
-        task = tasks[json.loads(line)["run"]]
-        if settings.planted("crash", task.case):
-            os.abort()
-        torch.manual_seed(zlib.crc32(task.case.encode()))  # the same numbers, whichever worker runs it
-        values: dict[str, Any] = {}
-        status, spoiled = OK, False
         try:
-            if settings.planted("hang", task.case):
-                sys.stdin.read()
-            task.run(values)
-        except Skip as reason:
-            status, values["reason"] = SKIPPED, str(reason)
-        except Cut as reason:
-            status, values["reason"] = CUT, str(reason)
-        except Exception as error:  # a row says so and the run goes on
-            traceback.print_exc()
-            status, values["reason"] = FAILED, _describe(error)
-        if settings.device == "cuda" and torch.cuda.is_available():
-            try:
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-            except RuntimeError as error:  # a fault on the device: this process can do no more
-                status, spoiled = FAILED, True
-                values["reason"] = f"{values.get('reason') or ''} {_describe(error)}".strip()
-        _send(channel, {"status": status, "values": values, "spoiled": spoiled})
+            _run(Task(**json.loads(line)["run"]), settings, channel)
+            channel.send(done=True)
+        except Fault as fault:
+            channel.send(fault=str(fault), suspects=fault.suspects)
 
 
-def command(settings: Settings) -> list[str]:
-    """How the supervisor starts it."""
-    return [sys.executable, "-m", f"{__package__}.worker", json.dumps(asdict(settings))]
+def _hello(settings: Settings, channel: Channel) -> dict[str, Any]:
+    """What a results file is about. Makes the context: a first call would be slow."""
+    import torch
+    import torch._dynamo  # a first call would import it, in its own time
+
+    from mixer_kernels import info
+    from mixer_kernels.backends.cuda import library
+
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return {"device": None}
+        device = torch.zeros(1, device="cuda").device
+        _beat_when_triton_compiles(channel)
+    if settings.bounded:
+        spec = importlib.util.spec_from_file_location(library.MODULE, settings.bounded)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        library.install(module)
+    facts = {"device": info.device_info(device), "versions": info.versions(), "cuda_kernels": info.cuda_kernels()}
+    return {**facts, "sources": sources()}
 
 
-def _claim_stdout() -> int:
-    """The supervisor's pipe; what libraries print goes to stderr."""
-    channel = os.dup(1)
-    os.dup2(2, 1)
-    return channel
+def _beat_when_triton_compiles(channel: Channel) -> None:
+    """Compiling is no hang. Triton before 3.4 has no such hooks: there its kernels have to be quick to compile."""
+    if importlib.util.find_spec("triton") and importlib.util.find_spec("triton.knobs"):
+        from triton import knobs
+
+        def beat(*args: Any, **kwargs: Any) -> None:
+            channel.at("compiling by Triton", seconds=60)
+
+        knobs.runtime.jit_cache_hook = knobs.runtime.jit_post_compile_hook = beat
 
 
-def _send(channel: int, message: dict[str, Any]) -> None:
-    data = json.dumps(message).encode() + b"\n"
-    while data:
-        data = data[os.write(channel, data) :]
-
-
-def _check_gpu(settings: Settings) -> None:
+def _run(task: Task, settings: Settings, channel: Channel) -> None:
     import torch
 
-    if settings.phase != "probe" and not torch.cuda.is_available():
-        raise SystemExit("there is no GPU")
+    from mixer_kernels.bench.providers import CannotRun
+
+    torch.manual_seed(zlib.crc32(task.key.encode()))  # the same numbers, whichever process runs it
+    start, row = time.monotonic(), None
+    try:
+        module = {"ahead": "speed"}.get(task.phase, task.phase)
+        run = _warm_up if module == "warm-up" else importlib.import_module(f"{__package__}.{module}").run
+        row = run(task, settings, channel)
+    except Fault:
+        raise
+    except CannotRun as reason:
+        row = {"status": CANNOT, "reason": str(reason)}
+    except Exception as error:  # a row says so and the run goes on
+        traceback.print_exc()
+        row = {"status": WRONG if isinstance(error, AssertionError) else FAILED, "reason": describe(error)}
+    check_device(settings, (row or {}).get("reason", ""))
+    if row is not None:
+        channel.row(task.backend, seconds=round(time.monotonic() - start, 2), **row)
 
 
-def _describe(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2])
+def _warm_up(task: Task, settings: Settings, channel: Channel) -> dict[str, Any]:
+    """What is slow the first time on a cold machine: imports from its disk, cuBLAS, inductor."""
+    import torch
+
+    channel.at("importing", seconds=90)
+    import mixer_kernels.bench.workloads  # noqa: F401
+
+    if settings.device == "cuda":
+        channel.at("multiplying", seconds=60)
+        x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+        for dtype in (x.dtype, torch.float64):
+            (x.to(dtype) @ x.to(dtype)).sum().item()
+        channel.at("compiling by inductor", seconds=90)
+        torch.compile(lambda a: torch.nn.functional.gelu(a) * 2)(x).sum().item()
+    return {"status": OK}
+
+
+def check_device(settings: Settings, before: str = "", suspects: Sequence[str] = ()) -> None:
+    """Raise Fault if a kernel has failed: nothing works in this process from then on."""
+    import torch
+
+    if settings.device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise Fault(f"{before} {describe(error)}".strip(), suspects) from None
+
+
+def describe(error: BaseException) -> str:
+    text = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])[:400]
     return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
-
-
-if __name__ == "__main__":
-    main()
