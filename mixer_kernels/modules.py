@@ -114,8 +114,9 @@ class FusedMixerBlock(Watched, Freezable, nn.Module):
                 return y
             self.check_frozen()
         if isinstance(x, Tensor) and checks.runs_on_torch(None, x):
-            # An input of another shape goes on to functional, which says what is wrong with it.
-            own = x.shape[1:] == getattr(self, "_input_shape", None)
+            # An input of another shape goes on to functional, which says what is wrong with it. A trace would record
+            # the comparison.
+            own = torch.jit.is_tracing() or x.shape[1:] == getattr(self, "_input_shape", None)
         else:
             own = False
         reason = None
