@@ -1,8 +1,9 @@
 """Let timm and transformers be imported beside a torchvision that was built for another torch.
 
     python tests/timm_stub.py PROGRAM [ARGUMENTS]
+    python tests/timm_stub.py -m MODULE [ARGUMENTS]
 
-runs a program so.
+runs a program or a module so.
 
 timm's data pipeline imports torchvision, which registers fake implementations for its compiled operators ``nms`` and
 ``qnms`` on import. In a torchvision without its compiled library (a CPU-only torch beside the wheel from PyPI) the
@@ -48,5 +49,9 @@ def _is_declared(name: str) -> bool:
 if __name__ == "__main__":
     define_torchvision_operators()
     sys.argv.pop(0)
-    sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":
+        sys.argv.pop(0)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(sys.argv[0]).parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -53,7 +53,9 @@ def measured(model: str, mode: str, arguments: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
         command = [
-            sys.executable, "-m", "mixer_kernels", "bench", "--model", model, "--device", "cpu", "--mode", mode,
+            # The stub: this environment's torchvision, which transformers imports, is of another build of torch.
+            sys.executable, "tests/timm_stub.py", "-m", "mixer_kernels", "bench", "--model", model, "--device", "cpu",
+            "--mode", mode,
             "--threads", arguments.threads, "--batch-size", *arguments.batch_size, "--seconds", arguments.seconds,
             "--json", str(path), "--baseline", *baselines,
         ]  # fmt: skip
