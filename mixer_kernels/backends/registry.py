@@ -36,8 +36,9 @@ from .protocol import Backend
 
 BACKENDS = ("cuda", "cuda:sm90", "triton", "cpu", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
-# What `cpu` was measured to be faster at than PyTorch, forward and in training, at every batch size that was tried:
-# operators by dtype of their products; benchmarks/results/cpu. Vectors of the baseline were not measured.
+# What `auto` takes `cpu` for: operators by dtype of their products. Inference was measured to be faster at every size
+# that was tried, training from batch 32 on in whole models. At batch 1 training is level in whole models; a single
+# mixer of patches or features is slower there, 0.8 to 1.0 of PyTorch. Vectors of the baseline were not measured.
 FASTER_ON_CPU = {torch.float32: ("gated_mixer_layer", "gated_mixing")}
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
