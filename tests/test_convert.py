@@ -316,8 +316,19 @@ def test_files_and_folders_that_are_not_there_are_said(tmp_path: Path) -> None:
             convert.save_state_dict(mixer().state_dict(), tmp_path / "nowhere" / name)
 
 
-def test_a_pickled_model_is_told_from_its_weights(tmp_path: Path) -> None:
-    torch.save(mixer(), tmp_path / "model.pth")
+class Unknown(nn.Module):
+    """Of a package that is not known."""
+
+
+def test_of_a_pickled_model_the_weights_are_taken(tmp_path: Path) -> None:
+    model = mixer()
+    torch.save(model, tmp_path / "model.pth")
+    loaded, expected = convert.load_state_dict(tmp_path / "model.pth"), model.state_dict()
+    assert list(loaded) == list(expected) and all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_pickled_model_of_unknown_classes_is_not_loaded(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(Unknown()), tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"holds objects of other kinds.*Save model.state_dict\(\) alone$"):
         convert.load_state_dict(tmp_path / "model.pth")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import pickle
 from collections.abc import Mapping
@@ -11,16 +12,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pth", ".pt", ".bin", ".tar", ".ckpt")  # .pth.tar is timm's, .ckpt Lightning's
+# Of whole models that torch.save has pickled, the modules of these packages are loaded.
+PACKAGES = ("torch.nn", "timm", "mlp_mixer_pytorch", "mixer_kernels")
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
     """What a ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.pth.tar`` or ``.ckpt`` file holds, on the CPU.
 
-    ``torch.load`` with ``weights_only=True``: nothing in the file is executed.
+    ``torch.load`` with ``weights_only=True``: nothing in the file is executed. Of a whole model, made of modules of
+    PyTorch, timm and this package, its state_dict.
 
     Raises:
         ValueError: another suffix, or the file is not what its suffix says.
@@ -37,7 +41,8 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py saves its arguments
+        # timm's train.py saves its arguments
+        with torch.serialization.safe_globals([argparse.Namespace, *_modules_of(path)]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -50,6 +55,8 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
         ) from error
     except Exception as error:  # of any kind, where bytes that are no pickle are read as one
         raise ValueError(f"{path} is not a file of weights that torch.load takes: {error}") from error
+    if isinstance(loaded, nn.Module):
+        return loaded.state_dict()
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
     return dict(loaded)
@@ -79,6 +86,23 @@ def check_is_file(path: Path) -> None:
         raise IsADirectoryError(f"{path} is a folder, expected a file of weights")
     if not path.is_file():
         raise FileNotFoundError(f"No such file: {path}")
+
+
+def _modules_of(path: Path) -> list[type]:
+    """The classes of modules that the file names, of ``PACKAGES``: they are made without a call of their own."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of any kind, as in load_state_dict, which says what is wrong
+        return []
+    found = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        if module.startswith(tuple(f"{package}." for package in PACKAGES)):
+            try:
+                found.append(getattr(importlib.import_module(module), attribute))
+            except (ImportError, AttributeError):  # of another version: the error of load_state_dict says enough
+                continue
+    return [value for value in found if isinstance(value, type) and issubclass(value, nn.Module)]
 
 
 def _suffix(path: Path) -> str:
