@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_freeze import example
+from test_relatives_patchtsmixer import make
 from test_relatives_patchtsmixer_layer import evaluate, make_layer
 
 import mixer_kernels.functional as F
@@ -50,6 +51,18 @@ def test_a_fused_model_runs_on_the_kernels():
     assert torch.equal(auto, asked_for) and not torch.equal(auto, eager)
 
 
+def test_a_single_mixer_that_is_trained_runs_on_torch():
+    x, mixer = make("patches", (3, 7, 13, 20), torch.float32, CPU)
+    x.requires_grad_()
+
+    def run(name):
+        return F.gated_mixing(x, **mixer, axis=-2, backend=name)
+
+    assert torch.equal(run("auto"), run("torch")) and not torch.equal(run("auto"), run("cpu"))
+    with torch.no_grad():
+        assert torch.equal(run("auto"), run("cpu")) and not torch.equal(run("auto"), run("torch"))
+
+
 @pytest.mark.parametrize("isa", ["baseline", "sse9"])
 def test_vectors_that_were_not_measured_are_not_taken(isa, monkeypatch):
     monkeypatch.setenv(library.ISA_VARIABLE, isa)
@@ -58,9 +71,9 @@ def test_vectors_that_were_not_measured_are_not_taken(isa, monkeypatch):
 
 
 def test_an_exporter_gets_pytorchs_operators(monkeypatch):
-    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32) == "cpu"
+    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32, gradients=False) == "cpu"
     monkeypatch.setattr(registry.sys.modules.setdefault("torch.onnx", torch.onnx), "is_in_onnx_export", lambda: True)
-    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32) == "torch"
+    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32, gradients=False) == "torch"
 
 
 def test_other_dtypes_and_operators_run_on_torch():

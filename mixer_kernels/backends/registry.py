@@ -36,10 +36,10 @@ from .protocol import Backend
 
 BACKENDS = ("cuda", "cuda:sm90", "triton", "cpu", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
-# What `auto` takes `cpu` for: operators by dtype of their products. Inference was measured to be faster at every size
-# that was tried, training from batch 32 on in whole models. At batch 1 training is level in whole models; a single
-# mixer of patches or features is slower there, 0.8 to 1.0 of PyTorch. Vectors of the baseline were not measured.
-FASTER_ON_CPU = {torch.float32: ("gated_mixer_layer", "gated_mixing")}
+# What `auto` takes `cpu` for: operators by dtype of their products. Where gradients will be asked for, both passes have
+# to be faster: "<operator>_backward" stands for the two. A single mixer's are not: 0.8 to 1.0 of PyTorch's speed at
+# batch 1. Vectors of the baseline were not measured.
+FASTER_ON_CPU = {torch.float32: ("gated_mixer_layer", "gated_mixer_layer_backward", "gated_mixing")}
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
@@ -75,9 +75,12 @@ def requested_backend() -> str:
 
 
 @constant_while_tracing
-def auto_on_cpu(operator: str | None, dtype: torch.dtype) -> str:
+def auto_on_cpu(operator: str | None, dtype: torch.dtype, gradients: bool) -> str:
     """What "auto" means for ``operator``, with products in ``dtype``, on tensors on the CPU."""
-    if operator not in FASTER_ON_CPU.get(dtype, ()):
+    faster = FASTER_ON_CPU.get(dtype, ())
+    if operator in faster and gradients and f"{operator}_backward" not in faster:
+        return "torch"
+    if operator not in faster:
         warn_once("backend 'auto': running on 'torch', because the tensors are on the CPU; the kernels need a GPU")
         return "torch"
     if exported_to() is not None:
@@ -99,8 +102,11 @@ def choose(
     device_index: int | None,
     dtype: torch.dtype,
     features: tuple[str, ...] = (),
+    gradients: bool = False,
 ) -> str:
     """The name of the backend that runs products in ``dtype`` on tensors of that device, and has these ``features``.
+
+    ``gradients``: whether autograd will ask for some.
 
     Raises:
         ValueError: the name is not one of ``CHOICES``.
@@ -116,7 +122,7 @@ def choose(
         return "torch"
     if name == "auto" and device_type != "cuda":
         if device_type == "cpu":
-            return auto_on_cpu(next(iter(features), None), dtype)
+            return auto_on_cpu(next(iter(features), None), dtype, gradients)
         where = f"on a device of type {device_type!r}"
         warn_once(f"backend 'auto': running on 'torch', because the tensors are {where}; the kernels need a GPU")
         return "torch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,22 +21,25 @@ ACTIVATIONS = ("gelu", "relu", "silu", "swiglu")
 NORMS = ("layer", "affine")
 
 
-def choose(backend: str | None, x: Tensor, options: Options, operator: str, *more: str) -> str:
-    """The name of the backend that runs ``operator`` on ``x``; ``more``: what it has to have besides."""
+def choose(backend: str | None, x: Tensor, options: Options, operator: str, *more: str, gradients: bool = False) -> str:
+    """The name of the backend that runs ``operator`` on ``x``; ``more``: what it has to have besides; ``gradients``:
+    whether autograd will ask for some, where that matters."""
     features = (operator, *more)
     if options.activation != "gelu":
         features += (f"activation={options.activation!r}",)
     if options.norm != "layer":
         features += (f"norm={options.norm!r}",)
-    name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features)
+    name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features, gradients)
     reason = None if name == "torch" else transform()
     return name if reason is None else _choose_torch(backend, reason)
 
 
-def runs_on_torch(backend: str | None, x: Tensor, operator: str | None = None) -> bool:
+def runs_on_torch(
+    backend: str | None, x: Tensor, operator: str | None = None, parameters: Iterable[Tensor] = ()
+) -> bool:
     """Whether the torch backend is chosen for a block on ``x``: it computes what the block's own modules compute.
 
-    ``operator``: what computes the block, where it is one that a backend may have for CPUs.
+    ``operator``: what computes the block, where it is one that a backend may have for CPUs, from ``parameters``.
 
     False where another one is asked for by name: the call of it says whether it can run.
     """
@@ -43,7 +47,8 @@ def runs_on_torch(backend: str | None, x: Tensor, operator: str | None = None) -
     if asked != "auto":
         return asked == "torch"
     if x.is_cpu:
-        return backends.auto_on_cpu(operator, product_dtype(x.dtype, "cpu")) == "torch"
+        gradients = torch.is_grad_enabled() and needs_grad(x, *parameters)
+        return backends.auto_on_cpu(operator, product_dtype(x.dtype, "cpu"), gradients) == "torch"
     device = x.device
     dtype = product_dtype(x.dtype, device.type)
     return backends.choose(asked, device.type, device.index, dtype) == "torch"

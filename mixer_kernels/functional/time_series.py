@@ -54,7 +54,7 @@ def gated_mixing(
         eps: added to the variance; > 0.
         approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
         dropout_p: probability of dropping an element after GELU and after the second product, in [0, 1].
-        backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernel takes a K up to 256.
+        backend: "auto", "cpu", "triton" or "torch"; the cuda backend does not have it; triton takes a K up to 256.
         packs: as for ``token_mixing``.
 
     Returns:
@@ -77,7 +77,7 @@ def gated_mixing(
     options = Options(eps=eps, approximate=approximate, dropout_p=dropout_p)
     x, options = check(x, parameters, options, dim=4)
     _check_mixer(x, parameters, axis)
-    name = choose(backend, x, options, "gated_mixing", *_too_long(x.shape[axis]))
+    name = choose(backend, x, options, "gated_mixing", *_too_long(x.shape[axis]), gradients=needs_grad(x, *half))
     if name == "torch":
         y = torch_backend.gated_mixing_forward(x, half, options, axis + 4, gate_first)
     else:
@@ -136,7 +136,7 @@ def gated_mixer_layer(
         approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
         dropout_p: probability of dropping an element after each GELU and each MLP, in [0, 1].
         memory: what training keeps: "fast" ``x`` and u, "min" ``x`` alone; None where no gradient will be asked for.
-        backend: "auto", "triton" or "torch"; the cuda backend does not have it, and the kernels take a P and an F up
+        backend: "auto", "cpu", "triton" or "torch"; the cuda backend does not have it; triton takes a P and an F up
             to 256.
         packs: as for ``token_mixing``.
 
@@ -168,7 +168,9 @@ def gated_mixer_layer(
     x, options = check(x, of_patches | of_features, options, memory, eps2, dim=4)
     _check_mixer(x, of_patches, axis=-2, half="1")
     _check_mixer(x, of_features, axis=-1, half="2")
-    name = choose(backend, x, options, "gated_mixer_layer", *_too_long(max(x.shape[2:])))
+    name = choose(
+        backend, x, options, "gated_mixer_layer", *_too_long(max(x.shape[2:])), gradients=needs_grad(x, *both)
+    )
     patches, features = GatedHalf(*both[:8]), GatedHalf(*both[8:])
     if name == "torch":
         u = torch_backend.gated_mixing_forward(x, patches, options, axis=2, gate_first=False)
