@@ -22,6 +22,7 @@ from .builder import StrictBuilder, StrictReduceOps, StrictScanOps, StrictSemant
 from .errors import StrictError
 from .memory import LaunchMemory
 from .recording import Launch, publish, recording
+from .types import block_type, tensor
 
 _one_launch_at_a_time = threading.RLock()  # the interpreter's builder is global
 _threads = ThreadpoolController()
@@ -53,6 +54,7 @@ def apply() -> None:
     stock._get_np_dtype = _get_np_dtype
     stock.ReduceOps, stock.ScanOps = StrictReduceOps, StrictScanOps
     stock._implicit_cvt = _implicit_cvt
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
     stock.GridExecutor = StrictGridExecutor
     JITFunction.run = _refuse_compiled_kernel
 
