@@ -175,10 +175,10 @@ class Frozen:
     def _identities(self) -> list[Any]:
         parameters = [module._parameters[leaf] for _, module, leaf in self.sources]
         try:
-            return [(p.data_ptr(), p._version, p.dtype, p.shape, p.stride(), p.device) for p in parameters]
+            return [(p.data_ptr(), p._version, p.dtype, p.shape, p.stride()) for p in parameters]
         except RuntimeError:  # an inference tensor counts no writes
             versions = [None if p.is_inference() else p._version for p in parameters]
-            found = [(p.data_ptr(), p.dtype, p.shape, p.stride(), p.device) for p in parameters]
+            found = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parameters]
             return list(zip(versions, found, strict=True))
 
     def keep_call(self, block: nn.Module, x: Tensor, options: Hashable, call: Callable[[Tensor], Tensor]) -> None:

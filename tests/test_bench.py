@@ -453,16 +453,16 @@ def test_host_times_on_the_command_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [re.split(r"  +", line.strip()) for line in lines[2:]]
     providers = {"B/16 block": ["nn.Linear", "eager", "cuda", "triton"]}
-    providers["PatchTSMixer layer"] = ["nn.Linear", "eager", "triton"]
+    providers["PatchTSMixer layer"] = ["nn.Linear", "eager", "cpu", "triton"]
     modes = ["inference", "inference, frozen", "training"]
     assert [row[:3] for row in rows] == [
         [module, provider, mode] for module, names in providers.items() for mode in modes for provider in names
     ]
     goals = {tuple(row[:3]): row[6] for row in rows if len(row) > 6}
     assert goals[("B/16 block", "cuda", "inference")] == "<= 0.4x"
-    assert goals[("PatchTSMixer layer", "triton", "inference")] == "<= 15us"
+    assert goals[("PatchTSMixer layer", "cpu", "inference")] == "<= 15us"
     for row in rows:
-        if row[1:3] != ["cuda", "inference, frozen"]:
+        if row[1:3] not in (["cuda", "inference, frozen"], ["cpu", "inference, frozen"]):
             assert float(row[3]) > 0 and float(row[-1 if row[-1][0] != "<" else -2]) > 0, row
 
 

@@ -23,12 +23,12 @@ import contextlib
 import contextvars
 import functools
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 
 import torch
 
+from ..environment import Variable
 from ..tracing import constant_while_tracing
 from ..words import one_of, warn_once
 from .measured import measured_gpus
@@ -43,8 +43,7 @@ FASTER_ON_CPU = {torch.float32: ("gated_mixer_layer", "gated_mixer_layer_backwar
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
-# What os.environ reads: where a variable is not set, os.environ.get raises and catches, in every call of every block.
-_environment, _KEY = os.environ._data, os.environ.encodekey(ENVIRONMENT_VARIABLE)
+_asked_by_environment = Variable(ENVIRONMENT_VARIABLE)
 
 # Set and put back by use_backend.
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mixer_kernels_backend", default=None)
@@ -70,8 +69,8 @@ def requested_backend() -> str:
     asked = _requested.get()
     if asked is not None:
         return asked
-    asked = _environment.get(_KEY)
-    return one_of(ENVIRONMENT_VARIABLE, os.environ.decodevalue(asked), CHOICES) if asked else "auto"
+    asked = _asked_by_environment()
+    return one_of(ENVIRONMENT_VARIABLE, asked, CHOICES) if asked else "auto"
 
 
 @constant_while_tracing
@@ -85,10 +84,7 @@ def auto_on_cpu(operator: str | None, dtype: torch.dtype, gradients: bool) -> st
         return "torch"
     if exported_to() is not None:
         return "torch"
-    cpu = load("cpu")
-    reason = cpu.why_not(torch.device("cpu"), dtype)
-    if reason is None and cpu.instruction_set() == "baseline":
-        reason = "this CPU has neither AVX2 nor AVX-512"
+    reason = load("cpu").why_not_auto(dtype)
     if reason is None:
         return "cpu"
     warn_once(f"backend 'cpu': running on 'torch', because {reason}")

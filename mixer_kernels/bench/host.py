@@ -1,10 +1,10 @@
 """Host time of one call: what Python, PyTorch's dispatcher and the launchers cost, with kernels that do nothing.
 
-Everything runs on the CPU with one thread. For ``cuda`` an object without kernels stands for the compiled module; for
-``triton`` launches are dropped, which in Triton cost host time of their own. Channels and hidden units are cut down:
-calls and launches stay those of B/16 and of a PatchTSMixer layer. PyTorch's own operators can't be dropped, so eager's
-time is that of tensors so small that what they compute does not count. On a GPU a device guard and the look-up of the
-stream come on top.
+Everything runs on the CPU with one thread. For ``cuda`` and ``cpu`` objects without kernels stand for the compiled
+modules; for ``triton`` launches are dropped, which in Triton cost host time of their own. Channels and hidden units are
+cut down: calls and launches stay those of B/16 and of a PatchTSMixer layer. PyTorch's own operators can't be dropped,
+so eager's time is that of tensors so small that what they compute does not count. On a GPU a device guard and the
+look-up of the stream come on top.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..backends.cpu import library as cpu_library
 from ..backends.cuda import library
 from ..backends.rounding import round_up
 from ..freeze import freeze_
@@ -30,7 +31,8 @@ from ..modules import FusedMixerBlock
 from ..patch import fuse_
 from ..shapes import SPECS
 
-BACKENDS = ("cuda", "triton")
+BACKENDS = ("cuda", "triton")  # of a block
+LAYER_BACKENDS = ("cpu", "triton")
 LAYER = {
     "context_length": 16, "patch_length": 4, "patch_stride": 4, "num_input_channels": 2, "d_model": 8, "num_layers": 1,
     "gated_attn": True,
@@ -38,7 +40,7 @@ LAYER = {
 MODES = ("inference", "inference, frozen", "training")
 # "x": times eager's; "us": microseconds.
 GOALS = {("B/16 block", "cuda", MODES[0]): (0.4, "x"), ("B/16 block", "cuda", MODES[1]): (0.25, "x")} | {
-    ("PatchTSMixer layer", "triton", MODES[0]): (15.0, "us")
+    ("PatchTSMixer layer", name, MODES[0]): (15.0, "us") for name in LAYER_BACKENDS
 }
 # What other processes take does not count, where the clock of a thread is fine enough to tell.
 _clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-6 else time.perf_counter
@@ -78,6 +80,18 @@ class NoKernels:
         return 1
 
     gelu_backward_tiles = norm_backward_parts = weight_gradient_splits
+
+    def __getattr__(self, name: str) -> Callable:
+        return _nothing
+
+
+class NoCPUKernels:
+    """The same of the CPU kernels."""
+
+    built = ("none",)
+
+    def runs_here(self, isa: str) -> bool:
+        return True
 
     def __getattr__(self, name: str) -> Callable:
         return _nothing
@@ -136,13 +150,13 @@ def _layer_rows(seconds: float, reasons: dict[str, str]) -> list[HostRow]:
         from transformers.models.patchtsmixer.modeling_patchtsmixer import PatchTSMixerLayer
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another build of torch
         reason = f"transformers does not import: {error}"
-        return [HostRow(name, "triton", mode, reason=reason) for mode in MODES]
+        return [HostRow(name, backend, mode, reason=reason) for mode in MODES for backend in LAYER_BACKENDS]
     config = PatchTSMixerConfig(**LAYER, dropout=0.0)
     config.num_patches = 4
     eager, x = PatchTSMixerLayer(config), torch.randn(1, 2, 4, 8)
     fused = copy.deepcopy(eager)
     fuse_(fused)
-    return _rows(name, eager, x, {"triton": fused}, x, seconds, reasons)
+    return _rows(name, eager, x, dict.fromkeys(LAYER_BACKENDS, fused), x, seconds, reasons)
 
 
 def _rows(
@@ -232,8 +246,10 @@ def _without_kernels() -> Iterator[dict[str, str]]:
     with contextlib.ExitStack() as stack:
         stack.callback(library.install, installed)
         library.install(NoKernels())
-        for name in BACKENDS:
-            reason = backends.why_not(name, torch.device("cpu"), torch.bfloat16)
+        stack.enter_context(cpu_library.replaced_by(NoCPUKernels()))
+        for name in dict.fromkeys(BACKENDS + LAYER_BACKENDS):
+            dtype = torch.float32 if name in LAYER_BACKENDS else torch.bfloat16
+            reason = backends.why_not(name, torch.device("cpu"), dtype)
             if reason is not None:
                 reasons[name] = reason
         if "triton" not in reasons:

@@ -43,10 +43,9 @@ def key_of(
         if not isinstance(packs, KeptPacks):
             return None
         return function, around, arguments, tuple(packs), *[pack.data_ptr() for pack in packs.values()], packs.stamp
-    try:
+    try:  # an address says on which device it is
         described = [
-            None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_neg())
-            for t in parameters
+            None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in parameters
         ]
     except RuntimeError:  # a sparse or a nested tensor has no address or no strides
         return None

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-import os
+import sys
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from ...environment import Variable
+from ..remembered import forget
+
 MODULE = "mixer_kernels._cpu"
 ISA_VARIABLE = "MIXER_KERNELS_CPU_ISA"
+_asked_by_environment = Variable(ISA_VARIABLE)
 
 
 def loaded() -> ModuleType:
@@ -25,7 +32,7 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: the one named was not built, or this CPU lacks it.
     """
-    return _instruction_set(os.environ.get(ISA_VARIABLE, ""))
+    return _instruction_set(_asked_by_environment())
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -39,6 +46,40 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     except (ImportError, RuntimeError) as error:
         return why_not_loaded(error)
     return None
+
+
+def why_not_auto(dtype: torch.dtype) -> str | None:
+    """Why ``auto`` does not take the kernels for products in ``dtype``, or None."""
+    return _why_not_auto(dtype, _asked_by_environment())
+
+
+@functools.cache  # as _instruction_set
+def _why_not_auto(dtype: torch.dtype, asked: str) -> str | None:
+    reason = why_not(torch.device("cpu"), dtype)
+    if reason is None and _instruction_set(asked) == "baseline":
+        return "this CPU has neither AVX2 nor AVX-512"
+    return reason
+
+
+@contextlib.contextmanager
+def replaced_by(module: Any) -> Iterator[None]:
+    """``module`` stands for the compiled one inside, for who measures or tests what is around it."""
+    before = sys.modules.get(MODULE)
+    sys.modules[MODULE] = module
+    _forget()
+    try:
+        yield
+    finally:
+        del sys.modules[MODULE]
+        if before is not None:
+            sys.modules[MODULE] = before
+        _forget()
+
+
+def _forget() -> None:
+    _instruction_set.cache_clear()
+    _why_not_auto.cache_clear()
+    forget()
 
 
 def why_not_loaded(error: Exception) -> str:

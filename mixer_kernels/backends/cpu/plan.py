@@ -1,0 +1,77 @@
+"""A forward pass as the compiled module takes it: all that calls on inputs of one layout have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import GatedHalf, Options
+from .library import instruction_set, loaded
+
+
+class ForwardPlan:
+    """The pass on every ``x`` of this layout, all but the addresses of x and y; parameters are read where they are."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        axis: int,
+        mixers: Sequence[GatedHalf],
+        eps: Sequence[float],
+        options: Options,
+        gate_first: bool,
+    ) -> None:
+        given = [parameter for mixer in mixers for parameter in mixer]
+        mixers = [contiguous(mixer) for mixer in mixers]
+        taken = [parameter for mixer in mixers for parameter in mixer]
+        self.copies = [copy for copy, parameter in zip(taken, given, strict=True) if copy is not parameter]
+        """Of parameters: a plan that has some must not outlive its call."""
+        self._shape, self._is_readable = x.shape, readable(x) is x
+        self._layout = input_of(x)[1:] if self._is_readable else None
+        self._fixed = (axis, mixers_of(mixers, eps), noise_and_form(options, gate_first))
+
+    def __call__(self, x: Tensor, *_: Any) -> Tensor:
+        return self.run(x)
+
+    def run(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """``y``; writes ``u``, what the first of two mixers gives."""
+        y = torch.empty(self._shape, dtype=torch.float32)
+        if y.numel() == 0:
+            return y
+        if self._is_readable:
+            given = (x.data_ptr(), *self._layout)
+        else:
+            x = x.contiguous()
+            given = input_of(x)
+        loaded().forward(instruction_set(), given, *self._fixed, y.data_ptr(), address(u), torch.get_num_threads())
+        return y
+
+
+def readable(x: Tensor) -> Tensor:
+    """``x`` with its features side by side."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def contiguous(mixer: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if parameter is None else parameter.contiguous() for parameter in mixer]
+
+
+def input_of(x: Tensor) -> tuple[int, ...]:
+    return (x.data_ptr(), *x.shape, *x.stride()[:3])
+
+
+def mixers_of(mixers: Sequence[Sequence[Tensor | None]], eps: Sequence[float]) -> tuple[tuple, ...]:
+    return tuple(
+        [(*map(address, mixer), mixer[2].shape[0], one_eps) for mixer, one_eps in zip(mixers, eps, strict=True)]
+    )
+
+
+def noise_and_form(options: Options, gate_first: bool) -> tuple[bool, bool, float, int]:
+    return gate_first, options.tanh, options.dropout_p, address(options.seed)
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
