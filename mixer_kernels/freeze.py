@@ -6,15 +6,14 @@ buffers of its own: they move and are copied with it, and are not in its ``state
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .coverage import why_not_global_hooks
-from .functional.direct import is_plain, surroundings
-from .ops.packs import KeptPacks, NewPacks
+from .ops.packs import KeptPacks, NewPacks, has_packs
+from .repeat import Repeatable
 from .report import FROZEN, LEFT, RESTORED, Entry, Report
 
 _BUFFER = "_pack{}"
@@ -72,7 +71,7 @@ def unfreeze_(model: nn.Module) -> Report:
     return Report(tuple(entries))
 
 
-class Freezable:
+class Freezable(Repeatable):
     """Mixin of blocks that ``freeze_`` takes, before their class of ``nn.Module``."""
 
     _frozen: Frozen | None = None
@@ -95,16 +94,14 @@ class Freezable:
         if self._frozen is not None:
             self._frozen.check(self)
 
-    def again(self, x: Tensor, options: Hashable) -> Tensor | None:
-        """What a call like an earlier one gives, of a frozen block of which nothing has changed since; else None."""
-        frozen = self._frozen
-        return None if frozen is None else frozen.again(self, x, options)
-
     def packs(self) -> dict[str, Tensor] | None:
-        """What it keeps, by name; None if it is not frozen."""
+        """What it keeps, by name: nothing if it is not frozen, and None where no call is repeated either."""
         frozen = self._frozen
-        if frozen is None or frozen.new is not None:
-            return None if frozen is None else frozen.new
+        if frozen is None:
+            repeats = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+            return KeptPacks((), None) if repeats else None
+        if frozen.new is not None:
+            return frozen.new
         buffers = self._buffers
         return KeptPacks([(name, buffers[buffer]) for name, buffer in frozen.names.items()], frozen.stamp)
 
@@ -154,25 +151,25 @@ class Frozen:
         ]
         self.seen: list[Any] = []
         self.aliases: list[Tensor] = []
-        self._call: tuple | None = None  # of `keep_call`: a plan, of metadata alone
         self.look()
 
     def look(self) -> None:
         """Remember what the parameters are now."""
         # An alias keeps the address from being used again.
         self.aliases = [_parameter(source).detach() for source in self.sources]
-        self.seen, self.stamp = self._identities(), object()
+        self.seen, self.stamp = self.identities(), object()
 
     def changed(self) -> str | None:
         """The name of a parameter that is not what it was, or None."""
         if not self.seen:
             return self.sources[0][0]
-        now = self._identities()
+        now = self.identities()
         if now == self.seen:
             return None
         return next(path for (path, *_), was, is_ in zip(self.sources, self.seen, now, strict=True) if was != is_)
 
-    def _identities(self) -> list[Any]:
+    def identities(self) -> list[Any]:
+        """What the parameters are now, the number of writes to them included."""
         parameters = [module._parameters[leaf] for _, module, leaf in self.sources]
         try:
             return [(p.data_ptr(), p._version, p.dtype, p.shape, p.stride()) for p in parameters]
@@ -180,30 +177,6 @@ class Frozen:
             versions = [None if p.is_inference() else p._version for p in parameters]
             found = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parameters]
             return list(zip(versions, found, strict=True))
-
-    def keep_call(self, block: nn.Module, x: Tensor, options: Hashable, call: Callable[[Tensor], Tensor]) -> None:
-        """``call(x)`` is what ``block`` gives on every ``x`` like this one, as long as all is as it is."""
-        if block._snapshot is None:
-            return
-        noisy = [block, *(m for m in block.modules() if hasattr(m, "p") or hasattr(m, "drop_prob"))]
-        self._call = (self._state(block, x, options), noisy, call)
-
-    def again(self, block: nn.Module, x: Tensor, options: Hashable) -> Tensor | None:
-        """By the last of those calls, if nothing has changed since."""
-        if not is_plain(x) or torch.is_grad_enabled():  # not while compiling, above all
-            return None
-        kept = self._call
-        if kept is None:
-            return None
-        state, noisy, call = kept
-        if any([module.training for module in noisy]) or state != self._state(block, x, options):
-            return None
-        return call(x) if block._snapshot.holds(block) and why_not_global_hooks() is None else None
-
-    def _state(self, block: nn.Module, x: Tensor, options: Hashable) -> tuple:
-        buffers = block._buffers
-        packs = [buffers[buffer].data_ptr() for buffer in self.names.values()]
-        return block._snapshot, surroundings(x), options, packs, self._identities()
 
     def first(self) -> Tensor:
         """One of the parameters."""
@@ -236,12 +209,12 @@ class Frozen:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"seen": [], "aliases": [], "_call": None, "was_intact": self.changed() is None}
+        return self.__dict__ | {"seen": [], "aliases": [], "was_intact": self.changed() is None}
 
 
 def kept(packs: dict[str, Tensor] | None, name: str, make: Callable[[], Tensor]) -> Tensor:
     """``make()``, a tensor made of parameters; of a frozen block, whose ``packs`` these are, the one that it keeps."""
-    if packs is None:
+    if not has_packs(packs):
         return make()
     if isinstance(packs, NewPacks):
         packs[name] = make()

@@ -27,7 +27,6 @@ from .coverage import (
 from .freeze import Freezable
 from .functional import checks
 from .layers import DropPath, Mlp, factory_kwargs, pair
-from .ops.packs import KeptPacks
 from .snapshot import Watched
 from .tracing import is_exporting
 from .words import one_of, warn_once
@@ -108,7 +107,7 @@ class FusedMixerBlock(Watched, Freezable, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Needs nothing but timm's submodules, so that it serves a stock MixerBlock just as well.
         is_ours = isinstance(self, FusedMixerBlock)
-        if is_ours and self._frozen is not None:
+        if is_ours:
             y = self.again(x, self.memory)
             if y is not None:
                 return y
@@ -172,8 +171,8 @@ def fused(
         backend=backend,
         packs=packs,
     )
-    if isinstance(packs, KeptPacks) and packs.call is not None:
-        block._frozen.keep_call(block, x, options, packs.call)
+    if packs is not None:
+        block.keep_call(packs, x, options)
     return y
 
 

@@ -107,8 +107,8 @@ def unfuse_(model: nn.Module) -> Report:
         else:
             module.unfreeze()
             module.__class__ = original
-            module.__dict__.pop("_fused_options", None)
-            module.__dict__.pop("_snapshot", None)
+            for state in ("_fused_options", "_snapshot", "_last"):
+                module.__dict__.pop(state, None)
         entries.append(Entry(name, original.__name__, LEFT if reason else RESTORED, reason or ""))
     return Report(tuple(entries))
 

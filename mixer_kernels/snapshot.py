@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .coverage import why_not_global_hooks
 
+_CHANGING = ("training", "_last")  # the mode; what repeat keeps
 _PLAIN = (str, tuple, numbers.Number, type(None))
 
 
@@ -97,6 +98,6 @@ def _remembered(module: nn.Module) -> tuple[Any, ...]:
 def _plain_attributes(module: nn.Module) -> tuple[itemgetter, Any]:
     """What reads them from the module's ``__dict__``, and what it reads now."""
     attributes = module.__dict__
-    names = [name for name, value in attributes.items() if name != "training" and isinstance(value, _PLAIN)]
+    names = [name for name, value in attributes.items() if name not in _CHANGING and isinstance(value, _PLAIN)]
     read = itemgetter(*names)  # _is_full_backward_hook at least
     return read, read(attributes)

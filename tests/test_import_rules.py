@@ -21,7 +21,7 @@ GROUPS = (
     {"backends"},
     {"ops"},
     {"functional"},
-    {"report", "freeze", "layers", "coverage", "snapshot", "modules", "models", "adapters", "patch", "timm"},
+    {"report", "freeze", "repeat", "layers", "coverage", "snapshot", "modules", "models", "adapters", "patch", "timm"},
     {"bench", "compile_check", "info", "__main__", "__init__"},
 )
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}

@@ -90,23 +90,13 @@ def test_bug_is_caught(file, right, wrong, tests, chosen, tmp_path):
     text = source.read_text()
     assert text.count(right) == 1, f"{file} has {text.count(right)} times {right!r}: bring the planted bug up to date"
     source.write_text(text.replace(right, wrong))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", TESTS / tests]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            TESTS / tests,
-            "-k",
-            f"({chosen}) and not cuda",
-        ],
+        [*command, "-k", f"({chosen}) and not cuda"],
         capture_output=True,
         text=True,
         cwd=TESTS.parent,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"},
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1", "PYTEST_ADDOPTS": ""},
     )
     assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
     assert "1 failed" in result.stdout, result.stdout[-2000:]

@@ -99,13 +99,23 @@ const Kernels& kernels_of(const std::string& name) {
 }
 
 void forward(const std::string& name, const py::tuple& x, int axis, const py::tuple& mixers, const py::tuple& options,
-             uintptr_t y, uintptr_t u, int threads) {
+             uintptr_t y, uintptr_t u, uintptr_t packs, int threads) {
     const Kernels& kernels = kernels_of(name);
     Call call = call_of(x, axis, mixers, options);
     call.y = at<float>(y);
     call.u = at<float>(u);
     const py::gil_scoped_release release;
-    run_forward(kernels, call, threads);
+    run_forward(kernels, call, threads, at<const float>(packs));
+}
+
+int64_t pack_size(const std::string& name, const py::tuple& x, int axis, const py::tuple& mixers,
+                  const py::tuple& options) {
+    return kernels_of(name).pack_size(call_of(x, axis, mixers, options));
+}
+
+void pack(const std::string& name, const py::tuple& x, int axis, const py::tuple& mixers, const py::tuple& options,
+          uintptr_t packs) {
+    kernels_of(name).pack(call_of(x, axis, mixers, options), at<float>(packs));
 }
 
 void backward(const std::string& name, uintptr_t dy, const py::tuple& x, int axis, const py::tuple& mixers,
@@ -128,6 +138,8 @@ PYBIND11_MODULE(_cpu, module) {
     module.attr("built") = py::tuple(names);
     module.def("runs_here", [](const std::string& name) { return runs_here(name.c_str()); });
     module.def("has_pool", &has_pool);
+    module.def("pack_size", &pack_size);
+    module.def("pack", &pack);
     module.def("forward", &forward);
     module.def("backward", &backward);
 }

@@ -221,13 +221,17 @@ int64_t tile_of(const Call& call, int64_t parts) {
     return least(largest(divided_up(count_of(call), parts), fewest), largest(most, shape.features ? fewest : 1));
 }
 
-int64_t packs_of(const Call& call) {
+int64_t pack_size(const Call& call) {
     Arena arena(nullptr);
-    for (int i = 0; i < call.mixers; ++i) {
-        if (elements_of(call) / Tile::shape_of(call, i).K < kPackedColumns) return 0;
-        Tile::packed_matrices(arena, call, i, [](Left&, int64_t, int64_t, float*) {});
-    }
+    for (int i = 0; i < call.mixers; ++i) Tile::packed_matrices(arena, call, i, [](Left&, int64_t, int64_t, float*) {});
     return arena.used();
+}
+
+// What a call packs for itself.
+int64_t packs_of(const Call& call) {
+    for (int i = 0; i < call.mixers; ++i)
+        if (elements_of(call) / Tile::shape_of(call, i).K < kPackedColumns) return 0;
+    return pack_size(call);
 }
 
 void pack(const Call& call, float* packs) {
@@ -363,6 +367,7 @@ void add_sums(const Call& call, const Plan& plan, float* memory) {
 
 namespace mixer_kernels::cpu {
 
-const Kernels JOINED(kernels_, MIXER_KERNELS_ISA) = {plan_forward, plan_backward, pack, forward, backward, add_sums};
+const Kernels JOINED(kernels_, MIXER_KERNELS_ISA) = {plan_forward, plan_backward, pack_size, pack,
+                                                     forward,      backward,      add_sums};
 
 }  // namespace mixer_kernels::cpu

@@ -75,6 +75,7 @@ struct Plan {
 struct Kernels {
     Plan (*plan_forward)(const Call&, int threads);
     Plan (*plan_backward)(const Call&);
+    int64_t (*pack_size)(const Call&);  // floats
     void (*pack)(const Call&, float* packs);
     void (*forward)(const Call&, const Plan&, int64_t task, float* work);
     void (*backward)(const Call&, const Plan&, int64_t task, float* work, float* sums);
@@ -91,7 +92,8 @@ bool runs_here(const char* name);
 // The kernels called `name`; null if they were not built or do not run here.
 const Kernels* find(const char* name);
 
-void run_forward(const Kernels&, const Call&, int threads);
+// `packs`, if there are, are of the weights of this call, for these kernels; else it packs where that pays.
+void run_forward(const Kernels&, const Call&, int threads, const float* packs = nullptr);
 void run_backward(const Kernels&, const Call&, int threads);
 
 // Whether there is a pool of threads, that of the OpenMP runtime which PyTorch has loaded.

@@ -132,9 +132,10 @@ const Kernels* find(const char* name) {
 
 bool has_pool() { return pool() != nullptr; }
 
-void run_forward(const Kernels& kernels, const Call& call, int threads) {
+void run_forward(const Kernels& kernels, const Call& call, int threads, const float* packs) {
     Plan plan = kernels.plan_forward(call, threads);
-    const auto packs = packed(kernels, call, plan);
+    plan.packed = packs;
+    const auto own = packs ? nullptr : packed(kernels, call, plan);
     threads = threads_for(plan, threads);
     const auto work = allocated(threads * plan.work);
     on_threads(plan.tasks, threads, [&](int64_t task, int64_t thread) {

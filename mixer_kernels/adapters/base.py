@@ -13,6 +13,7 @@ from ..coverage import why_not_tensor, why_not_transformed
 from ..freeze import Freezable
 from ..functional import checks
 from ..modules import memory_of
+from ..repeat import Repeatable
 from ..snapshot import Watched
 from ..words import warn_once
 
@@ -69,7 +70,7 @@ class Fused(Watched, Freezable):
     @classmethod
     def original(cls) -> type[nn.Module]:
         """The class that a block had, and gets back."""
-        return cls.__mro__[cls.__mro__.index(Freezable) + 1]  # also for a class that FSDP has derived since
+        return cls.__mro__[cls.__mro__.index(Repeatable) + 1]  # also for a class that FSDP has derived since
 
     @classmethod
     def name_of_class(cls) -> str:
@@ -133,11 +134,10 @@ class Fused(Watched, Freezable):
 
     def forward(self, x: Tensor) -> Tensor:
         options = self._fused_options
-        if self._frozen is not None:
-            y = self.again(x, options)
-            if y is not None:
-                return y
-            self.check_frozen()
+        y = self.again(x, options)
+        if y is not None:
+            return y
+        self.check_frozen()
         if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x, self.function(self), self.parameters()):
             return super().forward(x)
         reason = self.why_not_kernels(x)

@@ -86,7 +86,8 @@ class Mixing(Fused):
         return tuple(shape)
 
     def compute(self, x: Tensor, options: Options) -> Tensor:
-        return functional.gated_mixing(
+        packs = self.packs()
+        y = functional.gated_mixing(
             x,
             *self.parameters_in_order(),
             axis=self.axis,
@@ -94,8 +95,10 @@ class Mixing(Fused):
             eps=_norm(self).eps,
             dropout_p=dropout_p_of(_dropouts(self)[0]),
             backend=options.backend,
-            packs=self.packs(),
+            packs=packs,
         )
+        self.keep_call(packs, x, self._fused_options)
+        return y
 
 
 class FeatureMixing(Mixing):
@@ -178,16 +181,19 @@ class Layer(Fused):
     def compute(self, x: Tensor, options: Options) -> Tensor:
         if self.mode == "mix_channel":
             x = self.channel_feature_mixer(x)
-        mixers = self._mixers(self)
-        return functional.gated_mixer_layer(
+        mixers, packs = self._mixers(self), self.packs()
+        y = functional.gated_mixer_layer(
             x,
             *[parameter for mixer in mixers for parameter in mixer.parameters_in_order()],
             eps=tuple([_norm(mixer).eps for mixer in mixers]),
             dropout_p=dropout_p_of(_dropouts(mixers[0])[0]),
             memory=options.memory,
             backend=options.backend,
-            packs=self.packs(),
+            packs=packs,
         )
+        if self.mode != "mix_channel":
+            self.keep_call(packs, x, self._fused_options)
+        return y
 
     def _why_not_input(self, x: Tensor) -> str | None:
         for name, mixer in zip(self.mixers, self._mixers(self), strict=True):

@@ -93,6 +93,9 @@ class NoCPUKernels:
     def runs_here(self, isa: str) -> bool:
         return True
 
+    def pack_size(self, *call: Any) -> int:
+        return 1
+
     def __getattr__(self, name: str) -> Callable:
         return _nothing
 

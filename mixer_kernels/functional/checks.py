@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.arguments import Options
+from ..ops.packs import has_packs
 from ..tracing import constant_while_tracing, transform
 from ..words import one_of, warn_once
 
@@ -81,7 +82,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def takes_packs(packs: dict[str, Tensor] | None, name: str, options: Options, *tensors: Tensor | None) -> bool:
     """Whether a call on backend ``name`` can take the packs of a frozen block: without gradients, without noise."""
     return (
-        packs is not None and name != "torch" and not options.noise and not needs_grad(*tensors) and _keeps_packs(name)
+        has_packs(packs) and name != "torch" and not options.noise and not needs_grad(*tensors) and _keeps_packs(name)
     )
 
 

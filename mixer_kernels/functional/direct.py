@@ -18,7 +18,7 @@ from .. import backends, ops
 from ..backends.arguments import Options, precision_of
 from ..backends.remembered import recall, remember
 from ..ops.operator import packed
-from ..ops.packs import KeptPacks, packs_of
+from ..ops.packs import KeptPacks, has_packs, packs_of
 from ..tracing import is_watched
 from .checks import needs_grad, takes_packs
 
@@ -39,7 +39,7 @@ def key_of(
     around = surroundings(x, backend)
     if around is None:
         return None
-    if packs is not None:
+    if has_packs(packs):
         if not isinstance(packs, KeptPacks):
             return None
         return function, around, arguments, tuple(packs), *[pack.data_ptr() for pack in packs.values()], packs.stamp
@@ -85,7 +85,7 @@ def known_call(key: Hashable | None, packs: Packs = None) -> Callable[[Tensor, P
 
 def _noted(call: Callable | None, packs: Packs) -> Callable | None:
     """``call``; the owner of ``packs`` may repeat it if it takes nothing but x."""
-    if packs is not None and hasattr(call, "copies"):
+    if isinstance(packs, KeptPacks) and hasattr(call, "copies"):
         packs.call = call
     return call
 

@@ -68,7 +68,7 @@ def gated_mixing(
     shape = x.shape
     x, half = _of_four_axes(x), GatedHalf(gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
     key = key_of("gated_mixing", x, half, (axis, gate_first, eps, approximate, dropout_p), backend, packs)
-    known = known_call(key)
+    known = known_call(key, packs)
     if known is not None:
         return _in_shape(known(x, half, packs), shape)
     parameters = {
@@ -153,7 +153,7 @@ def gated_mixer_layer(
         gamma1, beta1, w1, b1, w2, b2, w_gate1, b_gate1, gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2,
     )  # fmt: skip
     key = key_of("gated_mixer_layer", x, both, (eps1, eps2, approximate, dropout_p, memory), backend, packs)
-    known = known_call(key)
+    known = known_call(key, packs)
     if known is not None:
         return _in_shape(known(x, both, packs), shape)
     of_patches = {

@@ -13,13 +13,18 @@ class NewPacks(dict[str, Tensor]):
 
 class KeptPacks(dict[str, Tensor]):
     """Those of a frozen block whose parameters are in this call all that they were when ``stamp`` was made: writes that
-    PyTorch counts, addresses, dtypes, shapes, strides and devices have been compared."""
+    PyTorch counts, addresses, dtypes, shapes and strides have been compared. None, with ``stamp`` None, of another."""
 
     def __init__(self, packs: Iterable[tuple[str, Tensor]], stamp: object) -> None:
         super().__init__(packs)
         self.stamp = stamp
         self.call: Callable[[Tensor], Tensor] | None = None
         """Put here by a call that is all plan: it does the same on every x that looks the same."""
+
+
+def has_packs(packs: Mapping[str, Tensor] | None) -> bool:
+    """Whether the call takes packs, or makes some to be kept."""
+    return bool(packs) or isinstance(packs, NewPacks)
 
 
 def packs_of(backend: str, packs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 A call does all of a mixer, or of a layer, tile of series by tile of series, on PyTorch's threads; results do not depend
 on how many. x is read as it is where its features lie side by side, else from a contiguous copy; weights are packed in
-the call, or read where they are in a small one. Products are IEEE float32 whatever
+the call, or read where they are in a small one; those of a frozen block once. Products are IEEE float32 whatever
 ``torch.get_float32_matmul_precision()`` says.
 """
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..arguments import GatedHalf, Options
 from .library import instruction_set, loaded, why_not, why_not_auto
-from .plan import ForwardPlan, address, contiguous, input_of, mixers_of, noise_and_form, readable
+from .plan import ForwardPlan, Packing, address, contiguous, input_of, mixers_of, noise_and_form, readable
 
 __all__ = [
+    "Packing",
     "gated_mixer_layer_backward",
     "gated_mixer_layer_forward",
     "gated_mixer_layer_plan",
@@ -29,32 +30,40 @@ __all__ = [
     "why_not_auto",
 ]
 
-_FEATURES = {"gated_mixing", "gated_mixing_backward", "gated_mixer_layer", "gated_mixer_layer_backward"}
+_FEATURES = {"packs", "gated_mixing", "gated_mixing_backward", "gated_mixer_layer", "gated_mixer_layer_backward"}
 
 
 def has(feature: str) -> bool:
-    """Mixers of time series, of any size."""
+    """Mixers of time series, of any size, and packs of those that are frozen."""
     return feature in _FEATURES or feature.startswith("an axis of ")
 
 
-def gated_mixing_forward(x: Tensor, half: GatedHalf, options: Options, axis: int, gate_first: bool) -> Tensor:
+def gated_mixing_forward(
+    x: Tensor, half: GatedHalf, options: Options, axis: int, gate_first: bool, packing: Packing | None = None
+) -> Tensor:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis`` 1, 2 or 3."""
-    return gated_mixing_plan(x, half, options, axis, gate_first)(x)
+    return gated_mixing_plan(x, half, options, axis, gate_first, packing)(x)
 
 
 def gated_mixing_plan(
-    x: Tensor, half: GatedHalf, options: Options, axis: int, gate_first: bool, packing: None = None
+    x: Tensor, half: GatedHalf, options: Options, axis: int, gate_first: bool, packing: Packing | None = None
 ) -> ForwardPlan:
     """``gated_mixing_forward`` on every ``x`` of this layout, parameters where they are now."""
-    return ForwardPlan(x, axis, (half,), (options.eps,), options, gate_first)
+    return ForwardPlan(x, axis, (half,), (options.eps,), options, gate_first, packing)
 
 
 def gated_mixer_layer_forward(
-    x: Tensor, patches: GatedHalf, features: GatedHalf, options: Options, eps2: float, keep_u: bool = False
+    x: Tensor,
+    patches: GatedHalf,
+    features: GatedHalf,
+    options: Options,
+    eps2: float,
+    keep_u: bool = False,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, and u, what the patches' mixer gives, if kept."""
     u = torch.empty(x.shape, dtype=x.dtype) if keep_u else None
-    return gated_mixer_layer_plan(x, patches, features, options, eps2).run(x, u), u
+    return gated_mixer_layer_plan(x, patches, features, options, eps2, packing=packing).run(x, u), u
 
 
 def gated_mixer_layer_plan(
@@ -64,10 +73,10 @@ def gated_mixer_layer_plan(
     options: Options,
     eps2: float,
     keep_u: bool = False,
-    packing: None = None,
+    packing: Packing | None = None,
 ) -> ForwardPlan:
     """``gated_mixer_layer_forward``'s y on every ``x`` of this layout, parameters where they are now."""
-    return ForwardPlan(x, 2, (patches, features), (options.eps, eps2), options, gate_first=False)
+    return ForwardPlan(x, 2, (patches, features), (options.eps, eps2), options, False, packing)
 
 
 def gated_mixing_backward(

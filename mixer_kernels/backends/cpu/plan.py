@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,23 @@ from torch import Tensor
 
 from ..arguments import GatedHalf, Options
 from .library import instruction_set, loaded
+
+
+class Packing:
+    """Weights in the order in which products read them, for an owner who promises that they stay: ``kept``, by the
+    instruction set that they are packed for. Without an owner a call packs them for itself where that pays."""
+
+    def __init__(self, dtype: torch.dtype, kept: Mapping[str, Tensor]) -> None:
+        self._kept, self.made = kept, {}
+
+    def packs(self, isa: str, *call: Any) -> Tensor:
+        """Those of ``call``: kept, or made now."""
+        if isa not in self._kept:
+            module = loaded()
+            self.made[isa] = pack = torch.empty(module.pack_size(isa, *call), dtype=torch.float32)
+            module.pack(isa, *call, pack.data_ptr())
+            return pack
+        return self._kept[isa]
 
 
 class ForwardPlan:
@@ -23,15 +40,21 @@ class ForwardPlan:
         eps: Sequence[float],
         options: Options,
         gate_first: bool,
+        packing: Packing | None,
     ) -> None:
         given = [parameter for mixer in mixers for parameter in mixer]
         mixers = [contiguous(mixer) for mixer in mixers]
         taken = [parameter for mixer in mixers for parameter in mixer]
         self.copies = [copy for copy, parameter in zip(taken, given, strict=True) if copy is not parameter]
-        """Of parameters: a plan that has some must not outlive its call."""
+        """Of parameters, and their packs unless they are kept: a plan that has some must not outlive its call."""
         self._shape, self._is_readable = x.shape, readable(x) is x
         self._layout = input_of(x)[1:] if self._is_readable else None
         self._fixed = (axis, mixers_of(mixers, eps), noise_and_form(options, gate_first))
+        self._isa, self._packs = None, 0
+        if packing is not None and x.numel() > 0:
+            self._isa = instruction_set()
+            self._packs = packing.packs(self._isa, input_of(x), *self._fixed).data_ptr()
+            self.copies += packing.made.values()
 
     def __call__(self, x: Tensor, *_: Any) -> Tensor:
         return self.run(x)
@@ -46,7 +69,10 @@ class ForwardPlan:
         else:
             x = x.contiguous()
             given = input_of(x)
-        loaded().forward(instruction_set(), given, *self._fixed, y.data_ptr(), address(u), torch.get_num_threads())
+        loaded().forward(
+            self._isa or instruction_set(), given, *self._fixed, y.data_ptr(), address(u), self._packs,
+            torch.get_num_threads(),
+        )  # fmt: skip
         return y
 
 
