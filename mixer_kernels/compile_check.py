@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", nargs="+", default=["mixer", *RELATIVES], choices=("mixer", *RELATIVES), help="default: all"
     )
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="S", help="cases of so many alone (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     arguments = parser.parse_args(argv)
@@ -161,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
 
     chosen = [c for c in cases() if c.dtype in arguments.dtype and (c.relative or "mixer") in arguments.model]
+    chosen = [c for c in chosen if arguments.tokens is None or c.shape.S in arguments.tokens]
     work = [(name, case) for name in names for case in chosen]
     rows: dict[str, Row] = {}
     print(f"Triton {triton.__version__}, {len(names)} targets, {len(work)} cases")

@@ -34,7 +34,7 @@ def on(target, backend, device):
 EXTENTS = st.one_of(st.integers(1, 70), st.sampled_from((15, 16, 17, 31, 32, 33, 63, 64, 65, 96)))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch_size=st.integers(1, 3),
     tokens=st.one_of(EXTENTS, st.sampled_from((127, 128, 129, 208, 209, 256, 257))),
@@ -67,7 +67,7 @@ def test_any_block_matches_eager(
     assert_accurate(actual, eager, run_exact(block, x, **options))
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch_size=st.integers(2, 3),
     tokens=st.one_of(st.integers(2, 70), st.sampled_from((129, 209, 257))),

@@ -114,7 +114,7 @@ def test_float32_follows_the_torch_backend(device) -> None:
     having moved by at least one step of the learning rate: b2 of token mixing adds the same to all channels of a token,
     each LayerNorm after it takes that away again, and what is left of its gradient is rounding.
     """
-    model, batch = make_model(device, **DIGITS), make_batch(device, 16, DIGITS)
+    model, batch = make_model(device, **DIGITS), make_batch(device, 8, DIGITS)
     losses, weights = train(model, batch, steps=4)
     with use_backend("torch"):
         expected_losses, expected = train(model, batch, steps=4)
@@ -131,7 +131,7 @@ def test_bfloat16_autocast_follows_the_torch_backend(device) -> None:
 
     Measured on the weights, some hundred thousand numbers: in the mean of a loss, rounding errors cancel by luck.
     """
-    model, batch = make_model(device, **DIGITS), make_batch(device, 16, DIGITS)
+    model, batch = make_model(device, **DIGITS), make_batch(device, 8, DIGITS)
     _, weights = train(model, batch, 4, torch.bfloat16)
     with use_backend("torch"):
         _, eager = train(model, batch, 4, torch.bfloat16)
