@@ -31,7 +31,7 @@ from mixer_kernels.bench.providers import (
     Weights,
     function_providers,
 )
-from mixer_kernels.bench.report import Row, group_rows, table
+from mixer_kernels.bench.report import Row, closing_lines, group_lines, group_rows, table
 from mixer_kernels.bench.run import is_defect, run_group
 from mixer_kernels.bench.timing import DeviceClock, HostClock, Samples, _measure, measure, rotated_inputs
 from mixer_kernels.bench.whole_model import EagerMixer, randomize_
@@ -165,7 +165,7 @@ def test_every_provider_has_a_row_and_a_line():
         assert row.speedup_vs_eager == pytest.approx(by_name["eager"].ms / row.ms)
         assert row.time_vs_bare == pytest.approx(row.ms / by_name["bare"].ms)
         assert f"{row.ms:.3f}" in lines[name]
-    assert not is_defect(by_name["triton"].reason) and by_name["triton"].reason in lines["triton"]
+    assert not is_defect(by_name["triton"].reason) and f"triton: {by_name['triton'].reason}" in table(group.rows)
 
 
 def _raise(error: Exception):
@@ -332,7 +332,22 @@ def test_command_line_prints_and_writes_the_same_rows(tmp_path, capsys):
     names = ("eager", "torch", "triton", "cuda:sm90", "cuda", "bare")
     expected = [(batch, name) for batch in (1, 2) for name in names]
     assert [(row.batch_size, row.provider) for row in rows] == expected
-    assert table(rows) in output
+    parts = [group_lines([row for row in rows if row.batch_size == batch_size]) for batch_size in (1, 2)]
+    places = [output.index(part) for part in (*parts, closing_lines(rows))]
+    assert places == sorted(places)
+    assert "whole model, S/32 at 32 px (S 1, " in output
+
+
+def test_what_cannot_run_is_a_line_for_each_reason():
+    case = small_case()
+    rows = []
+    for _ in range(2):
+        failures = dict.fromkeys(("cuda", "cuda:sm90"), "cannot run: not built") | {"triton": "cannot run: no GPU"}
+        rows += group_rows(case, CPU, ["eager", *failures], {"eager": Samples([0.5])}, failures, {})
+    assert table(rows, legend=False).endswith(
+        "\n\n  cuda, cuda:sm90: cannot run: not built\n  triton: cannot run: no GPU"
+    )
+    assert table(rows).count("cannot run") == 2
 
 
 def test_a_batch_too_large_has_a_row_and_the_run_goes_on(monkeypatch, capsys):
@@ -379,7 +394,7 @@ def test_plot_has_a_bar_for_each_speed(tmp_path):
         "CUDA kernels",
         "cannot run",
         "32,000  (2.00x eager)",
-        "a GPU",
+        "Mixer-B/16 at 224 px, inference, bf16, a GPU",
     ):
         assert label in text, label
     with pytest.raises(ValueError, match=r"\.png.*got 'out\.xyz'"):
@@ -390,9 +405,9 @@ def test_progress_without_tqdm(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with progress_line(2) as (say, advance):
         say("working")
-        advance()
-        advance()
-    assert capsys.readouterr().err == "1/2\n2/2\n"
+        advance("one")
+        advance("two")
+    assert capsys.readouterr() == ("one\ntwo\n", "1/2\n2/2\n")
 
 
 # A model at hand, and pytest

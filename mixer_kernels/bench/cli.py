@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .. import info
 from ..models import FusedMixer
 from ..shapes import SPECS
 from .cases import DTYPES, MODES, check_img_size, model_case
@@ -18,7 +19,7 @@ from .memory import saved_rows, saved_table, write_saved_json
 from .plot import check_plot, plot
 from .progress import progress_line
 from .providers import BACKENDS, provider_names
-from .report import Report, Row, group_rows
+from .report import Report, Row, closing_lines, group_lines, group_rows
 from .run import is_out_of_memory, release, run_group
 from .series import OURS, SERIES_BASELINES, series_rows, series_table, write_series_json
 from .series_models import SERIES_MODELS
@@ -75,17 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         baselines = BASELINES if on_gpu else tuple(name for name in BASELINES if name != "compile")
     wanted = {"eager", *baselines, *(arguments.backend or BACKENDS)}
     rows: list[Row] = []
+    print(info.device_name(device))
     with progress_line(len(batch_sizes)) as (say, advance):
         say(f"building Mixer-{arguments.model}")
         model = FusedMixer.from_spec(arguments.model, img_size=arguments.img_size).to(device, dtype)
         randomize_(model).train(training).requires_grad_(training)
         with contextlib.suppress(KeyboardInterrupt):  # what there is, is printed
             for batch_size in batch_sizes:
-                rows += _measure(arguments, model, batch_size, wanted, say)
-                advance()
+                of_batch = _measure(arguments, model, batch_size, wanted, say)
+                rows += of_batch
+                advance(group_lines(of_batch) + "\n")
+    print(closing_lines(rows) if rows else "nothing was measured")
     report = Report.of(rows, device)
-    print(report.device["name"])
-    print(report)
     if arguments.json:
         report.write_json(arguments.json)
     if arguments.plot and rows:
@@ -106,9 +108,9 @@ def _series(arguments: argparse.Namespace, parser: argparse.ArgumentParser, devi
         raise ValueError(f"--baseline bare is of the Mixer, not of --model {arguments.model}")
     batch_sizes = arguments.batch_size or [1, 32, 256]
     rows = []
-    with progress_line(len(batch_sizes)) as (say, advance):
+    with progress_line(len(batch_sizes)) as (say, advance), contextlib.suppress(KeyboardInterrupt):
         for size in batch_sizes:
-            rows += series_rows(
+            of_batch = series_rows(
                 arguments.model,
                 arguments.mode,
                 size,
@@ -117,8 +119,8 @@ def _series(arguments: argparse.Namespace, parser: argparse.ArgumentParser, devi
                 arguments.seconds,
                 lambda text, size=size: say(f"batch {size}: {text}"),
             )
-            advance()
-    print(series_table(rows))
+            rows += of_batch
+            advance(series_table(of_batch))
     if arguments.json:
         write_series_json(rows, arguments.json)
     return 0 if any(row.ms is not None for row in rows if row.provider == OURS) else 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Row, significant
+from .report import Row, pixels, significant
 
 # Okabe and Ito's palette: told apart with any colour vision, and in print.
 _COLORS = {"eager": "#999999", "compile": "#56B4E9", "bare": "#DDDDDD", "torch": "#009E73", "triton": "#D55E00"}
@@ -57,7 +57,11 @@ def plot(rows: Sequence[Row], device_name: str, path: str | Path) -> None:
     height = 0.9 + len(panels) * (0.45 + 0.34 * bars)
     figure = Figure(figsize=(7.2, height), layout="constrained")
     what = "training step" if rows[0].mode == "train" else "inference"
-    figure.suptitle(f"Mixer-{rows[0].name} {what}, {rows[0].dtype}, {device_name}", fontsize=12, fontweight="bold")
+    figure.suptitle(
+        f"Mixer-{rows[0].name} at {pixels(rows[0])}, {what}, {rows[0].dtype}, {device_name}",
+        fontsize=12,
+        fontweight="bold",
+    )
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
         _draw_panel(axes, panel)
     figure.supxlabel("images per second", fontsize=10)

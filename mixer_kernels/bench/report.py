@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 
 from .. import info
+from ..shapes import SPECS
 from .cases import Case
 from .roofline import floor_seconds
 from .timing import Samples
 
+CANNOT_RUN = "cannot run"  # how the reasons of a machine that lacks something begin
 LEVEL_TITLES = {"token": "token mixing", "channel": "channel mixing", "block": "block", "model": "whole model"}
 TRAINING_TITLES = {level: f"{title}, forward + backward" for level, title in LEVEL_TITLES.items()}
 TRAINING_TITLES["model"] = "whole model, training step (forward, loss, backward, AdamW)"
@@ -150,9 +153,14 @@ _COLUMNS = (
 
 
 def table(rows: Sequence[Row], legend: bool = True) -> str:
-    """Groups under a line that names them, one line a provider; a provider without a time shows the reason."""
+    """Groups under a line that names them, one line a provider; what could not run, and why, at the end."""
     if not rows:
         return "nothing was measured"
+    return "\n".join([group_lines(rows), closing_lines(rows, legend)]).rstrip("\n")
+
+
+def group_lines(rows: Sequence[Row]) -> str:
+    """Those groups; a provider that ran without a time shows the reason."""
     cells = [[_cell(row, attribute, form) for _, attribute, form in _COLUMNS] for row in rows]
     name_width = max(len(row.provider) for row in rows)
     widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
@@ -163,17 +171,35 @@ def table(rows: Sequence[Row], legend: bool = True) -> str:
         members = list(group)
         lines += ["", _title(members[0][0])]
         for row, line in members:
-            numbers = [row.reason] if row.reason else [cell.rjust(w) for cell, w in zip(line, widths, strict=True)]
-            lines.append("  ".join([f"  {row.provider:<{name_width}}", *numbers]))
-    if legend:
-        lines += ["", LEGEND]
+            if not _could_not_run(row):
+                numbers = [row.reason] if row.reason else [cell.rjust(w) for cell, w in zip(line, widths, strict=True)]
+                lines.append("  ".join([f"  {row.provider:<{name_width}}", *numbers]))
     return "\n".join(lines)
+
+
+def closing_lines(rows: Sequence[Row], legend: bool = True) -> str:
+    """What could not run, a line for each reason, and what the columns are."""
+    providers: dict[str, dict[str, None]] = {}
+    for row in filter(_could_not_run, rows):
+        providers.setdefault(row.reason, {})[row.provider] = None
+    lines = ["", *(f"  {', '.join(names)}: {reason}" for reason, names in providers.items())] if providers else []
+    return "\n".join([*lines, *(["", LEGEND] if legend else [])])
+
+
+def _could_not_run(row: Row) -> bool:
+    return row.reason is not None and row.reason.startswith(CANNOT_RUN)
+
+
+def pixels(row: Row) -> str:
+    """The size of a whole model's images."""
+    return f"{SPECS[row.name].patch_size * math.isqrt(row.S)} px" if row.name in SPECS else f"{row.S} tokens"
 
 
 def _title(row: Row) -> str:
     sizes = f"S {row.S}, C {row.C}, D_S {row.D_S}, D_C {row.D_C}"
     title = (TRAINING_TITLES if row.mode == "train" else LEVEL_TITLES)[row.level]
-    return f"{title}, {row.name} ({sizes}), {row.dtype}, batch {row.batch_size}"
+    name = f"{row.name} at {pixels(row)}" if row.level == "model" else row.name
+    return f"{title}, {name} ({sizes}), {row.dtype}, batch {row.batch_size}"
 
 
 def _cell(row: Row, attribute: str, form: Callable[[float], str]) -> str:

@@ -14,12 +14,11 @@ from .cases import Case
 from .check import judged_by, why_wrong, why_wrong_in_training
 from .memory import memory_of
 from .providers import CannotRun, Provider
-from .report import Row, group_rows
+from .report import CANNOT_RUN, Row, group_rows
 from .timing import Samples, measure
 
 logger = logging.getLogger("mixer_kernels")
 
-CANNOT_RUN = "cannot run"
 OUT_OF_MEMORY = "out of memory"
 NOT_MEASURED = "not measured"
 
