@@ -60,7 +60,7 @@ cuda: $(VENV)/.installed ## compile the CUDA kernels for the tree: mixer_kernels
 cuda-gates: $(VENV)/.installed ## nvcc on every CUDA kernel for every GPU: warnings, spills, matrix instructions
 	$(BIN)/python tools/cuda_gates.py --arch $(ARCH) $(ARGS)
 
-accuracy-by-chance: $(VENV)/.installed ## how often a right kernel misses the accuracy rule; about an hour on 2 cores
+accuracy-by-chance: $(VENV)/.installed ## how often a right kernel misses the accuracy rule; about ten minutes on 2 cores
 	$(BIN)/python tools/accuracy_by_chance.py $(ARGS)
 
 compile-check: $(VENV)/.installed ## compile every tile config for every GPU, without one
