@@ -51,14 +51,16 @@ def test_a_fused_model_runs_on_the_kernels():
     assert torch.equal(auto, asked_for) and not torch.equal(auto, eager)
 
 
-def test_a_single_mixer_that_is_trained_runs_on_torch():
-    x, mixer = make("patches", (3, 7, 13, 20), torch.float32, CPU)
+@pytest.mark.parametrize("batch_size", [3, 40])
+def test_a_single_mixer_is_trained_by_the_kernels_where_it_is_large(batch_size):
+    x, mixer = make("patches", (batch_size, 7, 13, 20), torch.float32, CPU)
     x.requires_grad_()
 
     def run(name):
         return F.gated_mixing(x, **mixer, axis=-2, backend=name)
 
-    assert torch.equal(run("auto"), run("torch")) and not torch.equal(run("auto"), run("cpu"))
+    chosen, other = ("torch", "cpu") if x.numel() < registry.LEAST_TO_TRAIN["gated_mixing"] else ("cpu", "torch")
+    assert torch.equal(run("auto"), run(chosen)) and not torch.equal(run("auto"), run(other))
     with torch.no_grad():
         assert torch.equal(run("auto"), run("cpu")) and not torch.equal(run("auto"), run("torch"))
 
@@ -71,9 +73,9 @@ def test_vectors_that_were_not_measured_are_not_taken(isa, monkeypatch):
 
 
 def test_an_exporter_gets_pytorchs_operators(monkeypatch):
-    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32, gradients=False) == "cpu"
+    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32, trains_few=False) == "cpu"
     monkeypatch.setattr(registry.sys.modules.setdefault("torch.onnx", torch.onnx), "is_in_onnx_export", lambda: True)
-    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32, gradients=False) == "torch"
+    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32, trains_few=False) == "torch"
 
 
 def test_other_dtypes_and_operators_run_on_torch():

@@ -41,7 +41,7 @@ PLANTED = {  # file of csrc/sm90, what is there, what is planted, what the drive
         "product.cuh", "barrier_expect(full, L::kStage);", "barrier_expect(full, L::kStage - L::kLeft);",
         "of sm90|deadlock|has landed"),
     "fence before u leaves": (
-        "token_mixing.cu", FENCED + "(barrier, kConsumerThreads);\n        store(out",
+        "token_mixing_kernel.cuh", FENCED + "(barrier, kConsumerThreads);\n        store(out",
         "named_barrier_sync(barrier, kConsumerThreads);\n        store(out", "no fence_async_shared"),
     "fence before n is multiplied": (
         "token_data_gradient.cu", FENCED + "(1 + consumer_", "named_barrier_sync(1 + consumer_",
@@ -50,14 +50,14 @@ PLANTED = {  # file of csrc/sm90, what is there, what is planted, what the drive
         "product_results.cuh", "        fence_async_shared();\n        if (thread_ == 0) store_wait",
         "        if (thread_ == 0) store_wait", "no fence_async_shared"),
     "weights released before they are multiplied": (
-        "token_mixing.cu", WAIT + RELEASE, RELEASE + WAIT, "u of sm90 .* is -?nan"),
+        "token_mixing_kernel.cuh", WAIT + RELEASE, RELEASE + WAIT, "u of sm90 .* is -?nan"),
     "stage released before it is multiplied": (
         "product.cuh", "        wgmma_wait<1>();\n        if (step > 0) release(before);\n",
         "        if (step > 0) release(before);\n        wgmma_wait<1>();\n", "of sm90.* is -?nan"),
     "statistics read past S": (
         "token_unit.cuh", "if (unit.exists && s < size.S)", "if (unit.exists)", "u of sm90 .* is -?nan"),
     "statistics written past S": (
-        "token_mixing.cu", "s < size.S; s += kConsumerThreads", "s <= size.S; s += kConsumerThreads",
+        "token_mixing_kernel.cuh", "s < size.S; s += kConsumerThreads", "s <= size.S; s += kConsumerThreads",
         "partial: a write|of u, merged"),
     "sums past D_C": (
         "channel_gelu_backward.cu", "chunk.n + column < p.N &&", "chunk.n + column <= p.N &&", "sums of dz|db3"),

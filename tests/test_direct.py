@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -14,8 +15,9 @@ from blocks import make_block, make_x, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixer_kernels.functional as F
-from mixer_kernels import FusedMixerBlock, freeze_, use_backend
+from mixer_kernels import FusedMixerBlock, freeze_, ops, use_backend
 from mixer_kernels.backends import remembered
+from mixer_kernels.ops.operator import OPERATORS
 from mixer_kernels.shapes import MixerShape
 
 SHAPE = MixerShape(S=20, C=24, D_S=16, D_C=32)
@@ -233,7 +235,46 @@ def test_a_profiler_sees_the_operator(backend, device):
         run(block, x, backend)
     with torch.profiler.profile() as profile:
         run(block, x, backend)
-    assert "mixer_kernels::mixer_block" in {event.key for event in profile.key_averages()}
+        F.mixer_block(x, **block.parameters, backend=backend).float().sum().backward()
+    names = {f"mixer_kernels::{name}" for name in ("mixer_block", "token_mixing", "channel_mixing_backward")}
+    assert names <= {event.key for event in profile.key_averages()}
+
+
+def trained(block, x, backend, through):
+    """Gradients of x and the parameters, ``through`` a context."""
+    x = x.detach().requires_grad_()
+    with through:
+        y = F.mixer_block(x, **block.parameters, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *block.parameters.values()])]
+
+
+def test_training_is_that_of_the_operators(backend, device):
+    block, x = a_block(device=device), make_x(2, SHAPE, BF16, device)
+    straight = trained(block, x, backend, contextlib.nullcontext())
+    with Operators() as operators:
+        expected = trained(block, x, backend, operators)
+    called = list(dict.fromkeys(operators.names))
+    assert called == ["token_mixing", "channel_mixing", "channel_mixing_backward", "token_mixing_backward"]
+    assert all(map(torch.equal, straight, expected))
+
+
+def test_training_calls_no_operator(backend, device, monkeypatch):
+    block, x = a_block(device=device), make_x(2, SHAPE, BF16, device)
+    for operator in OPERATORS.values():
+        monkeypatch.setattr(operator, "call_backward", None, raising=False)
+    monkeypatch.setattr(ops, "token_mixing", None)
+    monkeypatch.setattr(ops, "channel_mixing", None)
+    trained(block, x, backend, contextlib.nullcontext())
+
+
+def test_saved_tensor_hooks_and_a_second_derivative(backend, device):
+    block, x = a_block(device=device), make_x(2, SHAPE, BF16, device)
+    straight = trained(block, x, backend, contextlib.nullcontext())
+    assert all(map(torch.equal, straight, trained(block, x, backend, torch.autograd.graph.save_on_cpu())))
+    y = F.token_mixing(x.requires_grad_(), *block.token(), backend=backend)
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="have no gradient here .a second derivative"):
+        dx.float().sum().backward()
 
 
 def test_vmap_and_negative_views(backend, device):

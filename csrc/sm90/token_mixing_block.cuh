@@ -1,4 +1,4 @@
-// The blocks of token_mixing.cu: their shared memory and the producer.
+// The blocks of token_mixing_kernel.cuh: their shared memory and the producer.
 #pragma once
 
 #include "token_unit.cuh"

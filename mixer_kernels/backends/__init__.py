@@ -3,6 +3,7 @@
 from .registry import (
     BACKENDS,
     CHOICES,
+    LEAST_TO_TRAIN,
     auto_on_cpu,
     choose,
     exported_to,
@@ -15,6 +16,7 @@ from .registry import (
 __all__ = [
     "BACKENDS",
     "CHOICES",
+    "LEAST_TO_TRAIN",
     "auto_on_cpu",
     "choose",
     "exported_to",

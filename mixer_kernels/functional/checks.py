@@ -22,15 +22,16 @@ ACTIVATIONS = ("gelu", "relu", "silu", "swiglu")
 NORMS = ("layer", "affine")
 
 
-def choose(backend: str | None, x: Tensor, options: Options, operator: str, *more: str, gradients: bool = False) -> str:
-    """The name of the backend that runs ``operator`` on ``x``; ``more``: what it has to have besides; ``gradients``:
-    whether autograd will ask for some, where that matters."""
+def choose(
+    backend: str | None, x: Tensor, options: Options, operator: str, *more: str, trains_few: bool = False
+) -> str:
+    """The name of the backend that runs ``operator`` on ``x``; ``more``: what it has to have besides."""
     features = (operator, *more)
     if options.activation != "gelu":
         features += (f"activation={options.activation!r}",)
     if options.norm != "layer":
         features += (f"norm={options.norm!r}",)
-    name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features, gradients)
+    name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features, trains_few)
     reason = None if name == "torch" else transform()
     return name if reason is None else _choose_torch(backend, reason)
 
@@ -48,11 +49,17 @@ def runs_on_torch(
     if asked != "auto":
         return asked == "torch"
     if x.is_cpu:
-        gradients = torch.is_grad_enabled() and needs_grad(x, *parameters)
-        return backends.auto_on_cpu(operator, product_dtype(x.dtype, "cpu"), gradients) == "torch"
+        few = trains_few(operator, x, parameters)
+        return backends.auto_on_cpu(operator, product_dtype(x.dtype, "cpu"), few) == "torch"
     device = x.device
     dtype = product_dtype(x.dtype, device.type)
     return backends.choose(asked, device.type, device.index, dtype) == "torch"
+
+
+def trains_few(operator: str | None, x: Tensor, parameters: Iterable[Tensor | None]) -> bool:
+    """Whether autograd will ask for gradients of so few elements that ``auto`` has to know."""
+    least = backends.LEAST_TO_TRAIN.get(operator, 0)
+    return torch.is_grad_enabled() and x.numel() < least and needs_grad(x, *parameters)
 
 
 @constant_while_tracing

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import backends, ops
 from ..backends.arguments import Options, precision_of
 from ..backends.remembered import recall, remember
-from ..ops.operator import packed
+from ..ops.operator import OPERATORS, packed
 from ..ops.packs import KeptPacks, has_packs, packs_of
 from ..tracing import is_watched
 from .checks import needs_grad, takes_packs
@@ -102,13 +102,20 @@ def run(
 ) -> Tensor:
     """The first result of ``function`` on ``x`` and ``halves`` by ``backend``, which has kernels; all is checked."""
     parameters = [t for half in halves for t in half]
-    is_direct = key is not None and not options.noise
-    if is_direct and not any([t is not None and t.is_neg() for t in (x, *parameters)]):  # operators negate them first
-        return _first_call(function, key, backend, x, halves, options, packs, further)
     arguments = (x, *parameters, *options.inputs, backend, *further.values())
+    if not (torch.compiler.is_compiling() or _has_negated(x, *parameters)):
+        if key is not None and not options.noise:
+            return _first_call(function, key, backend, x, halves, options, packs, further)
+        if needs_grad(x, *parameters) and is_plain(x) and _PLAIN_TENSORS.issuperset(map(type, parameters)):
+            return OPERATORS[function].differentiated(*arguments)
     if takes_packs(packs, backend, options, x, *parameters):
         return packed(function, packs, *arguments)
     return _first(getattr(ops, function)(*arguments))
+
+
+def _has_negated(*tensors: Tensor | None) -> bool:
+    """Whether one is a view that PyTorch negates before it calls an operator."""
+    return any([t is not None and t.is_neg() for t in tensors])
 
 
 def _first_call(

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.arguments import Options, precision_of
 from ..backends.backward import differentiate
+from ..tracing import is_watched
 from .packs import NewPacks, packs_of
 
 _defined: set[str] = set()  # by this import of the module: what an earlier one has defined stays
@@ -119,12 +120,21 @@ class Operator:
         return tuple(new_like(t) if want else _absent(dy) for t, want in zip(inputs, wanted, strict=True))
 
     def _save(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.mark_non_differentiable(*self.keep(ctx, inputs, output))
+
+    def keep(self, ctx: Any, inputs: tuple, output: Any) -> tuple[Tensor, ...]:
+        """What the backward pass takes, into ``ctx``; returns the results that only it takes."""
         tensors, rest = inputs[: self.count], list(inputs[self.count :])
         kept = output[1:] if self.kept else ()
         ctx.save_for_backward(*kept, *tensors, rest[_SEED])
         rest[_SEED], ctx.rest = None, rest
-        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
+        return kept
+
+    def differentiated(self, *arguments: Any) -> Tensor:
+        """The operator's first result with its gradient, without the dispatcher, which costs more than eager's layers;
+        for a call that nothing but plain autograd has a part in."""
+        return _Differentiated.apply(*arguments, self)
 
     def _gradient(self, ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         of_rest = (None,) * len(ctx.rest)
@@ -134,7 +144,10 @@ class Operator:
         kept, inputs = tensors[: self.kept], tensors[self.kept :]
         rest = (*ctx.rest[:_SEED], seed, *ctx.rest[_SEED + 1 :])
         wanted = ctx.needs_input_grad[: self.count]
-        gradients = self.call_backward(dy, *kept, *inputs, *rest, wanted)
+        # By itself only where nothing looks on: is_grads_batched and a second derivative have the operator.
+        plain = _has_data(dy) and not torch.is_grad_enabled() and not is_watched()
+        backward = self._backward if plain else self.call_backward
+        gradients = backward(dy, *kept, *inputs, *rest, wanted)
         return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *of_rest
 
     def objects(self, *arguments: Any) -> tuple[list, Options, str, dict[str, Any]]:
@@ -148,6 +161,21 @@ class Operator:
     def _without_none(self, results: Sequence[Tensor | None], x: Tensor) -> Tensor | tuple[Tensor, ...]:
         results = tuple(_absent(x) if result is None else result for result in results)
         return results if self.kept else results[0]
+
+
+class _Differentiated(torch.autograd.Function):
+    """An operator's forward and backward as autograd's own; the last input is the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *inputs, ctx.operator = inputs
+        output = ctx.operator._forward(*inputs)
+        ctx.operator.keep(ctx, tuple(inputs), output)
+        return output[0] if ctx.operator.kept else output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *ctx.operator._gradient(ctx, dy), None
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -191,6 +219,14 @@ def no_gradient(ctx: Any, *_: Any) -> None:
         "the fused mixer operators have no gradient here (a second derivative, or mixer_block called as an operator): "
         "use backend='torch', which autograd differentiates any number of times"
     )
+
+
+def _has_data(t: Tensor) -> bool:
+    """Whether ``t`` is a tensor in memory, rather than several in a batch of gradients, or a subclass."""
+    try:
+        return type(t) is Tensor and t.data_ptr() >= 0
+    except RuntimeError:
+        return False
 
 
 def _absent(x: Tensor) -> Tensor:
