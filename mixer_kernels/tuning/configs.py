@@ -321,7 +321,7 @@ def norm_backward_config(channels: int, affine: bool = False) -> StatisticsConfi
     ``affine``: without statistics, of which less lies in registers.
     """
     block_c = padded_extent(channels)
-    block_rows = min(4, 2048 // block_c) if block_c <= 1024 else 2 if block_c <= 2048 else 1
+    block_rows = 8 if block_c <= 128 else min(4, 2048 // block_c) if block_c <= 1024 else 2 if block_c <= 2048 else 1
     num_warps = 4 if affine and block_c <= 256 else 8 if block_c <= 2048 else 16
     return StatisticsConfig(block_rows=block_rows, block_c=block_c, num_warps=num_warps)
 
