@@ -2,14 +2,15 @@
 
     python tests/gpu_day_rehearsal.py --minutes 3 --plant hang:mixer_block+small+cuda build:
 
-A plant is ``import:SECONDS``, ``build:``, or ``hang``, ``crash`` or ``wrong`` (by 1 %) with the words that name where:
-operator, size and backend, or benchmark and backend.
+A plant is ``import:SECONDS`` of the first process, ``build:``, or ``hang``, ``crash`` or ``wrong`` (by 1 %) with the
+words that name where: operator, size and backend, or benchmark and backend.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 from gpu_day import cli, plan, programs, supervise  # noqa: E402
 
-PLANTS = "GPU_DAY_PLANTS"
+PLANTS, COLD = "GPU_DAY_PLANTS", "GPU_DAY_COLD"
 SPEED = (("token", "S/32", 1, "infer"), ("model", "ptsm", 2, "infer"))
 WHOLE_DAY = plan.day
 
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> int:
     programs.capability = lambda: "9.0"
     programs.why_unfit = _unfit
     programs.build = _build
-    return cli.main(argv[:at])
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[COLD] = f"{folder}/is read"
+        return cli.main(argv[:at])
 
 
 async def _unfit(*arguments: object) -> str:
@@ -68,7 +71,8 @@ def go_wrong(*where: str) -> float:
 def work() -> None:
     """One process of the program."""
     for plant in os.environ[PLANTS].split():
-        if plant.startswith("import:"):
+        if plant.startswith("import:") and not Path(os.environ[COLD]).exists():
+            Path(os.environ[COLD]).touch()  # later processes find in memory what this one reads from a cold disk
             time.sleep(float(plant.partition(":")[2]))
     plan.SPEED = SPEED
     from gpu_day import speed, truth, worker

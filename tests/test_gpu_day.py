@@ -37,12 +37,12 @@ def statuses(found: results.Results, phase: str) -> dict[str, str]:
 
 
 def test_what_goes_wrong_costs_its_own_rows(tmp_path):
-    """A slow import; kernels that hang, kill their process, are wrong by 1 %, in truth and in a benchmark."""
+    """An import of a minute; kernels that hang, kill their process, are wrong by 1 %, in truth and in a benchmark."""
     plants = (
         "hang:token_mixing+small+cuda:sm90", "crash:mixer_block+small+cuda:sm90", "wrong:token_linear+small+triton",
         "wrong:token_S/32_batch_1+triton", "crash:model_ptsm_batch_2+cuda",
     )  # fmt: skip
-    done = rehearse(tmp_path / "run.jsonl", "--plant", "import:12", *plants)
+    done = rehearse(tmp_path / "run.jsonl", "--plant", "import:60", *plants)
     assert done.returncode == 1, done.stdout[-4000:] + done.stderr
     found = known(tmp_path / "run.jsonl")
     bad = {f"{row['task']} {row['provider']}": row["status"] for row in found.bad}
@@ -186,6 +186,9 @@ def test_each_backend_passes_for_itself(tmp_path):
     )
     whole.write_text(half)
     assert record.passed_backends(record.merged([whole])) == ["cuda", "cuda:sm90"]
+    lines = whole.read_text().splitlines(True)
+    whole.write_text("".join(line for line in lines if "training" not in line or '"provider": "cuda"' not in line))
+    assert record.passed_backends(record.merged([whole])) == ["cuda:sm90"], "truth may be of other machine code"
 
 
 def test_of_the_hopper_kernels_the_sources_are_recorded(tmp_path):
@@ -225,11 +228,7 @@ def test_the_readme_has_a_place_for_the_table():
     [
         (0, "....\n12 passed, 3 skipped in 5.01s\n", {"status": "ok", "detail": "12 passed, 3 skipped"}),
         (0, "3 skipped in 0.10s\n", {"status": "cannot run", "reason": "no test passed: 3 skipped"}),
-        (
-            1,
-            "FAILED tests/a.py::test_a[cuda] - max\nFAILED tests/b.py::test_b[cuda] - x\n2 failed in 1.00s\n",
-            {"provider": "cuda", "status": "failed"},
-        ),
+        (1, "FAILED a.py::test_a[cuda] - x\nFAILED b.py::test_b[cuda] - x\n2 failed in 1.00s\n", {"provider": "cuda"}),
         (1, "FAILED tests/a.py::test_a[cuda]\nFAILED tests/a.py::test_a[triton]\n2 failed in 1s\n", {"provider": ""}),
         (4, "ImportError: no module\n", {"reason": "exit status 4, no counts: ImportError: no module"}),
     ],
