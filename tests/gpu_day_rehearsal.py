@@ -75,6 +75,7 @@ def work() -> None:
             Path(os.environ[COLD]).touch()  # later processes find in memory what this one reads from a cold disk
             time.sleep(float(plant.partition(":")[2]))
     plan.SPEED = SPEED
+    import operations
     from gpu_day import speed, truth, worker
 
     from mixer_kernels.bench import series_models
@@ -83,14 +84,14 @@ def work() -> None:
     truth.backends = SimpleNamespace(why_not=lambda *arguments: None)
     speed.SECONDS = 0.005
     series_models.CONTEXT, series_models.CHANNELS = 64, 2
-    make, results, prepare = truth.make, truth.Case.results, speed.prepare
+    make, results, prepare = truth.make, operations.Case.results, speed.prepare
     now: list[str] = []
 
-    def remembered(name: str, size: str, device: str) -> truth.Case:
+    def remembered(name: str, size: str, device: str) -> operations.Case:
         now[:] = name, size
         return make(name, size, device)
 
-    def stands_in(case: truth.Case, backend: str) -> dict:
+    def stands_in(case: operations.Case, backend: str) -> dict:
         if backend == "torch":
             return results(case, backend)
         factor = go_wrong(*now, backend)
@@ -111,7 +112,7 @@ def work() -> None:
         made.providers = [of(each.name) if each.name in plan.BACKENDS else each for each in made.providers]
         return made, goals
 
-    truth.make, truth.Case.results, speed.prepare = remembered, stands_in, prepared
+    truth.make, operations.Case.results, speed.prepare = remembered, stands_in, prepared
     worker.main()
 
 

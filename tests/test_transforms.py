@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
+import operations
 import pytest
 import torch
 from small_mixer import assert_same, count_calls, images, make_model
@@ -26,34 +28,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
 
-B, S, C, D = 2, 5, 8, 6
-HALVES = {
-    "tokens": ((C,), (C,), (D, S), (D,), (S, D), (S,)),
-    "channels": ((C,), (C,), (D, C), (D,), (C, D), (C,)),
-    "patches": ((C,), (C,), (D, S), (D,), (S, D), (S,), (S, S), (S,)),
-    "features": ((C,), (C,), (D, C), (D,), (C, D), (C,), (C, C), (C,)),
-}
-# Each function, the shape of its input and those of its parameters.
-FUNCTIONS = {
-    "token_mixing": (F.token_mixing, (B, S, C), HALVES["tokens"]),
-    "channel_mixing": (F.channel_mixing, (B, S, C), HALVES["channels"]),
-    "mixer_block": (F.mixer_block, (B, S, C), HALVES["tokens"] + HALVES["channels"]),
-    "token_linear": (F.token_linear, (B, S, C), ((C,), (C,), (S, S), (S,), (C,))),
-    "spatial_gating": (F.spatial_gating, (B, S, 2 * C), ((C,), (C,), (S, S), (S,))),
-    "gated_channel_mixing": (
-        F.gated_channel_mixing,
-        (B, S, C),
-        ((C,), (C,), (2 * D, C), (2 * D,), (D,), (D,), (S, S), (S,), (C, D), (C,)),
-    ),
-    "gated_mixing": (lambda *p, **o: F.gated_mixing(*p, axis=-2, **o), (B, 2, S, C), HALVES["patches"]),
-    "gated_mixer_layer": (F.gated_mixer_layer, (B, 2, S, C), HALVES["patches"] + HALVES["features"]),
-}
+SIZES = {"S": 5, "C": 8, "D": 6, "2D": 12, "H": 12, "M": 6, "N": 2, "P": 5, "Q": 6, "F": 8, "G": 6}
+FUNCTIONS = (
+    "token_mixing", "channel_mixing", "mixer_block", "token_linear", "spatial_gating", "gated_channel_mixing",
+    "gated_mixing patches", "gated_mixer_layer",
+)  # fmt: skip
 
 
 def call(name: str, device: str) -> tuple[Callable, list[Tensor]]:
     """A function of the API and random arguments for it."""
-    function, shape, shapes = FUNCTIONS[name]
-    return function, [0.5 * torch.randn(shape, device=device) for shape in (shape, *shapes)]
+    case = operations.make(name, SIZES, 2, torch.float32, device)
+    return partial(case.function, **case.options), [case.x, *case.parameters.values()]
 
 
 def dual(f: Callable, x: Tensor, t: Tensor) -> Tensor:
@@ -135,12 +120,12 @@ def test_fused_blocks_hand_over(kind, transform, device, monkeypatch, said) -> N
 @pytest.mark.usefixtures("said")
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_a_block_that_was_built_fused_hands_over(transform) -> None:
-    block = FusedMixerBlock(C, S).eval()
+    block = FusedMixerBlock(8, 5).eval()
     plain = nn.Module()
     plain.forward = lambda x: F.mixer_block(
         x, *(p for p in block.parameters()), eps=1e-6, backend="torch"
     )  # in the order of the signature
-    x, t = torch.randn(B, S, C), torch.randn(B, S, C)
+    x, t = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     torch.testing.assert_close(transform(block, x, t), transform(plain, x, t))
 
 
