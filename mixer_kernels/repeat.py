@@ -42,14 +42,21 @@ class LastCall:
 
     def __init__(self, block: nn.Module, plan: Plan, x: Tensor, options: Hashable) -> None:
         self._plan = plan
-        self._noisy = [block, *(m for m in block.modules() if hasattr(m, "p") or hasattr(m, "drop_prob"))]
-        self._parameters = [(m, name) for m in block.modules() for name, p in m._parameters.items() if p is not None]
+        # Not the block itself, which keeps this: in a cycle its memory would wait for the garbage collector.
+        parts = [part for part in block.modules() if part is not block]
+        self._noisy = [part for part in parts if hasattr(part, "p") or hasattr(part, "drop_prob")]
+        self._parameters = [(m, name) for m in parts for name, p in m._parameters.items() if p is not None]
+        self._own = [name for name, parameter in block._parameters.items() if parameter is not None]
         self._state = self._now(block, x, options)
 
     def again(self, block: nn.Module, x: Tensor, options: Hashable) -> Tensor | None:
         if torch.is_grad_enabled() or not is_plain(x):
             return None
-        if any([module.training for module in self._noisy]) or self._state != self._now(block, x, options):
+        if (
+            block.training
+            or any([part.training for part in self._noisy])
+            or self._state != self._now(block, x, options)
+        ):
             return None
         return self._plan(x) if block._snapshot.holds(block) and why_not_global_hooks() is None else None
 
@@ -57,7 +64,8 @@ class LastCall:
         frozen = block._frozen
         try:
             if frozen is None:
-                parameters = [module._parameters[name] for module, name in self._parameters]
+                parameters = [part._parameters[name] for part, name in self._parameters]
+                parameters += [block._parameters[name] for name in self._own]
                 of_weights = [(p.data_ptr(), p.dtype, p.shape, p.stride(), p.is_neg()) for p in parameters]
             else:
                 buffers = block._buffers

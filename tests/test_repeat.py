@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -154,6 +156,23 @@ def test_copies_and_pickles_are_on_their_own(case):
     other = copy.deepcopy(block)
     linear(other).weight.mul_(2)
     assert not torch.equal(other(x), before) and torch.equal(block(x), before)
+
+
+def test_a_block_goes_without_the_garbage_collector(case):
+    block, x, _ = case
+    for _ in range(2):
+        block(x)
+    assert block._last is not None
+    alone = copy.deepcopy(block)
+    for _ in range(2):
+        alone(x)
+    gone = weakref.ref(alone)
+    gc.disable()
+    try:
+        del alone
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_left_of_it():
