@@ -59,6 +59,8 @@ def runs_on_torch(
 def trains_few(operator: str | None, x: Tensor, parameters: Iterable[Tensor | None]) -> bool:
     """Whether autograd will ask for gradients of so few elements that ``auto`` has to know."""
     least = backends.LEAST_TO_TRAIN.get(operator, 0)
+    if least == 0 or torch.jit.is_tracing():  # which would record the comparison
+        return False
     return torch.is_grad_enabled() and x.numel() < least and needs_grad(x, *parameters)
 
 

@@ -106,8 +106,10 @@ def run(
     if not (torch.compiler.is_compiling() or _has_negated(x, *parameters)):
         if key is not None and not options.noise:
             return _first_call(function, key, backend, x, halves, options, packs, further)
-        if needs_grad(x, *parameters) and is_plain(x) and _PLAIN_TENSORS.issuperset(map(type, parameters)):
-            return OPERATORS[function].differentiated(*arguments)
+        operator = OPERATORS[function]
+        is_differentiated = operator.backward is not None and needs_grad(x, *parameters)
+        if is_differentiated and is_plain(x) and _PLAIN_TENSORS.issuperset(map(type, parameters)):
+            return operator.differentiated(*arguments)
     if takes_packs(packs, backend, options, x, *parameters):
         return packed(function, packs, *arguments)
     return _first(getattr(ops, function)(*arguments))
