@@ -17,3 +17,7 @@ class Variable:
     def __call__(self) -> str:
         value = _variables.get(self._key)
         return os.environ.decodevalue(value) if value else ""
+
+
+asked_instruction_set = Variable("MIXER_KERNELS_CPU_ISA")
+"""That of the CPU kernels."""

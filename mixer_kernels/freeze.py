@@ -149,6 +149,7 @@ class Frozen:
             for leaf, parameter in module._parameters.items()
             if parameter is not None
         ]
+        self.children = dict(block._modules)
         self.seen: list[Any] = []
         self.aliases: list[Tensor] = []
         self.look()
@@ -201,7 +202,7 @@ class Frozen:
                         "torch.inference_mode(), or call mixer_kernels.unfreeze_ to train it"
                     )
         if not torch.compiler.is_compiling():
-            changed = self.changed()
+            changed = self.changed() if block._modules == self.children else "submodules"
             if changed is not None:
                 raise RuntimeError(
                     f"{name} is frozen, but its {changed} was written to, replaced or converted since: "

@@ -24,7 +24,12 @@ class Repeatable:
         if torch.compiler.is_compiling():  # nothing of this is to be recorded
             return None
         last = self._last
-        return None if last is None else last.again(self, x, options)
+        if last is None:
+            return None
+        y = last.again(self, x, options)
+        if y is None:  # of what has been replaced it would keep the memory
+            self._last = None
+        return y
 
     def keep_call(self, packs: Mapping[str, Tensor] | None, x: Tensor, options: Hashable) -> None:
         """A call with ``packs`` was all that the block did on ``x``: if it has left a plan, the next one repeats it."""
@@ -47,32 +52,37 @@ class LastCall:
         self._noisy = [part for part in parts if hasattr(part, "p") or hasattr(part, "drop_prob")]
         self._parameters = [(m, name) for m in parts for name, p in m._parameters.items() if p is not None]
         self._own = [name for name, parameter in block._parameters.items() if parameter is not None]
-        self._state = self._now(block, x, options)
+        self._state = self._now(block, self._tensors(block), x, options)
 
     def again(self, block: nn.Module, x: Tensor, options: Hashable) -> Tensor | None:
         if torch.is_grad_enabled() or not is_plain(x):
             return None
-        if (
-            block.training
-            or any([part.training for part in self._noisy])
-            or self._state != self._now(block, x, options)
-        ):
+        if block.training or any([part.training for part in self._noisy]):
             return None
-        return self._plan(x) if block._snapshot.holds(block) and why_not_global_hooks() is None else None
+        tensors = self._tensors(block)  # held until the plan has read them, whatever other threads replace
+        if self._state != self._now(block, tensors, x, options) or not block._snapshot.holds(block):
+            return None
+        return self._plan(x) if why_not_global_hooks() is None else None
 
-    def _now(self, block: nn.Module, x: Tensor, options: Hashable) -> tuple[Any, ...] | None:
+    def _tensors(self, block: nn.Module) -> list[Tensor | None] | None:
+        """The parameters and what a frozen block keeps of them; None if one is gone."""
+        frozen, own, buffers = block._frozen, block._parameters, block._buffers
+        try:
+            parameters = [part._parameters[name] for part, name in self._parameters] + [own[name] for name in self._own]
+            return parameters if frozen is None else parameters + [buffers[name] for name in frozen.names.values()]
+        except KeyError:
+            return None
+
+    def _now(
+        self, block: nn.Module, tensors: list[Tensor | None] | None, x: Tensor, options: Hashable
+    ) -> tuple[Any, ...] | None:
         frozen = block._frozen
         try:
-            if frozen is None:
-                parameters = [part._parameters[name] for part, name in self._parameters]
-                parameters += [block._parameters[name] for name in self._own]
-                of_weights = [(p.data_ptr(), p.dtype, p.shape, p.stride(), p.is_neg()) for p in parameters]
-            else:
-                buffers = block._buffers
-                of_weights = [frozen.identities(), [buffers[name].data_ptr() for name in frozen.names.values()]]
-        except (AttributeError, KeyError, RuntimeError):  # a parameter is gone, or has no address
+            writes = None if frozen is None else frozen.identities()
+            found = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors]
+        except (AttributeError, TypeError, KeyError, RuntimeError):  # one is gone, or has no address
             return None
-        return block._snapshot, frozen, surroundings(x), options, of_weights
+        return block._snapshot, frozen, writes, surroundings(x), options, found
 
     def __reduce__(self) -> tuple:
         return type(None), ()

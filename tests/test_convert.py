@@ -316,6 +316,14 @@ def test_files_and_folders_that_are_not_there_are_said(tmp_path: Path) -> None:
             convert.save_state_dict(mixer().state_dict(), tmp_path / "nowhere" / name)
 
 
+@pytest.mark.parametrize("make", [lambda: MlpMixer(**CONFIG), lucidrains], ids=["timm", "lucidrains"])
+def test_of_a_pickled_model_of_a_library_the_weights_are_taken(make, tmp_path: Path) -> None:
+    model = make()
+    torch.save(model, tmp_path / "model.pth")
+    loaded, expected = convert.load_state_dict(tmp_path / "model.pth"), model.state_dict()
+    assert list(loaded) == list(expected) and all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 class Unknown(nn.Module):
     """Of a package that is not known."""
 

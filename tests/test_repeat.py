@@ -24,12 +24,14 @@ def mixer_block() -> tuple[nn.Module, torch.Tensor]:
     )
 
 
-def time_series_layer() -> tuple[nn.Module, torch.Tensor]:
+def time_series_layer(mode: str = "common_channel") -> tuple[nn.Module, torch.Tensor]:
     from transformers import PatchTSMixerConfig
     from transformers.models.patchtsmixer.modeling_patchtsmixer import PatchTSMixerLayer
 
-    config = PatchTSMixerConfig(context_length=32, patch_length=4, patch_stride=4, d_model=8, expansion_factor=1)
-    config.num_patches, config.gated_attn, config.dropout = 8, True, 0.5
+    config = PatchTSMixerConfig(
+        context_length=32, patch_length=4, patch_stride=4, d_model=8, expansion_factor=1, mode=mode
+    )
+    config.num_patches, config.num_input_channels, config.gated_attn, config.dropout = 8, 3, True, 0.5
     layer = PatchTSMixerLayer(config)
     fuse_(layer)
     return layer, torch.randn(2, 3, 8, 8)

@@ -138,7 +138,9 @@ class Fused(Watched, Freezable):
         if y is not None:
             return y
         self.check_frozen()
-        if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x, self.function(self), self.parameters()):
+        if isinstance(x, Tensor) and checks.runs_on_torch(
+            options.backend, x, self.function(self), self.parameters(), self.training
+        ):
             return super().forward(x)
         reason = self.why_not_kernels(x)
         if reason is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import importlib
 import os
 import pickle
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 SAFETENSORS = (".safetensors",)
 TORCH = (".pth", ".pt", ".bin", ".tar", ".ckpt")  # .pth.tar is timm's, .ckpt Lightning's
 # Of whole models that torch.save has pickled, the modules of these packages are loaded.
-PACKAGES = ("torch.nn", "timm", "mlp_mixer_pytorch", "mixer_kernels")
+PACKAGES = ("torch.nn", "timm", "mlp_mixer_pytorch", "einops.layers.torch", "mixer_kernels")
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
     """What a ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.pth.tar`` or ``.ckpt`` file holds, on the CPU.
 
-    ``torch.load`` with ``weights_only=True``: nothing in the file is executed. Of a whole model, made of modules of
-    PyTorch, timm and this package, its state_dict.
+    ``torch.load`` with ``weights_only=True``: no code of the file's is executed. Of a whole model, made of modules of
+    PyTorch, timm, lucidrains and this package, its state_dict; those modules are made for that.
 
     Raises:
         ValueError: another suffix, or the file is not what its suffix says.
@@ -89,7 +90,7 @@ def check_is_file(path: Path) -> None:
 
 
 def _modules_of(path: Path) -> list[type]:
-    """The classes of modules that the file names, of ``PACKAGES``: they are made without a call of their own."""
+    """What the file names of ``PACKAGES``: classes of modules and their options, as far as they are there."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # of any kind, as in load_state_dict, which says what is wrong
@@ -97,12 +98,14 @@ def _modules_of(path: Path) -> list[type]:
     found = []
     for name in names:
         module, _, attribute = name.rpartition(".")
-        if module.startswith(tuple(f"{package}." for package in PACKAGES)):
+        if f"{module}.".startswith(tuple(f"{package}." for package in PACKAGES)):
             try:
-                found.append(getattr(importlib.import_module(module), attribute))
+                value = getattr(importlib.import_module(module), attribute)
             except (ImportError, AttributeError):  # of another version: the error of load_state_dict says enough
                 continue
-    return [value for value in found if isinstance(value, type) and issubclass(value, nn.Module)]
+            if isinstance(value, type) and issubclass(value, (nn.Module, enum.Enum)):
+                found.append(value)
+    return found
 
 
 def _suffix(path: Path) -> str:

@@ -37,11 +37,16 @@ def choose(
 
 
 def runs_on_torch(
-    backend: str | None, x: Tensor, operator: str | None = None, parameters: Iterable[Tensor] = ()
+    backend: str | None,
+    x: Tensor,
+    operator: str | None = None,
+    parameters: Iterable[Tensor] = (),
+    training: bool = False,
 ) -> bool:
     """Whether the torch backend is chosen for a block on ``x``: it computes what the block's own modules compute.
 
-    ``operator``: what computes the block, where it is one that a backend may have for CPUs, from ``parameters``.
+    ``operator``: what computes the block, where it is one that a backend may have for CPUs, from ``parameters``;
+    ``training``: the block's mode.
 
     False where another one is asked for by name: the call of it says whether it can run.
     """
@@ -49,19 +54,22 @@ def runs_on_torch(
     if asked != "auto":
         return asked == "torch"
     if x.is_cpu:
-        few = trains_few(operator, x, parameters)
+        few = trains_few(operator, x, parameters, training)
         return backends.auto_on_cpu(operator, product_dtype(x.dtype, "cpu"), few) == "torch"
     device = x.device
     dtype = product_dtype(x.dtype, device.type)
     return backends.choose(asked, device.type, device.index, dtype) == "torch"
 
 
-def trains_few(operator: str | None, x: Tensor, parameters: Iterable[Tensor | None]) -> bool:
-    """Whether autograd will ask for gradients of so few elements that ``auto`` has to know."""
+def trains_few(operator: str | None, x: Tensor, parameters: Iterable[Tensor | None], noise: bool = False) -> bool:
+    """Whether this trains on so few elements that ``auto`` has to know: autograd will ask for gradients, or there is
+    ``noise``, of which a call without gradients and its recomputation with them have to draw the same."""
     least = backends.LEAST_TO_TRAIN.get(operator, 0)
     if least == 0 or torch.jit.is_tracing():  # which would record the comparison
         return False
-    return torch.is_grad_enabled() and x.numel() < least and needs_grad(x, *parameters)
+    if not noise and not (torch.is_grad_enabled() and needs_grad(x, *parameters)):
+        return False
+    return True if x.numel() < least else False  # noqa: SIM210  dynamo makes a constant of a branch alone
 
 
 @constant_while_tracing
@@ -79,7 +87,7 @@ def seeded(x: Tensor, options: Options, number: int = 1) -> Options:
     captured CUDA graph draws new ones a replay."""
     if options.dropout_p == 0 and options.drop_path_p == 0:
         return options
-    seed = torch.randint(2**63 - 1, (number,), dtype=torch.int64, device=x.device)
+    seed = torch.randint(2**53, (number,), dtype=torch.int64, device=x.device)  # exact in float64 too
     return options._replace(seed=seed)
 
 

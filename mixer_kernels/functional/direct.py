@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import backends, ops
 from ..backends.arguments import Options, precision_of
 from ..backends.remembered import recall, remember
+from ..environment import asked_instruction_set
 from ..ops.operator import OPERATORS, packed
 from ..ops.packs import KeptPacks, has_packs, packs_of
 from ..tracing import is_watched
@@ -59,6 +60,7 @@ def is_plain(x: Any) -> bool:
         and (x.is_cuda or x.is_cpu)
         and not is_watched()
         and backends.exported_to() is None
+        and not x._is_zerotensor()
     )
 
 
@@ -66,6 +68,7 @@ def surroundings(x: Tensor, backend: str | None = None) -> Hashable | None:
     """Of the plain tensor ``x`` all but its numbers, of its address whether it is aligned; the backend that is asked
     for; the dtypes of products. None where the result does not have the dtype of ``x``."""
     kind, autocast = "cuda" if x.is_cuda else "cpu", None
+    isa = "" if x.is_cuda else asked_instruction_set()
     if torch.is_autocast_enabled(kind):
         autocast = torch.get_autocast_dtype(kind)
         if torch.promote_types(x.dtype, autocast) is not x.dtype:
@@ -75,7 +78,7 @@ def surroundings(x: Tensor, backend: str | None = None) -> Hashable | None:
     except RuntimeError:  # as in key_of
         return None
     asked = backends.requested_backend() if backend is None else backend
-    return described, asked, autocast, torch.get_float32_matmul_precision()
+    return described, asked, isa, autocast, torch.get_float32_matmul_precision()
 
 
 def known_call(key: Hashable | None, packs: Packs = None) -> Callable[[Tensor, Parameters, Packs], Tensor] | None:
@@ -103,7 +106,7 @@ def run(
     """The first result of ``function`` on ``x`` and ``halves`` by ``backend``, which has kernels; all is checked."""
     parameters = [t for half in halves for t in half]
     arguments = (x, *parameters, *options.inputs, backend, *further.values())
-    if not (torch.compiler.is_compiling() or _has_negated(x, *parameters)):
+    if not (torch.compiler.is_compiling() or _has_lazy(x, *parameters)):
         if key is not None and not options.noise:
             return _first_call(function, key, backend, x, halves, options, packs, further)
         operator = OPERATORS[function]
@@ -115,9 +118,9 @@ def run(
     return _first(getattr(ops, function)(*arguments))
 
 
-def _has_negated(*tensors: Tensor | None) -> bool:
-    """Whether one is a view that PyTorch negates before it calls an operator."""
-    return any([t is not None and t.is_neg() for t in tensors])
+def _has_lazy(*tensors: Tensor | None) -> bool:
+    """Whether PyTorch negates one, or fills it with zeros, before it calls an operator."""
+    return any([t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors])
 
 
 def _first_call(

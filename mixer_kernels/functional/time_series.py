@@ -78,7 +78,12 @@ def gated_mixing(
     x, options = check(x, parameters, options, dim=4)
     _check_mixer(x, parameters, axis)
     name = choose(
-        backend, x, options, "gated_mixing", *_too_long(x.shape[axis]), trains_few=trains_few("gated_mixing", x, half)
+        backend,
+        x,
+        options,
+        "gated_mixing",
+        *_too_long(x.shape[axis]),
+        trains_few=trains_few("gated_mixing", x, half, dropout_p > 0),
     )
     if name == "torch":
         y = torch_backend.gated_mixing_forward(x, half, options, axis + 4, gate_first)

@@ -109,7 +109,7 @@ class Operator:
     def _backward(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         kept, (x, *arguments), wanted = arguments[: self.kept], arguments[self.kept : -1], arguments[-1]
         parameters, options, backend, further = self.objects(x, *arguments)
-        kept = [None if t.numel() == 0 else t for t in kept]
+        kept = [None if t.numel() == 0 else t.contiguous() for t in kept]
         gradients = differentiate(
             self.backward, backends.load(backend), dy, kept, x, parameters, options, wanted, **further
         )
@@ -126,7 +126,9 @@ class Operator:
         """What the backward pass takes, into ``ctx``; returns the results that only it takes."""
         tensors, rest = inputs[: self.count], list(inputs[self.count :])
         kept = output[1:] if self.kept else ()
-        ctx.save_for_backward(*kept, *tensors, rest[_SEED])
+        saved = (*kept, *tensors, rest[_SEED])
+        ctx.save_for_backward(*saved)
+        ctx.saved_as = [None if t is None else (t.dtype, t.shape) for t in saved]
         rest[_SEED], ctx.rest = None, rest
         ctx.set_materialize_grads(False)
         return kept
@@ -140,7 +142,9 @@ class Operator:
         of_rest = (None,) * len(ctx.rest)
         if dy is None:
             return (None,) * self.count + of_rest
-        *tensors, seed = ctx.saved_tensors
+        *tensors, seed = saved = ctx.saved_tensors
+        if [None if t is None else (t.dtype, t.shape) for t in saved] != ctx.saved_as:
+            raise RuntimeError("saved tensor hooks gave back tensors of another dtype or shape than they were given")
         kept, inputs = tensors[: self.kept], tensors[self.kept :]
         rest = (*ctx.rest[:_SEED], seed, *ctx.rest[_SEED + 1 :])
         wanted = ctx.needs_input_grad[: self.count]
@@ -222,9 +226,10 @@ def no_gradient(ctx: Any, *_: Any) -> None:
 
 
 def _has_data(t: Tensor) -> bool:
-    """Whether ``t`` is a tensor in memory, rather than several in a batch of gradients, or a subclass."""
+    """Whether ``t`` is a tensor in memory as it is, rather than negated or zero by a bit, several in a batch of
+    gradients, or of a subclass."""
     try:
-        return type(t) is Tensor and t.data_ptr() >= 0
+        return type(t) is Tensor and (t.data_ptr() > 0 or t.numel() == 0) and not t.is_neg()
     except RuntimeError:
         return False
 

@@ -62,7 +62,7 @@ def gated_mixer_layer_forward(
     packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, and u, what the patches' mixer gives, if kept."""
-    u = torch.empty(x.shape, dtype=x.dtype) if keep_u else None
+    u = torch.empty(x.shape, dtype=x.dtype, device="cpu") if keep_u else None
     return gated_mixer_layer_plan(x, patches, features, options, eps2, packing=packing).run(x, u), u
 
 
@@ -103,10 +103,10 @@ def gated_mixer_layer_backward(
 def _backward(dy, u, x, axis, mixers, eps, options, gate_first, wanted) -> list[Tensor | None]:
     parameters = [parameter for mixer in mixers for parameter in mixer]
     gradients = [
-        torch.empty(parameter.shape, dtype=x.dtype) if want and parameter is not None else None
+        torch.empty(parameter.shape, dtype=x.dtype, device="cpu") if want and parameter is not None else None
         for want, parameter in zip(wanted[1:], parameters, strict=True)
     ]
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     if x.numel() == 0:
         gradients = [None if gradient is None else gradient.zero_() for gradient in gradients]
     else:

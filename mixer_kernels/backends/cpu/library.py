@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from ...environment import Variable
+from ...environment import asked_instruction_set
 from ..remembered import forget
 
 MODULE = "mixer_kernels._cpu"
-ISA_VARIABLE = "MIXER_KERNELS_CPU_ISA"
-_asked_by_environment = Variable(ISA_VARIABLE)
+ISA_VARIABLE = asked_instruction_set.name
 
 
 def loaded() -> ModuleType:
@@ -32,7 +31,7 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: the one named was not built, or this CPU lacks it.
     """
-    return _instruction_set(_asked_by_environment())
+    return _instruction_set(asked_instruction_set())
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -50,7 +49,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_not_auto(dtype: torch.dtype) -> str | None:
     """Why ``auto`` does not take the kernels for products in ``dtype``, or None."""
-    return _why_not_auto(dtype, _asked_by_environment())
+    return _why_not_auto(dtype, asked_instruction_set())
 
 
 @functools.cache  # as _instruction_set

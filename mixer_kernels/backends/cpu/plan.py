@@ -23,7 +23,7 @@ class Packing:
         """Those of ``call``: kept, or made now."""
         if isa not in self._kept:
             module = loaded()
-            self.made[isa] = pack = torch.empty(module.pack_size(isa, *call), dtype=torch.float32)
+            self.made[isa] = pack = torch.empty(module.pack_size(isa, *call), dtype=torch.float32, device="cpu")
             module.pack(isa, *call, pack.data_ptr())
             return pack
         return self._kept[isa]
@@ -61,7 +61,7 @@ class ForwardPlan:
 
     def run(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """``y``; writes ``u``, what the first of two mixers gives."""
-        y = torch.empty(self._shape, dtype=torch.float32)
+        y = torch.empty(self._shape, dtype=torch.float32, device="cpu")
         if y.numel() == 0:
             return y
         if self._is_readable:
@@ -86,7 +86,7 @@ def contiguous(mixer: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def input_of(x: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), *x.shape, *x.stride()[:3])
+    return (address(x), *x.shape, *x.stride()[:3])
 
 
 def mixers_of(mixers: Sequence[Sequence[Tensor | None]], eps: Sequence[float]) -> tuple[tuple, ...]:
@@ -100,4 +100,10 @@ def noise_and_form(options: Options, gate_first: bool) -> tuple[bool, bool, floa
 
 
 def address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    """0 for None, which the kernels take for absent."""
+    if t is None:
+        return 0
+    pointer = t.data_ptr()
+    if pointer == 0 and t.numel() > 0:
+        raise RuntimeError(f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed")
+    return pointer
