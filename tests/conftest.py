@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -23,6 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # There is no CPU build of torchvision for every CPU build of torch, and timm imports torchvision.
     timm_stub.define_torchvision_operators()
     os.environ.pop("MIXER_KERNELS_BACKEND", None)
+    # Inductor's cache gives code for the vectors of this CPU where fewer are forced, and then its results are garbage.
+    forced = os.environ.get("ATEN_CPU_CAPABILITY")
+    if forced:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}_{forced}"
     # The products of these tests are small: more threads wait for each other longer than they compute.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
