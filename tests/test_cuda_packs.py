@@ -453,8 +453,11 @@ def test_packs_that_are_kept_give_the_same(bias, shape, stream, dtype, watched, 
         assert torch.equal(run_with_packing(block, x, backend, again, dtype), expected)
         assert not again.made
     assert watched.calls == ["mixer_block_forward"] * 2
-    assert torch.equal(halves(block, x, backend, dtype, packing.made), expected)
+    # The halves serve themselves from the block's packs. The block's numbers are not theirs: csrc/sm90 makes the second
+    # norm's statistics in the token kernel.
+    by_halves = halves(block, x, backend, dtype, packing.made)
     assert "pack_weights" not in watched.calls
+    assert torch.equal(by_halves, halves(block, x, backend, dtype, {}))
 
 
 def test_packs_of_several_kinds_are_kept_side_by_side(watched, hopper_kernels, device):
