@@ -78,7 +78,7 @@ class LastCall:
     ) -> tuple[Any, ...] | None:
         frozen = block._frozen
         try:
-            writes = None if frozen is None else frozen.identities()
+            writes = None if frozen is None else _writes(tensors)
             found = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors]
         except (AttributeError, TypeError, KeyError, RuntimeError):  # one is gone, or has no address
             return None
@@ -86,3 +86,11 @@ class LastCall:
 
     def __reduce__(self) -> tuple:
         return type(None), ()
+
+
+def _writes(tensors: list[Tensor | None]) -> list[int | None]:
+    """How many PyTorch has counted to each; an inference tensor counts none."""
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:
+        return [None if t.is_inference() else t._version for t in tensors]
