@@ -23,14 +23,7 @@ from mixer_kernels.bench.bare import bare_function, bare_model
 from mixer_kernels.bench.cases import Case, function_case, model_case
 from mixer_kernels.bench.plot import check_plot, plot
 from mixer_kernels.bench.progress import no_progress, progress_line
-from mixer_kernels.bench.providers import (
-    EAGER,
-    PROVIDERS,
-    CannotRun,
-    Provider,
-    Weights,
-    function_providers,
-)
+from mixer_kernels.bench.providers import EAGER, PROVIDERS, CannotRun, Provider, Weights, function_providers
 from mixer_kernels.bench.report import Row, closing_lines, group_lines, group_rows, table
 from mixer_kernels.bench.run import is_defect, run_group
 from mixer_kernels.bench.timing import DeviceClock, HostClock, Samples, _measure, measure, rotated_inputs
