@@ -112,10 +112,36 @@ def run(
         operator = OPERATORS[function]
         is_differentiated = operator.backward is not None and needs_grad(x, *parameters)
         if is_differentiated and is_plain(x) and _PLAIN_TENSORS.issuperset(map(type, parameters)):
-            return operator.differentiated(*arguments)
+            return _Differentiated.apply(*arguments, operator)
     if takes_packs(packs, backend, options, x, *parameters):
         return packed(function, packs, *arguments)
     return _first(getattr(ops, function)(*arguments))
+
+
+class _Differentiated(torch.autograd.Function):
+    """An operator and its backward as autograd's own, without the dispatcher; the last input is the operator. In the
+    backward pass the operator itself runs where somebody looks on, and for what is no tensor in memory as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *inputs, ctx.operator = inputs
+        output = ctx.operator.forward(*inputs)
+        ctx.operator.keep(ctx, tuple(inputs), output)
+        return _first(output)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator = ctx.operator
+        straight = not torch.is_grad_enabled() and not is_watched() and _is_in_memory(dy)
+        return *operator.gradient(ctx, dy, operator.backward_of if straight else operator.call_backward), None
+
+
+def _is_in_memory(t: Tensor | None) -> bool:
+    """As it is: not negated or zero by a bit, not several in a batch of gradients, not of a subclass."""
+    try:
+        return type(t) is Tensor and (t.data_ptr() > 0 or t.numel() == 0) and not t.is_neg()
+    except RuntimeError:
+        return False
 
 
 def _has_lazy(*tensors: Tensor | None) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor
 from .. import backends
 from ..backends.arguments import Options, precision_of
 from ..backends.backward import differentiate
-from ..tracing import is_watched
 from .packs import NewPacks, packs_of
 
 _defined: set[str] = set()  # by this import of the module: what an earlier one has defined stays
@@ -57,14 +56,14 @@ class Operator:
         results = ", ".join(["Tensor"] * (1 + self.kept))
         self._define_packed()
         OPERATORS[self.name] = self
-        call = define_operator(self.name, f"({self.arguments}) -> ({results})", self._forward, self._forward_fake)
+        call = define_operator(self.name, f"({self.arguments}) -> ({results})", self.forward, self._forward_fake)
         if self.backward is None:
             differentiate_operator(self.name, no_gradient)
             return call, no_gradient
         kept = "".join(f"Tensor kept{i}, " for i in range(self.kept))
         gradients = ", ".join(["Tensor"] * self.count)
         schema = f"(Tensor dy, {kept}{self.arguments}, bool[] wanted) -> ({gradients})"
-        self.call_backward = define_operator(f"{self.name}_backward", schema, self._backward, self._backward_fake)
+        self.call_backward = define_operator(f"{self.name}_backward", schema, self.backward_of, self._backward_fake)
         differentiate_operator(self.name, self._gradient, self._save)
         differentiate_operator(f"{self.name}_backward", no_gradient)
         return call, self.call_backward
@@ -97,7 +96,7 @@ class Operator:
         results = getattr(run, f"{self.name}_forward")(x, *parameters, options, **further, packing=packing)
         return results[0] if self.kept else results, packing.made
 
-    def _forward(self, x: Tensor, *arguments: Any) -> Any:
+    def forward(self, x: Tensor, *arguments: Any) -> Any:
         parameters, options, backend, further = self.objects(x, *arguments)
         results = getattr(backends.load(backend), f"{self.name}_forward")(x, *parameters, options, **further)
         return self._without_none(results if self.kept else (results,), x)
@@ -106,7 +105,7 @@ class Operator:
         parameters, options, _, further = self.objects(x, *arguments)
         return self._without_none(self.fake(x, *parameters, options, **further), x)
 
-    def _backward(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def backward_of(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         kept, (x, *arguments), wanted = arguments[: self.kept], arguments[self.kept : -1], arguments[-1]
         parameters, options, backend, further = self.objects(x, *arguments)
         kept = [None if t.numel() == 0 else t.contiguous() for t in kept]
@@ -133,12 +132,11 @@ class Operator:
         ctx.set_materialize_grads(False)
         return kept
 
-    def differentiated(self, *arguments: Any) -> Tensor:
-        """The operator's first result with its gradient, without the dispatcher, which costs more than eager's layers;
-        for a call that nothing but plain autograd has a part in."""
-        return _Differentiated.apply(*arguments, self)
-
     def _gradient(self, ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return self.gradient(ctx, dy, self.call_backward)
+
+    def gradient(self, ctx: Any, dy: Tensor | None, backward: Callable) -> tuple[Tensor | None, ...]:
+        """Of all inputs, by the backward operator or what it runs."""
         of_rest = (None,) * len(ctx.rest)
         if dy is None:
             return (None,) * self.count + of_rest
@@ -148,9 +146,6 @@ class Operator:
         kept, inputs = tensors[: self.kept], tensors[self.kept :]
         rest = (*ctx.rest[:_SEED], seed, *ctx.rest[_SEED + 1 :])
         wanted = ctx.needs_input_grad[: self.count]
-        # By itself only where nothing looks on: is_grads_batched and a second derivative have the operator.
-        plain = _has_data(dy) and not torch.is_grad_enabled() and not is_watched()
-        backward = self._backward if plain else self.call_backward
         gradients = backward(dy, *kept, *inputs, *rest, wanted)
         return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *of_rest
 
@@ -165,21 +160,6 @@ class Operator:
     def _without_none(self, results: Sequence[Tensor | None], x: Tensor) -> Tensor | tuple[Tensor, ...]:
         results = tuple(_absent(x) if result is None else result for result in results)
         return results if self.kept else results[0]
-
-
-class _Differentiated(torch.autograd.Function):
-    """An operator's forward and backward as autograd's own; the last input is the operator."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *inputs, ctx.operator = inputs
-        output = ctx.operator._forward(*inputs)
-        ctx.operator.keep(ctx, tuple(inputs), output)
-        return output[0] if ctx.operator.kept else output
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *ctx.operator._gradient(ctx, dy), None
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -223,15 +203,6 @@ def no_gradient(ctx: Any, *_: Any) -> None:
         "the fused mixer operators have no gradient here (a second derivative, or mixer_block called as an operator): "
         "use backend='torch', which autograd differentiates any number of times"
     )
-
-
-def _has_data(t: Tensor) -> bool:
-    """Whether ``t`` is a tensor in memory as it is, rather than negated or zero by a bit, several in a batch of
-    gradients, or of a subclass."""
-    try:
-        return type(t) is Tensor and (t.data_ptr() > 0 or t.numel() == 0) and not t.is_neg()
-    except RuntimeError:
-        return False
 
 
 def _absent(x: Tensor) -> Tensor:
