@@ -137,10 +137,9 @@ class Fused(Watched, Freezable):
         y = self.again(x, options)
         if y is not None:
             return y
-        self.check_frozen()
-        if isinstance(x, Tensor) and checks.runs_on_torch(
-            options.backend, x, self.function(self), self.parameters(), self.training
-        ):
+        if self._frozen is not None:
+            self.check_frozen()
+        if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x, self.function(self), self):
             return super().forward(x)
         reason = self.why_not_kernels(x)
         if reason is None:

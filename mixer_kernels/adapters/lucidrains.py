@@ -29,7 +29,8 @@ class _FusedPreNormResidual(Fused):
 
     @staticmethod
     def function(block: nn.Module) -> str:
-        return "token_mixing" if type(block.fn[0]) is nn.Conv1d else "channel_mixing"
+        dense1 = block._modules["fn"]._modules.get("0")  # in a third of the time of fn[0]
+        return "token_mixing" if type(dense1) is nn.Conv1d else "channel_mixing"
 
     @staticmethod
     def why_not_covered(block: nn.Module) -> str | None:

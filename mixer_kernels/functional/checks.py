@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import backends
 from ..backends.arguments import Options
@@ -36,17 +36,10 @@ def choose(
     return name if reason is None else _choose_torch(backend, reason)
 
 
-def runs_on_torch(
-    backend: str | None,
-    x: Tensor,
-    operator: str | None = None,
-    parameters: Iterable[Tensor] = (),
-    training: bool = False,
-) -> bool:
+def runs_on_torch(backend: str | None, x: Tensor, operator: str | None = None, block: nn.Module | None = None) -> bool:
     """Whether the torch backend is chosen for a block on ``x``: it computes what the block's own modules compute.
 
-    ``operator``: what computes the block, where it is one that a backend may have for CPUs, from ``parameters``;
-    ``training``: the block's mode.
+    ``operator``: what computes ``block``, where it is one that a backend may have for CPUs.
 
     False where another one is asked for by name: the call of it says whether it can run.
     """
@@ -54,7 +47,7 @@ def runs_on_torch(
     if asked != "auto":
         return asked == "torch"
     if x.is_cpu:
-        few = trains_few(operator, x, parameters, training)
+        few = operator in backends.LEAST_TO_TRAIN and trains_few(operator, x, block.parameters(), block.training)
         return backends.auto_on_cpu(operator, product_dtype(x.dtype, "cpu"), few) == "torch"
     device = x.device
     dtype = product_dtype(x.dtype, device.type)
