@@ -60,7 +60,8 @@ class LastCall:
         if block.training or any([part.training for part in self._noisy]):
             return None
         tensors = self._tensors(block)  # held until the plan has read them, whatever other threads replace
-        if self._state != self._now(block, tensors, x, options) or not block._snapshot.holds(block):
+        now = self._now(block, tensors, x, options)
+        if now is None or now != self._state or not block._snapshot.holds(block):
             return None
         return self._plan(x) if why_not_global_hooks() is None else None
 
