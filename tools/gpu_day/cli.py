@@ -38,12 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(record(arguments.record))
             return 0
         earlier = [line for path in arguments.resume for line in read(path)]
-        path = arguments.output or _default_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, KeyError) as error:
         print(f"gpu_day: {error}", file=sys.stderr)
         return 1
-    results = Results(path, earlier)
+    results = Results(arguments.output, earlier)
     results.take({
         "kind": "run", "command": sys.argv[1:], "time": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %z}",
         "planned": [task.key for tasks in plan.day().values() for task in tasks],
@@ -73,14 +72,14 @@ class _Day:
         capability = programs.capability()
         built = asyncio.ensure_future(programs.build(capability, self._environment))
         try:
-            await self._phase("warm-up", [Pool(deque([Task("warm-up", "warm-up")]))], WARM_UP_SECONDS)
+            await self._supervisor.run("warm-up", [Pool(deque([Task("warm-up", "warm-up")]))], WARM_UP_SECONDS)
             if self._results.machine.get("device", True) is not None:
                 await self._truth(capability, built)
                 await self._speed()
                 await self._breadth()
         finally:
             built.cancel()
-            await asyncio.gather(built, self._supervisor.close(), return_exceptions=True)
+            await asyncio.gather(built, return_exceptions=True)
 
     async def _truth(self, capability: str | None, built: asyncio.Future[str | None]) -> None:
         """With the build beside it, and torch.compile's functions for the benchmarks."""
@@ -94,7 +93,7 @@ class _Day:
         ahead = deque(Task("ahead", task.name) for task in self._open("speed") if DEVICE == "cuda")
         pools.append(Pool(ahead, _at_once(AHEAD_PROCESSES)))
         seconds = min(self._left, TRUTH_SECONDS + (0.0 if built.done() else LATE_SECONDS))
-        await self._phase("truth", pools, seconds, bounded="" if unfit else str(programs.BOUNDED))
+        await self._supervisor.run("truth", pools, seconds, bounded="" if unfit else str(programs.BOUNDED))
         self._why_not_built = built.result() if built.done() else "the build had not ended when speed began"
 
     async def _speed(self) -> None:
@@ -102,16 +101,13 @@ class _Day:
         absent = COMPILED if self._why_not_built else ()
         out = [name for name in (*names, "compile") if self._results.why_out(name) or name.split(" ")[0] in absent]
         tasks = deque(Task(task.phase, task.name, without=tuple(out)) for task in self._open("speed"))
-        await self._phase("speed", [Pool(tasks)], min(self._left, max(SPEED_SECONDS, self._left - BREADTH_SECONDS)))
+        seconds = max(SPEED_SECONDS, self._left - BREADTH_SECONDS)
+        await self._supervisor.run("speed", [Pool(tasks)], min(self._left, seconds))
 
     async def _breadth(self) -> None:
         for phase, at_once in (("ladder", 1), ("tests", _at_once(16) // 2 + 1)):
             say(f"== {phase}, at most {self._left:.0f} s")
             await programs.run_each(self._open(phase), self._results, self._left, self._environment, at_once)
-
-    async def _phase(self, name: str, pools: list[Pool], seconds: float, bounded: str = "") -> None:
-        say(f"== {name}, at most {seconds:.0f} s")
-        await self._supervisor.run(pools, seconds, bounded=bounded)
 
     def _open(self, phase: str) -> list[Task]:
         """The tasks of a phase that are not done, and can be."""
@@ -138,10 +134,6 @@ def _close(results: Results) -> int:
     return 1 if missing or bad else 0
 
 
-def _default_path() -> Path:
-    return Path(os.environ.get("OUT") or RESULTS) / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.jsonl"
-
-
 def _environment() -> dict[str, str]:
     """The workers import this checkout and the tests' helpers; nothing has to be installed."""
     cleared = ("PYTHONOPTIMIZE", "MIXER_KERNELS_BACKEND", "TRITON_INTERPRET")
@@ -151,13 +143,12 @@ def _environment() -> dict[str, str]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="gpu_day.py", description="On a machine with a GPU: do the kernels agree, and how fast are they. "
-        "tools/gpu_day/README.md has the command lines.",
-    )  # fmt: skip
+    what = "On a machine with a GPU: do the kernels agree, and how fast are they. tools/gpu_day/README.md says more."
+    parser = argparse.ArgumentParser(prog="gpu_day.py", description=what)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)g)")
     parser.add_argument("--resume", type=Path, nargs="+", default=[], metavar="FILE", help="do what these runs did not")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: TIME.jsonl in $OUT or benchmarks/results")
+    path = Path(os.environ.get("OUT") or RESULTS) / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.jsonl"
+    parser.add_argument("--output", type=Path, default=path, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--compile-mode", default="default", metavar="MODE", help="of torch.compile (default: default)")
     parser.add_argument(
         "--record", type=Path, nargs="+", metavar="FILE",

@@ -9,8 +9,7 @@ BACKENDS = ("triton", "cuda", HOPPER)  # with kernels, the riskiest last
 COMPILED = ("cuda", HOPPER)  # by nvcc: they wait for the build
 
 OK, CANNOT = "ok", "cannot run"
-WRONG, FAULT, HANG, FAILED = "wrong", "fault", "hang", "failed"
-BAD = (WRONG, FAULT, HANG, FAILED)
+WRONG, FAULT, HANG, FAILED = BAD = ("wrong", "fault", "hang", "failed")
 STRIKES = (FAULT, HANG)  # what costs a process; with two of them a backend sits out
 MAX_STRIKES = 2
 
@@ -33,12 +32,12 @@ SPEED = (
 )
 
 # eager / ours, torch.compile / ours (more is better), ours / bare products (less): at least, and hoped for.
-GOALS = {
+GOALS = {  # of B/16 at batch 256
     ("token", "infer"): ((3.5, 2.0, 0.95), (5.0, 3.0, 0.80)),
     ("channel", "infer"): ((1.25, 1.15, 1.08), (1.35, 1.3, 1.03)),
     ("block", "infer"): ((1.55, 1.3, 1.07), (1.8, 1.5, 1.0)),
     ("block", "train"): ((1.5, 1.25, 1.11), (1.7, 1.45, 1.03)),
-}  # of B/16 at batch 256
+}
 
 TEST_FILES = (
     "test_streams_and_graphs", "test_kernels", "test_backward", "test_cuda_backend", "test_cuda_sm90",

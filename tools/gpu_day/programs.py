@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .plan import BACKENDS, CANNOT, FAILED, OK, Task
-from .record import cuda_sources_digest
+from .record import sources
 from .results import Results, say
 from .supervise import ROOT, Process, last_lines
 
@@ -22,11 +22,8 @@ BUILD_SECONDS = 240.0
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 MODULE = ROOT / "mixer_kernels" / f"_C{SUFFIX}"
 BOUNDED = ROOT / "build" / "bounded" / "mixer_kernels" / f"_C{SUFFIX}"  # barriers that say where they wait for ever
-ASK = """import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-print(json.dumps([module.sources, list(module.architectures), module.bounded_waits]))"""
+ASK = """import json, sys; sys.path.insert(0, sys.argv[1]); import _C
+print(json.dumps([_C.sources, list(_C.architectures), _C.bounded_waits]))"""
 DIES_WITH_US = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 Environment = dict[str, str]
 
@@ -59,12 +56,12 @@ async def why_unfit(path: Path, capability: str | None, environment: Environment
     """Why the module at ``path`` is not what these sources give for this GPU; None if it is."""
     if not path.exists() or capability is None:
         return "it is not there" if capability else "nvidia-smi names no GPU"
-    status, log = await run_program([sys.executable, "-c", ASK, str(path)], 30, environment)
+    status, log = await run_program([sys.executable, "-c", ASK, str(path.parent)], 30, environment)
     if status != 0:
         return f"it does not load: {last_lines(log, 1)}"
-    sources, architectures, bounded = json.loads(log.splitlines()[-1])
-    if sources != cuda_sources_digest():
-        return f"it is of other sources: {sources}, not {cuda_sources_digest()}"
+    built_from, architectures, bounded = json.loads(log.splitlines()[-1])
+    if built_from != sources():
+        return f"it is of other sources: {built_from}, not {sources()}"
     if architecture_of(capability) not in architectures:
         return f"it is for {', '.join(architectures)}, this GPU is {architecture_of(capability)}"
     return None if bounded == (path == BOUNDED) else "its barriers are of the other kind"
@@ -112,17 +109,13 @@ async def run_each(tasks: list[Task], results: Results, seconds: float, environm
             results.leave(task, "was running when its time was up")
             command = [sys.executable, *(pytest if task.phase == "tests" else []), task.name]
             status, log = await run_program(command, left, environment)
-            if status is not None:
-                results.add(task, **(tested if task.phase == "tests" else ran)(status, log, task.backend))
-                results.finish(task)
+            if status is None:
+                return
+            row = {"provider": task.backend, "status": OK, "detail": f"\n{log}"}  # of a program: all that it printed
+            results.add(task, **(tested(status, log, task.backend) if task.phase == "tests" or status else row))
+            results.finish(task)
 
     await asyncio.gather(*map(one, tasks))
-
-
-def ran(status: int, log: str, backend: str) -> dict[str, Any]:
-    """All that a program printed, or why it failed."""
-    values = {"status": OK, "detail": f"\n{log}"} if status == 0 else {"status": FAILED, "reason": last_lines(log)}
-    return {"provider": backend, **values}
 
 
 def tested(status: int, log: str, backend: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .plan import BACKENDS, BAD, HOPPER, OK
@@ -18,23 +18,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- tools/gpu_day.py --record writes from here -->", "<!-- to here -->"
 
 
-def sources() -> str:
-    """A digest of what runs: the package's Python files and the CUDA sources."""
-    return _digest([*(ROOT / "mixer_kernels").rglob("*.py"), *_cuda_sources()])
-
-
-def cuda_sources_digest() -> str:
-    """What ``_C.sources`` says of a module that was built from this checkout; CMakeLists.txt computes the same."""
-    return _digest(_cuda_sources())
-
-
-def _cuda_sources() -> Iterable[Path]:
-    folders = (ROOT / "csrc", ROOT / "csrc" / "device", ROOT / "csrc" / "sm90")
-    return (path for folder in folders for path in folder.iterdir() if path.is_file())
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    named = sorted((path.relative_to(ROOT).as_posix(), path) for path in paths)
+def sources(*more: Path) -> str:
+    """A digest of the CUDA sources and ``more``. Without more it is what ``_C.sources`` says of a module that was built
+    from this checkout: CMakeLists.txt computes the same."""
+    folders = (ROOT / "csrc", ROOT / "csrc/device", ROOT / "csrc/sm90")
+    cuda = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    named = sorted((path.relative_to(ROOT).as_posix(), path) for path in (*cuda, *more))
     lines = [f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for name, path in named]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
@@ -77,11 +66,8 @@ def passed_backends(results: Results) -> list[str]:
 
 
 def record(paths: Sequence[Path], root: Path = ROOT, directory: Path = RESULTS) -> str:
-    """Enter the GPU into measured.json for each backend that passed, the speeds into the README; keep the files.
-
-    Returns:
-        what was done. Raises ValueError if the files do not belong together, or nothing in them passed.
-    """
+    """Enter the GPU into measured.json for each backend that passed, the speeds into the README; keep the files. Says
+    what was done; ValueError if the files do not belong together, or nothing in them passed."""
     results = merged(paths)
     passed, name = passed_backends(results), results.machine["device"]["name"]
     if not passed:

@@ -37,7 +37,7 @@ class Results:
         self.rows: dict[tuple[str, str], Row] = {}  # by task and provider
         self.done: set[str] = set()
         self._why_missing: dict[str, str] = {}
-        self._start, self._learnt = time.monotonic(), False
+        self._start = time.monotonic()
         self.path: Path | None = None
         for line in earlier:
             self.take(line)
@@ -53,7 +53,8 @@ class Results:
         if kind == "run":
             self.planned |= dict.fromkeys(line["planned"])
         elif kind == "machine":
-            self.machine = line if _has_kernels(line) else self.machine or line
+            if _has_kernels(line) or not _has_kernels(self.machine):
+                self.machine = line
         elif kind == "row":
             place = line["task"], line["provider"]
             if self.rows.get(place, line)["status"] not in BAD or line["status"] in BAD:
@@ -65,12 +66,10 @@ class Results:
                 file.write(json.dumps(line) + "\n")
 
     def learn(self, facts: dict[str, Any]) -> None:
-        """What a process says about the machine; the first is written down, and the first that has built kernels."""
-        if self._learnt and (_has_kernels(self.machine) or not _has_kernels(facts)):
-            return
-        self._learnt, earlier, self.machine = True, self.machine, {}
-        if earlier.get("device") and about(earlier) != about(facts):
-            say(f"what is resumed is left out: it is of {about(earlier)}, this is {about(facts)}")
+        """What a process says about the machine."""
+        if self.machine.get("device") and about(self.machine) != about(facts):
+            say(f"what is resumed is left out: it is of {about(self.machine)}, this is {about(facts)}")
+            self.machine = {}
             self.rows.clear(), self.done.clear()
         self.take({"kind": "machine", **facts})
 
@@ -114,16 +113,14 @@ def _has_kernels(machine: dict[str, Any]) -> bool:
     return "sm90" in machine.get("cuda_kernels", ())
 
 
+_FIGURES = {
+    "max_err": "  max error {:.1e}", "vs_eager": ", RMS {:.2f} x eager's",
+    "ms": "  {:.4f} ms", "p20": " (p20 {:.4f}", "p80": ", p80 {:.4f})", "call_ms": ", call {:.3f}",
+    "detail": "  {}", "reason": "  {}",
+}  # fmt: skip
+
+
 def line_of(row: Row) -> str:
     """One row for the progress of the run."""
-    text = f"{row['status']:10} {row['name']} {row['provider']}"
-    if "max_err" in row:
-        text += f"  max error {row['max_err']:.1e}, RMS {row['vs_eager']:.2f} x eager's"
-    if "ms" in row:
-        text += f"  {row['ms']:.4f} ms"
-    if "p20" in row:
-        text += f" (p20 {row['p20']:.4f}, p80 {row['p80']:.4f})"
-    if "call_ms" in row:
-        text += f", call {row['call_ms']:.3f}"
-    text += "".join(f", {ratio}" for ratio in row.get("ratios", ()))
-    return text + "".join(f"  {row[name]}" for name in ("detail", "reason") if row.get(name))
+    figures = "".join(form.format(row[name]) for name, form in _FIGURES.items() if row.get(name) not in (None, ""))
+    return ", ".join([f"{row['status']:10} {row['name']} {row['provider']}{figures}", *row.get("ratios", ())])

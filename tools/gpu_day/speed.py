@@ -37,13 +37,15 @@ def run(task: Task, settings: Settings, channel: Channel) -> None:
         _compile(prepared, channel)
         return
     providers = [each for each in prepared.providers if each.name not in task.without]
-    riskiest_first = sorted((each.name for each in providers), key=_risk, reverse=True)
+    risk = {backend: number for number, backend in enumerate(BACKENDS)}
+    names = [each.name for each in providers]
+    riskiest_first = sorted(names, key=lambda name: risk.get(name.split(" ")[0], -1), reverse=True)
     suspects: list[str] = []
 
     def progress(text: str) -> None:
         """Told before a provider is built and called, before it is warmed up, then in each twentieth of the rounds."""
         check_device(settings, suspects=suspects)
-        named = [each.name for each in providers if text in (f"preparing {each.name}", f"warming up {each.name}")]
+        named = [name for name in names if text in (f"preparing {name}", f"warming up {name}")]
         suspects[:] = named or riskiest_first
         compiles = text.startswith(("preparing compile", "preparing triton"))
         channel.at(text, seconds=COMPILE_SECONDS if compiles else 0.0, suspects=suspects)
@@ -54,7 +56,7 @@ def run(task: Task, settings: Settings, channel: Channel) -> None:
     )  # fmt: skip
     check_device(settings, suspects=riskiest_first)
     for row in group.rows:
-        channel.row(row.provider, **figures(row, group.samples.get(row.provider), goals))
+        channel.send(row={"provider": row.provider, **figures(row, group.samples.get(row.provider), goals)})
 
 
 def _compile(prepared: Prepared, channel: Channel) -> None:
@@ -93,10 +95,5 @@ def figures(row: Row, samples: Samples | None, goals: Sequence[Sequence[float]] 
             wanted = f" (goal {sign} {goals[0][index]:g}, {goals[1][index]:g})" if goals and ours else ""
             ratios.append(f"{ratio:.2f} {what}{wanted}")
     spread = statistics.quantiles(samples.seconds, n=5, method="inclusive")
-    kept = {name: getattr(row, name) for name in KEPT}
-    return {"status": OK, **kept, "p20": 1e3 * spread[0], "p80": 1e3 * spread[3], "ratios": ratios}
-
-
-def _risk(provider: str) -> int:
-    backend = provider.split(" ")[0]
-    return BACKENDS.index(backend) if backend in BACKENDS else -1
+    found = {"p20": 1e3 * spread[0], "p80": 1e3 * spread[3], "ratios": ratios}
+    return {"status": OK, **{name: getattr(row, name) for name in KEPT}, **found}

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -21,16 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from .plan import FAILED, FAULT, HANG, Task
-from .results import Results
+from .results import Results, say
 
 ROOT = Path(__file__).parents[2]
 WORKER = [sys.executable, "-c", "from gpu_day.worker import main; main()"]
 START_SECONDS = 90.0  # for a process to import torch and make a context
 KILL_SECONDS = 5.0  # a process that is inside the driver may not die at once
 MAX_STARTS = 2  # that fail, of one pool
-LONGEST_LINE = 2**22
-LAST_LINES = 8
-NEEDED = "eager"  # without it a benchmark has nothing to compare with
 
 
 @dataclass
@@ -55,10 +53,10 @@ class Supervisor:
     arguments: dict[str, Any]
     environment: dict[str, str]
     step_seconds: float
-    spare: tuple[dict[str, Any], Process] | None = None  # one that a phase has left, and what it was told
 
-    async def run(self, pools: Sequence[Pool], seconds: float, **arguments: Any) -> None:
+    async def run(self, phase: str, pools: Sequence[Pool], seconds: float, **arguments: Any) -> None:
         """Run the pools' tasks side by side for at most ``seconds``; what is not done then is not reached."""
+        say(f"== {phase}, at most {seconds:.0f} s")
         lanes = [
             asyncio.ensure_future(self._lane(pool, {**self.arguments, **arguments}))
             for pool in pools
@@ -88,8 +86,6 @@ class Supervisor:
                 if reason is not None:
                     self.results.leave(task, reason)
                     continue
-                if worker is None and self.spare and self.spare[0] == arguments:
-                    (_, worker), self.spare = self.spare, None
                 if worker is None:
                     worker = await Process.start([*WORKER, json.dumps(arguments)], self.environment)
                     try:
@@ -104,15 +100,9 @@ class Supervisor:
                     pool.tasks.appendleft(again)
                 if not healthy:
                     worker = await worker.kill()
-            if self.spare is None and worker is not None:
-                self.spare, worker = (arguments, worker), None
         finally:
             if worker is not None:
                 await worker.kill()
-
-    async def close(self) -> None:
-        if self.spare is not None:
-            await self.spare[1].kill()
 
     async def _do(self, worker: Process, task: Task) -> tuple[Task | None, bool]:
         """Returns the task again if there is more to do of it, and whether the process is fit for another."""
@@ -139,7 +129,7 @@ class Supervisor:
             status, reason = FAULT, f"while {step}: {death}"
         blamed = next((name for name in suspects if name not in task.without), "")
         self.results.add(task, blamed, status if blamed else FAILED, reason=reason)
-        if task.phase == "speed" and blamed not in ("", NEEDED):
+        if task.phase == "speed" and blamed not in ("", "eager"):  # without eager there is nothing to compare with
             return replace(task, without=(*task.without, blamed)), False
         self.results.finish(task)
         return None, False
@@ -156,15 +146,9 @@ class Process:
         """With pipes to talk through; or without, and all that it prints is its log."""
         log, pipe = tempfile.TemporaryFile(), asyncio.subprocess.PIPE  # noqa: SIM115  closed by kill
         process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=pipe if piped else asyncio.subprocess.DEVNULL,
-            stdout=pipe if piped else log,
-            stderr=log,
-            env=environment,
-            cwd=ROOT,
-            limit=LONGEST_LINE,
-            start_new_session=True,
-        )
+            *command, stdin=pipe if piped else asyncio.subprocess.DEVNULL, stdout=pipe if piped else log, stderr=log,
+            env=environment, cwd=ROOT, limit=2**22, start_new_session=True,
+        )  # fmt: skip
         return cls(process, log)
 
     async def send(self, message: dict[str, Any]) -> None:
@@ -185,8 +169,7 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGUSR1)
             await asyncio.sleep(0.5)
-        frames = [line.strip() for line in self.log().splitlines() if line.strip().startswith("File ")]
-        return " < ".join(frame.replace(f"{ROOT}/", "") for frame in frames[:4])
+        return " < ".join(re.findall(r"^ *(File .+)$", self.log().replace(f"{ROOT}/", ""), re.MULTILINE)[:4])
 
     def log(self) -> str:
         self._log.seek(0)
@@ -206,6 +189,6 @@ class Process:
         self._log.close()
 
 
-def last_lines(log: str, count: int = LAST_LINES) -> str:
+def last_lines(log: str, count: int = 8) -> str:
     """For a reason, which is one line."""
     return " | ".join([line.strip() for line in log.splitlines() if line.strip()][-count:])

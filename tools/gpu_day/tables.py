@@ -17,7 +17,7 @@ PROVIDERS = ("eager", "compile", "torch", "triton", "cuda", "cuda:sm90", "bare")
 def closing(results: Results) -> str:
     missing = (f"not reached: {line}" for line in _folded((why, key) for key, why in results.missing.items()))
     parts = _truth(results), _speed(results), _counts(results), _reasons(results), "\n".join(missing)
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _truth(results: Results) -> str:
@@ -77,15 +77,11 @@ def _folded(pairs: Iterable[tuple[str, str]]) -> list[str]:
 def markdown(results: Results) -> str:
     """The README's table."""
     versions = ", ".join(f"{name} {results.machine['versions'][name]}" for name in ("torch", "triton", "cuda"))
-    lines = [
-        f"Milliseconds of device time, median, bfloat16, on {results.machine['device']['name']} ({versions}):",
-        "",
-        f"| | {' | '.join(PROVIDERS)} |",
-        "|---" * (len(PROVIDERS) + 1) + "|",
-    ]
+    head = f"Milliseconds of device time, median, bfloat16, on {results.machine['device']['name']} ({versions}):"
+    rows = [["", *PROVIDERS], ["---"] * (len(PROVIDERS) + 1)]
     for name, found in _by_provider(results):
-        lines.append(f"| {name} | {' | '.join(_cell(found.get(each), 'ms', '.3f') for each in PROVIDERS)} |")
-    return "\n".join(lines)
+        rows.append([name, *(_cell(found.get(each), "ms", ".3f") for each in PROVIDERS)])
+    return "\n".join([head, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _of(results: Results, phase: str) -> list[Row]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -18,17 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .plan import CANNOT, FAILED, OK, WRONG, Task
-from .record import sources
+from .record import ROOT, sources
 
 PR_SET_PDEATHSIG = 1
 
 
 class Fault(Exception):
-    """This process can do no more; ``suspects``: whose doing it may be, the likeliest first."""
-
-    def __init__(self, reason: str, suspects: Sequence[str]) -> None:
-        super().__init__(reason)
-        self.suspects = list(suspects)
+    """This process can do no more: the reason, and whose doing it may be, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +50,6 @@ class Channel:
         """A sign of life. ``seconds``: how long the next may take to come; ``suspects``: whose doing it is if not."""
         self.send(at=what, **values)
 
-    def row(self, provider: str, status: str, **values: Any) -> None:
-        self.send(row={"provider": provider, "status": status, **values})
-
 
 def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a hung kernel must not outlive the program
@@ -68,7 +61,8 @@ def main() -> None:
             _run(Task(**json.loads(line)["run"]), settings, channel)
             channel.send(done=True)
         except Fault as fault:
-            channel.send(fault=str(fault), suspects=fault.suspects)
+            reason, suspects = fault.args
+            channel.send(fault=reason, suspects=suspects)
 
 
 def _hello(settings: Settings, channel: Channel) -> dict[str, Any]:
@@ -86,23 +80,19 @@ def _hello(settings: Settings, channel: Channel) -> dict[str, Any]:
         device = torch.zeros(1, device="cuda").device
         _beat_when_triton_compiles(channel)
     if settings.bounded:
-        spec = importlib.util.spec_from_file_location(library.MODULE, settings.bounded)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        library.install(module)
+        sys.path.insert(0, os.path.dirname(settings.bounded))
+        library.install(importlib.import_module("_C"))
     facts = {"device": info.device_info(device), "versions": info.versions(), "cuda_kernels": info.cuda_kernels()}
-    return {**facts, "sources": sources()}
+    return {**facts, "sources": sources(*(ROOT / "mixer_kernels").rglob("*.py"))}
 
 
 def _beat_when_triton_compiles(channel: Channel) -> None:
     """Compiling is no hang. Triton before 3.4 has no such hooks: there its kernels have to be quick to compile."""
-    if importlib.util.find_spec("triton") and importlib.util.find_spec("triton.knobs"):
-        from triton import knobs
+    with contextlib.suppress(ImportError):
+        from triton.knobs import runtime
 
-        def beat(*args: Any, **kwargs: Any) -> None:
-            channel.at("compiling by Triton", seconds=60)
-
-        knobs.runtime.jit_cache_hook = knobs.runtime.jit_post_compile_hook = beat
+        beat = lambda *args, **kwargs: channel.at("compiling by Triton", seconds=60)  # noqa: E731
+        runtime.jit_cache_hook = runtime.jit_post_compile_hook = beat
 
 
 def _run(task: Task, settings: Settings, channel: Channel) -> None:
@@ -125,7 +115,7 @@ def _run(task: Task, settings: Settings, channel: Channel) -> None:
         row = {"status": WRONG if isinstance(error, AssertionError) else FAILED, "reason": describe(error)}
     check_device(settings, (row or {}).get("reason", ""))
     if row is not None:
-        channel.row(task.backend, seconds=round(time.monotonic() - start, 2), **row)
+        channel.send(row={"provider": task.backend, "seconds": round(time.monotonic() - start, 2), **row})
 
 
 def _warm_up(task: Task, settings: Settings, channel: Channel) -> dict[str, Any]:
@@ -153,7 +143,7 @@ def check_device(settings: Settings, before: str = "", suspects: Sequence[str] =
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            raise Fault(f"{before} {describe(error)}".strip(), suspects) from None
+            raise Fault(f"{before} {describe(error)}".strip(), list(suspects)) from None
 
 
 def describe(error: BaseException) -> str:
