@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "workload" in metafunc.fixturenames:
         level = metafunc.module.LEVELS[metafunc.function.__name__]
         mode = getattr(metafunc.module, "MODE", "infer")
-        names = provider_names(level, mode)
+        names = provider_names(level, mode, DEVICE)
         pairs = [(workload, provider) for workload in workloads(level, DEVICE, mode) for provider in names]
         metafunc.parametrize("workload, provider", pairs, ids=[f"{workload}-{name}" for workload, name in pairs])
 

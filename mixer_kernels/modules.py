@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import coverage, functional
 from .coverage import (
     activation_of,
+    approximate_of,
     drop_path_p_of,
     dropout_p_of,
     weight_and_bias,
@@ -112,7 +113,7 @@ class FusedMixerBlock(Watched, Freezable, nn.Module):
             if y is not None:
                 return y
             self.check_frozen()
-        if isinstance(x, Tensor) and checks.runs_on_torch(None, x):
+        if isinstance(x, Tensor) and checks.runs_on_torch(None, x, _operator_of(self), self):
             # An input of another shape goes on to functional, which says what is wrong with it. A trace would record
             # the comparison.
             own = torch.jit.is_tracing() or x.shape[1:] == getattr(self, "_input_shape", None)
@@ -136,6 +137,12 @@ class FusedMixerBlock(Watched, Freezable, nn.Module):
             "torch.jit.script does not take a FusedMixerBlock: use torch.jit.trace, or load its state_dict into timm's "
             "MixerBlock and script that"
         )
+
+
+def _operator_of(block: nn.Module) -> str | None:
+    """Of those that a backend may have for CPUs."""
+    act = block.mlp_tokens._modules.get("act")
+    return None if act is None or approximate_of(act) is None else "mixer_block"
 
 
 def image_shape(block: nn.Module) -> tuple[int, int]:

@@ -82,10 +82,10 @@ def test_rows_divide_what_was_measured(monkeypatch):
         "torch": Samples([0.02, 0.02, 0.02], call_seconds=[0.03]),
         "bare": Samples([0.016]),
     }
-    failures = dict.fromkeys(("cuda", "cuda:sm90"), "cannot run: not built") | {"triton": "cannot run: no GPU"}
+    failures = dict.fromkeys(("cuda", "cuda:sm90", "cpu"), "cannot run: not built") | {"triton": "cannot run: no GPU"}
     rows = group_rows(case, CPU, PROVIDERS, samples, failures, {"bare": "mm"})
     assert [row.provider for row in rows] == list(PROVIDERS)
-    eager, compiled, ours, triton, _, cuda, bare = rows
+    eager, compiled, ours, _, triton, _, cuda, bare = rows
     assert (eager.ms, ours.ms, ours.call_ms, eager.call_ms) == (50.0, 20.0, 30.0, None)
     assert ours.images_per_s == pytest.approx(8 / 0.02)
     assert ours.tflops == pytest.approx(4e9 / 0.02 / 1e12)
@@ -322,7 +322,7 @@ def test_command_line_prints_and_writes_the_same_rows(tmp_path, capsys):
     assert written["versions"]["torch"] == torch.__version__
     assert written["device"]["name"] in output
     rows = [Row(**row) for row in written["throughput"]]
-    names = ("eager", "torch", "triton", "cuda:sm90", "cuda", "bare")
+    names = ("eager", "torch", "cpu", "triton", "cuda:sm90", "cuda", "bare")
     expected = [(batch, name) for batch in (1, 2) for name in names]
     assert [(row.batch_size, row.provider) for row in rows] == expected
     parts = [group_lines([row for row in rows if row.batch_size == batch_size]) for batch_size in (1, 2)]

@@ -59,7 +59,9 @@ def test_a_single_mixer_is_trained_by_the_kernels_where_it_is_large(batch_size):
     def run(name):
         return F.gated_mixing(x, **mixer, axis=-2, backend=name)
 
-    chosen, other = ("torch", "cpu") if x.numel() < registry.LEAST_TO_TRAIN["gated_mixing"] else ("cpu", "torch")
+    chosen, other = (
+        ("torch", "cpu") if x.numel() < registry.FASTER_ON_CPU[x.dtype]["gated_mixing"][1] else ("cpu", "torch")
+    )
     assert torch.equal(run("auto"), run(chosen)) and not torch.equal(run("auto"), run(other))
     with torch.no_grad():
         assert torch.equal(run("auto"), run("cpu")) and not torch.equal(run("auto"), run("torch"))
@@ -73,14 +75,14 @@ def test_vectors_that_were_not_measured_are_not_taken(isa, monkeypatch):
 
 
 def test_an_exporter_gets_pytorchs_operators(monkeypatch):
-    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32, trains_few=False) == "cpu"
+    assert backends.auto_on_cpu(("gated_mixer_layer",), torch.float32, pays=True) == "cpu"
     monkeypatch.setattr(registry.sys.modules.setdefault("torch.onnx", torch.onnx), "is_in_onnx_export", lambda: True)
-    assert backends.auto_on_cpu("gated_mixer_layer", torch.float32, trains_few=False) == "torch"
+    assert backends.auto_on_cpu(("gated_mixer_layer",), torch.float32, pays=True) == "torch"
 
 
 def test_other_dtypes_and_operators_run_on_torch():
-    assert backends.choose("auto", "cpu", None, torch.float64, ("gated_mixer_layer",)) == "torch"
-    assert backends.choose("auto", "cpu", None, torch.float32, ("token_mixing",)) == "torch"
+    for dtype, operator in ((torch.float64, "gated_mixer_layer"), (torch.float32, "channel_mixing")):
+        assert backends.choose("auto", "cpu", None, dtype, (operator,), pays=True) == "torch"
     x, parameters = make_layer((2, 3, 4, 8), torch.float32, CPU)
     with torch.autocast("cpu", torch.bfloat16):
         auto, eager = (F.gated_mixer_layer(x, **parameters, backend=name) for name in ("auto", "torch"))

@@ -288,9 +288,10 @@ def test_what_it_cannot_run_is_said():
         RuntimeError, match="backend='cpu' cannot run: the CPU kernels take torch.float32, got .*float64"
     ):
         of_mixer.evaluate("patches", x.double(), wide, "cpu")
+    w = torch.zeros(20, 20)
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: it has no kernels for channel_mixing; use"):
+        F.channel_mixing(x[0], None, None, w, None, w, None, backend="cpu")
     w = torch.zeros(6, 6)
-    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: it has no kernels for token_mixing; use"):
-        F.token_mixing(x[0], None, None, w, None, w, None, backend="cpu")
     with pytest.raises(RuntimeError, match="backend='cpu' cannot run: it has no kernels for token_linear"):
         F.token_linear(x[0], None, None, w, None, None, backend="cpu")
 

@@ -58,7 +58,10 @@ PLANTED = {  # file of csrc/cpu, what is there, what is planted
         "mixing.h", "sums->w_gate);", "sums->w1);"),
     "one term of LayerNorm's gradient": ("norm.h", "(dxhat - m[i] - xhat * v[i])", "(dxhat - m[i])"),
     "residual dropped": (
-        "kernels.cpp", "load(in[row + i] + f, shape.F - f) + load(branch[i] + f)", "load(branch[i] + f)"),
+        "kernels.cpp", "load(in[row + i] + shape.first + f, shape.F - f) + load(branch[i] + f)", "load(branch[i] + f)"),
+    "the first slice's gamma": ("kernels.cpp", "mixer.gamma ? mixer.gamma[at]", "mixer.gamma ? mixer.gamma[f]"),
+    "statistics of a slice": ("kernels.cpp", "number, shape.row, mixer.eps", "number, shape.F, mixer.eps"),
+    "a slice on the first one's place": ("kernels.cpp", "shape.first + f,\n", "f,\n"),
     "x as if contiguous": (
         "kernels.cpp", "axis, false).addresses(call.x.data", "axis, true).addresses(call.x.data"),
     "images of another axis": ("kernels.cpp", "image / inner_size * outer", "image / inner_size * inner"),

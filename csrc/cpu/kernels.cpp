@@ -13,6 +13,7 @@ using namespace mixer_kernels::cpu;
 constexpr int64_t kTileFloats = 8192;   // of x in a tile: it and what is around it stay in the L2 cache
 constexpr int64_t kLeastRows = 96;      // of a layer's tile: or the weights of the second mixer would be read too often
 constexpr int64_t kLeastColumns = 128;  // of a tile, where there are as many
+constexpr int64_t kLeastSlice = 96;     // of a row's features: each slice has the statistics of whole rows to make
 constexpr int64_t kBackwardTasks = 16;  // sets of sums, at most
 constexpr int64_t kSumsColumns =
     256;  // to a set of sums: fewer would cost less than the set, which is written and read
@@ -31,8 +32,11 @@ struct Tile {
     Mlp mlp;
 
     Tile(Arena& arena, const Call& call, const Plan& plan, int which, int64_t most, bool backward)
+        : Tile(arena, call, plan, which, most, backward, shape_of(call, which)) {}
+
+    Tile(Arena& arena, const Call& call, const Plan& plan, int which, int64_t most, bool backward, Shape shape)
         : mixer(call.mixer[which]),
-          shape(shape_of(call, which)),
+          shape(shape),
           most(most),
           stride(plane_stride(columns_of(shape, most))),
           plane(arena.take(shape.K * stride)),
@@ -53,14 +57,15 @@ struct Tile {
                        noise_images};
         if (!gamma) return;
         for (int64_t f = 0; f < round_up(shape.F, kLanes); ++f) {
-            gamma[f] = f < shape.F && mixer.gamma ? mixer.gamma[f] : (f < shape.F ? 1.0f : 0.0f);
-            beta[f] = f < shape.F && mixer.beta ? mixer.beta[f] : 0.0f;
+            const int64_t at = shape.first + f;
+            gamma[f] = f < shape.F && mixer.gamma ? mixer.gamma[at] : (f < shape.F ? 1.0f : 0.0f);
+            beta[f] = f < shape.F && mixer.beta ? mixer.beta[at] : 0.0f;
         }
     }
 
     static Shape shape_of(const Call& call, int which) {
         const int axis = call.mixers == 2 ? 2 + which : call.axis;
-        return {call.x.sizes[axis], call.x.sizes[3], axis == 3};
+        return {call.x.sizes[axis], call.x.sizes[3], axis == 3, 0, call.x.sizes[3]};
     }
 
     // `use(matrix, rows, columns, place)` for the matrices of mixer `which`, packed behind those of the one before it.
@@ -88,7 +93,8 @@ struct Tile {
         Plane{shape, count, stride, plane, rows}.read([&](int64_t row, int64_t number, float** branch) {
             for (int64_t i = 0; i < number; ++i)
                 for (int64_t f = 0; f < shape.F; f += kLanes)
-                    store(out[row + i] + f, load(in[row + i] + f, shape.F - f) + load(branch[i] + f), shape.F - f);
+                    store(out[row + i] + shape.first + f,
+                          load(in[row + i] + shape.first + f, shape.F - f) + load(branch[i] + f), shape.F - f);
         });
     }
 
@@ -119,15 +125,15 @@ struct Tile {
   private:
     void normalised(int64_t first, int64_t count, const float* const* in, bool keep) {
         Plane{shape, count, stride, plane, rows}.fill([&](int64_t row, int64_t number, float** places) {
-            const Statistics s = statistics_of(in + row, number, shape.F, mixer.eps);
+            const Statistics s = statistics_of(in + row, number, shape.row, mixer.eps);
             for (int64_t i = 0; i < number; ++i)
-                normalise(in[row + i], s.mean[i], s.rstd[i], shape.F, gamma, beta, places[i]);
+                normalise(in[row + i] + shape.first, s.mean[i], s.rstd[i], shape.F, gamma, beta, places[i]);
             if (keep) statistics[row / kLanes] = s;
         });
         if (!dropout.on()) return;
         const int64_t columns = columns_of(shape, count);
         for (int64_t c = 0; c < round_up(columns, kLanes); ++c) {
-            noise_rows[c] = static_cast<uint32_t>(shape.features ? first + c : c % shape.F);
+            noise_rows[c] = static_cast<uint32_t>(shape.features ? first + c : shape.first + c % shape.F);
             noise_images[c] = static_cast<uint32_t>(shape.features ? 0 : first + c / shape.F);
         }
     }
@@ -242,10 +248,21 @@ void pack(const Call& call, float* packs) {
         });
 }
 
+// Features to a task: fewer than there are where tiles alone would leave threads without work.
+int64_t slice_of(const Call& call, int64_t tiles, int64_t threads) {
+    const int64_t F = call.x.sizes[3], most = call.mixers == 2 || call.axis == 3 ? 1 : F / kLeastSlice;
+    int64_t slices = 1;
+    while (slices < most && tiles * slices % threads != 0 && tiles * slices < 4 * threads) ++slices;
+    constexpr int64_t kPanel = kBlockVectors * kLanes;
+    return slices == 1 ? F : round_up(divided_up(F, slices), kPanel);
+}
+
 Plan plan_forward(const Call& call, int threads) {
     Plan plan{};
     plan.tile = least(tile_of(call, threads), count_of(call));
-    plan.tiles = plan.tasks = divided_up(count_of(call), plan.tile);
+    plan.tiles = divided_up(count_of(call), plan.tile);
+    plan.slice = slice_of(call, plan.tiles, threads);
+    plan.tasks = plan.tiles * divided_up(call.x.sizes[3], plan.slice);
     plan.work = work_of(call, plan, false);
     plan.packs = packs_of(call);
     return plan;
@@ -280,11 +297,16 @@ void forward(const Call& call, const Plan& plan, int64_t task, float* memory) {
     Arena arena(memory);
     Work work(arena, call, plan, false);
     const int64_t used = arena.used();
-    const int64_t first = task * plan.tile, count = least(plan.tile, count_of(call) - first);
+    const int64_t first = task % plan.tiles * plan.tile, count = least(plan.tile, count_of(call) - first);
     const int axis = call.mixers == 2 ? 2 : call.axis;
     Layout::of(call, axis, false).addresses(call.x.data, first, count, work.in);
     Layout::of(call, axis, true).addresses(call.y, first, count, work.out);
-    if (call.mixers == 1) return Tile(arena, call, plan, 0, plan.tile, false).forward(first, count, work.in, work.out);
+    if (call.mixers == 1) {
+        Shape shape = Tile::shape_of(call, 0);
+        shape.first = task / plan.tiles * plan.slice;
+        shape.F = least(plan.slice, shape.row - shape.first);
+        return Tile(arena, call, plan, 0, plan.tile, false, shape).forward(first, count, work.in, work.out);
+    }
 
     const int64_t patches = call.x.sizes[2], F = call.x.sizes[3], rows = count * patches;
     consecutive(call.u ? call.u + first * patches * F : work.u_values, rows, F, work.u);

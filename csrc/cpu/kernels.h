@@ -64,7 +64,8 @@ struct Call {
 struct Plan {
     int64_t tile;  // images to a tile, or rows where features are mixed
     int64_t tiles;
-    int64_t tasks;    // forward: a tile each; backward: tiles in order, to one set of sums
+    int64_t slice;    // features to a task, in a forward pass that does not mix them
+    int64_t tasks;    // forward: a slice of a tile each; backward: tiles in order, to one set of sums
     int64_t work;     // floats that a thread needs
     int64_t sums[2];  // floats of a mixer's sums in a task
     int64_t packs;    // floats of the packed weights; 0 where they are read as they are

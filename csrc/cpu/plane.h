@@ -16,9 +16,10 @@ inline int64_t plane_stride(int64_t columns) {
 }
 
 struct Shape {
-    int64_t K;      // along the mixed axis
-    int64_t F;      // features
-    bool features;  // that those are mixed
+    int64_t K;           // along the mixed axis
+    int64_t F;           // features
+    bool features;       // that those are mixed
+    int64_t first, row;  // of a row's features, over which its statistics are, those F are from `first` on
 };
 
 // Rows in memory that make up `count` images, or `count` rows.
@@ -87,9 +88,11 @@ struct Plane {
 
   private:
     void at(int64_t row, int64_t number, float** places) const {
-        for (int64_t i = 0; i < number; ++i)
-            places[i] = shape.features ? rows + i * row_stride()
-                                       : data + (row + i) % shape.K * stride + (row + i) / shape.K * shape.F;
+        int64_t k = shape.features ? 0 : row % shape.K, column = shape.features ? 0 : row / shape.K * shape.F;
+        for (int64_t i = 0; i < number; ++i) {
+            places[i] = shape.features ? rows + i * row_stride() : data + k * stride + column;
+            if (++k == shape.K) k = 0, column += shape.F;
+        }
     }
 };
 

@@ -115,13 +115,22 @@ inline void transpose(Vector (&rows)[kLanes]) {
     }
 }
 
+// Halves of each 2 * Distance elements, added; those of `a` and of `b` by turns.
+template <int Distance, int... I>
+inline Vector halved(Vector a, Vector b, std::integer_sequence<int, I...>) {
+    const Vector left = shuffled<(I / Distance / 2 * 2 * Distance + I % Distance + I / Distance % 2 * kLanes)...>(a, b);
+    return left +
+           shuffled<(I / Distance / 2 * 2 * Distance + I % Distance + I / Distance % 2 * kLanes + Distance)...>(a, b);
+}
+
 // The sums of kLanes vectors, as a vector.
+template <int Distance = kLanes / 2>
 inline Vector sums(Vector (&rows)[kLanes]) {
-    transpose(rows);
-    Vector total{};
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) total += rows[i];
-    return total;
+#pragma GCC unroll 8
+    for (int i = 0; i < Distance; ++i)
+        rows[i] = halved<Distance>(rows[i], rows[i + Distance], std::make_integer_sequence<int, kLanes>());
+    if constexpr (Distance > 1) return sums<Distance / 2>(rows);
+    return rows[0];
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 from .registry import (
     BACKENDS,
     CHOICES,
-    LEAST_TO_TRAIN,
+    FASTER_ON_CPU,
+    NEVER,
     auto_on_cpu,
     choose,
     exported_to,
@@ -16,7 +17,8 @@ from .registry import (
 __all__ = [
     "BACKENDS",
     "CHOICES",
-    "LEAST_TO_TRAIN",
+    "FASTER_ON_CPU",
+    "NEVER",
     "auto_on_cpu",
     "choose",
     "exported_to",

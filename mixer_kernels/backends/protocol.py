@@ -30,7 +30,8 @@ class Backend(Protocol):
         """Why products in ``dtype`` cannot run on ``device``, or None."""
 
     def has(self, feature: str) -> bool:
-        """Whether there are kernels for ``feature``: an operator's name, "activation='swiglu'", "norm='affine'"."""
+        """Whether there are kernels for ``feature``: an operator's name, the same with " in training" behind it (with
+        gradients or noise), "activation='swiglu'", "norm='affine'"."""
 
     # ------------------------------------------------------------------------------------------------------- forward
 

@@ -11,7 +11,7 @@ cuda.sm90. Backends are imported when first asked for: importing mixer_kernels n
 3. else ``triton``, which has the instructions of 9.0 and 10.x, then ``cuda``.
 
 What cannot run (not built, not installed, a dtype, a feature that it does not have) is passed over; ``torch`` is the
-last resort. On the CPU ``auto`` takes ``cpu`` for what ``FASTER_ON_CPU`` lists, with AVX2 or AVX-512, else ``torch``.
+last resort. On the CPU ``auto`` takes ``cpu`` by the table ``FASTER_ON_CPU``, with AVX2 or AVX-512, else ``torch``.
 It is also what ``auto`` takes while a model is exported to ONNX or traced by TorchScript, which know PyTorch's
 operators alone. ``torch.export`` and AOTInductor keep ours. ``cuda:sm90`` has to be asked for: it is ``cuda`` with
 kernels for compute capability 9.0, and ``cuda`` uses those itself once they have passed on a GPU.
@@ -36,11 +36,19 @@ from .protocol import Backend
 
 BACKENDS = ("cuda", "cuda:sm90", "triton", "cpu", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
-# What `auto` takes `cpu` for: operators by dtype of their products. Inference and training were measured to be faster
-# at every size that was tried, but for training a single mixer of 7,168 elements: 0.9 of PyTorch's speed. Of 57,344
-# elements it was 1.0 to 1.8. Vectors of the baseline were not measured.
-FASTER_ON_CPU = {torch.float32: ("gated_mixer_layer", "gated_mixing")}
-LEAST_TO_TRAIN = {"gated_mixing": 32768}  # elements of x
+NEVER = sys.maxsize
+# From how many elements of x on `auto` takes `cpu`, in inference and in training; by dtype of the products, operator.
+# Measured against PyTorch's operators with AVX2 and with AVX-512: a layer was faster at every size. A single mixer of
+# 7,168 elements trained at 0.9 of their speed, of 57,344 at 1.0 to 1.8. The token half of an MLP-Mixer ran at 1.1 to
+# 2.1; where x is small the call costs what it gains, and at batch 1 it trained slower.
+FASTER_ON_CPU = {
+    torch.float32: {
+        "gated_mixer_layer": (0, 0),
+        "gated_mixing": (0, 32768),
+        "token_mixing": (32768, NEVER),
+        "mixer_block": (32768, NEVER),
+    }
+}
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
@@ -75,15 +83,20 @@ def requested_backend() -> str:
 
 
 @constant_while_tracing
-def auto_on_cpu(operator: str | None, dtype: torch.dtype, trains_few: bool) -> str:
-    """What "auto" means for ``operator``, with products in ``dtype``, on tensors on the CPU; ``trains_few``: on fewer
-    elements than ``LEAST_TO_TRAIN``, and gradients will be asked for."""
-    if operator not in FASTER_ON_CPU.get(dtype, ()):
+def auto_on_cpu(features: tuple[str | None, ...], dtype: torch.dtype, pays: bool) -> str:
+    """What "auto" means for an operator and what it has to have besides, with products in ``dtype``, on tensors on the
+    CPU; ``pays``: by ``FASTER_ON_CPU``, on this call's elements."""
+    operator, cpu = next(iter(features), None), load("cpu")
+    if exported_to() is not None:
+        return "torch"
+    if operator in FASTER_ON_CPU.get(dtype, {}) and not pays:
+        reason = f"on the CPU the kernels of {operator} are not faster where x is small, in training or compiled"
+        warn_once(f"backend 'auto': running on 'torch', because {reason}")
+        return "torch"
+    if operator not in FASTER_ON_CPU.get(dtype, {}) or not all(map(cpu.has, features)):
         warn_once("backend 'auto': running on 'torch', because the tensors are on the CPU; the kernels need a GPU")
         return "torch"
-    if trains_few or exported_to() is not None:
-        return "torch"
-    reason = load("cpu").why_not_auto(dtype)
+    reason = cpu.why_not_auto(dtype)
     if reason is None:
         return "cpu"
     warn_once(f"backend 'cpu': running on 'torch', because {reason}")
@@ -97,11 +110,11 @@ def choose(
     device_index: int | None,
     dtype: torch.dtype,
     features: tuple[str, ...] = (),
-    trains_few: bool = False,
+    pays: bool = False,
 ) -> str:
     """The name of the backend that runs products in ``dtype`` on tensors of that device, and has these ``features``.
 
-    ``trains_few``: as for ``auto_on_cpu``.
+    ``pays``: as for ``auto_on_cpu``.
 
     Raises:
         ValueError: the name is not one of ``CHOICES``.
@@ -117,7 +130,7 @@ def choose(
         return "torch"
     if name == "auto" and device_type != "cuda":
         if device_type == "cpu":
-            return auto_on_cpu(next(iter(features), None), dtype, trains_few)
+            return auto_on_cpu(features, dtype, pays)
         where = f"on a device of type {device_type!r}"
         warn_once(f"backend 'auto': running on 'torch', because the tensors are {where}; the kernels need a GPU")
         return "torch"

@@ -142,7 +142,8 @@ def _measure(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        names = [name for name in provider_names("model", arguments.mode) if name.split()[0] in wanted]
+        names = provider_names("model", arguments.mode, parameter.device)
+        names = [name for name in names if name.split()[0] in wanted]
         return group_rows(case, parameter.device, names, {}, dict.fromkeys(names, "out of memory"), {})
     providers = [each for each in model_providers(case, model, inputs) if each.name.split()[0] in wanted]
     reference = reference_of(model)

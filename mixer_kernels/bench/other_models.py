@@ -18,7 +18,7 @@ from ..shapes import MixerShape
 from . import series_models
 from .bare import BareProducts
 from .cases import Case
-from .providers import PROVIDERS, CannotRun, Provider, bare, compiled, fused
+from .providers import CannotRun, Provider, bare, compiled, fused, ours_of
 from .timing import rotated_inputs
 from .whole_model import randomize_
 from .workloads import Prepared
@@ -80,7 +80,7 @@ def prepare_other_model(
     providers = [
         Provider("eager", lambda: (model, None)),
         compiled(model, device, "eager" if smoke else "inductor", compile_mode),
-        *(fused(each, lambda each=each: run_on(each), dtype, device) for each in PROVIDERS[2:-1]),
+        *(fused(each, lambda each=each: run_on(each), dtype, device) for each in ours_of(case, device)),
         bare(lambda: _bare(products)),
     ]
     return Prepared(case, inputs, providers, lambda x: copy.deepcopy(model).double()(x.double()))

@@ -14,12 +14,14 @@ _COLORS = {"eager": "#999999", "compile": "#56B4E9", "bare": "#DDDDDD", "torch":
 _COLORS |= {"triton fast": _COLORS["triton"], "triton min": "#E69F00"}
 _COLORS |= {"cuda": "#0072B2", "cuda fast": "#0072B2", "cuda min": "#F0E442"}
 _COLORS |= {"cuda:sm90": "#003E5C", "cuda:sm90 fast": "#003E5C", "cuda:sm90 min": "#9A8F1D"}
+_COLORS |= {"cpu": "#D55E00"}  # beside no Triton
 _OTHER_COLOR = "#CC79A7"
 _LABELS = {
     "eager": "eager PyTorch",
     "compile": "torch.compile",
     "bare": "bare products",
     "torch": "torch backend",
+    "cpu": "CPU kernels",
     "triton": "Triton kernels",
     "triton fast": 'Triton, memory="fast"',
     "triton min": 'Triton, memory="min"',

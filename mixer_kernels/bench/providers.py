@@ -21,7 +21,7 @@ from .bare import BareProducts, bare_function
 from .cases import Case
 
 EPS = 1e-6  # timm's
-BACKENDS = tuple(name for name in backends.BACKENDS if name != "cpu")  # which has nothing of the Mixer
+BACKENDS = backends.BACKENDS
 PROVIDERS = ("eager", "compile", *reversed(BACKENDS), "bare")  # in the order of the rows
 TRAINING_PROVIDERS = (  # one row a memory mode
     "eager", "compile", "torch", "triton fast", "triton min", "cuda:sm90 fast", "cuda:sm90 min", "cuda fast",
@@ -29,9 +29,11 @@ TRAINING_PROVIDERS = (  # one row a memory mode
 )  # fmt: skip
 
 
-def provider_names(level: str, mode: str) -> tuple[str, ...]:
-    """The rows of a case, in their order. The token half saves the same in every memory mode."""
-    return TRAINING_PROVIDERS if mode == "train" and level != "token" else PROVIDERS
+def provider_names(level: str, mode: str, device: torch.device) -> tuple[str, ...]:
+    """The rows of a case, in their order. The token half saves the same in each memory mode, ``cpu`` does not train."""
+    if mode == "train" and level != "token":
+        return TRAINING_PROVIDERS
+    return tuple(name for name in PROVIDERS if name != "cpu" or (device.type == "cpu" and mode == "infer"))
 
 
 def backend_and_memory(provider: str) -> tuple[str, str | None]:
@@ -165,14 +167,14 @@ def function_providers(
     return [
         Provider("eager", lambda: (run_eager, None)),
         compiled(run_eager, device, compiler, compile_mode),
-        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in ours_of(case)),
+        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in ours_of(case, device)),
         bare(lambda: bare_function(case, inputs)),
     ]
 
 
-def ours_of(case: Case) -> tuple[str, ...]:
+def ours_of(case: Case, device: torch.device) -> tuple[str, ...]:
     """The names of this package's rows."""
-    return provider_names(case.level, case.mode)[2:-1]
+    return provider_names(case.level, case.mode, device)[2:-1]
 
 
 def compiled(

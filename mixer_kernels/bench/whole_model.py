@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..functional.checks import pays_on_cpu
 from .bare import bare_model
 from .cases import Case, model_case
 from .progress import no_progress
@@ -76,7 +77,7 @@ def model_providers(
     return [
         Provider("eager", lambda: (eager, None)),
         compiled(eager, device, compiler, compile_mode),
-        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in ours_of(case)),
+        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in ours_of(case, device)),
         bare(lambda: bare_model(case, model, inputs)),
     ]
 
@@ -107,7 +108,9 @@ def compare_model(model: nn.Module, images: Tensor, *, name: str = "model", seco
         raise ValueError(f"images must be (batch, channels, height, width), not empty, got shape {tuple(images.shape)}")
     case, device = model_case(name, model, images), images.device
     inputs = rotated_inputs(images.shape, images.dtype, device)
-    chosen = backends.choose("auto", device.type, device.index, case.dtype)
+    tokens = torch.empty(images.shape[0], case.shape.S, case.shape.C, device="meta")
+    pays = device.type == "cpu" and pays_on_cpu("mixer_block", case.dtype, tokens, ())
+    chosen = backends.choose("auto", device.type, device.index, case.dtype, ("mixer_block",), pays)
     eager, *others = model_providers(case, model, inputs)
     providers = [eager, next(provider for provider in others if provider.name == chosen)]
     group = run_group(case, inputs, providers, reference_of(model), seconds=seconds, progress=no_progress)

@@ -23,7 +23,12 @@ NORMS = ("layer", "affine")
 
 
 def choose(
-    backend: str | None, x: Tensor, options: Options, operator: str, *more: str, trains_few: bool = False
+    backend: str | None,
+    x: Tensor,
+    options: Options,
+    operator: str,
+    *more: str,
+    parameters: Iterable[Tensor | None] = (),
 ) -> str:
     """The name of the backend that runs ``operator`` on ``x``; ``more``: what it has to have besides."""
     features = (operator, *more)
@@ -31,7 +36,8 @@ def choose(
         features += (f"activation={options.activation!r}",)
     if options.norm != "layer":
         features += (f"norm={options.norm!r}",)
-    name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features, trains_few)
+    pays = x.is_cpu and pays_on_cpu(operator, options.dtype, x, parameters, options.noise)
+    name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features, pays)
     reason = None if name == "torch" else transform()
     return name if reason is None else _choose_torch(backend, reason)
 
@@ -47,22 +53,32 @@ def runs_on_torch(backend: str | None, x: Tensor, operator: str | None = None, b
     if asked != "auto":
         return asked == "torch"
     if x.is_cpu:
-        few = operator in backends.LEAST_TO_TRAIN and trains_few(operator, x, block.parameters(), block.training)
-        return backends.auto_on_cpu(operator, product_dtype(x.dtype, "cpu"), few) == "torch"
+        dtype, parameters, noise = product_dtype(x.dtype, "cpu"), (), False
+        if operator is not None:
+            parameters, noise = block.parameters(), block.training
+        pays = pays_on_cpu(operator, dtype, x, parameters, noise)
+        return backends.auto_on_cpu((operator,), dtype, pays) == "torch"
     device = x.device
     dtype = product_dtype(x.dtype, device.type)
     return backends.choose(asked, device.type, device.index, dtype) == "torch"
 
 
-def trains_few(operator: str | None, x: Tensor, parameters: Iterable[Tensor | None], noise: bool = False) -> bool:
-    """Whether this trains on so few elements that ``auto`` has to know: autograd will ask for gradients, or there is
-    ``noise``, of which a call without gradients and its recomputation with them have to draw the same."""
-    least = backends.LEAST_TO_TRAIN.get(operator, 0)
-    if least == 0 or torch.jit.is_tracing():  # which would record the comparison
+def pays_on_cpu(
+    operator: str | None, dtype: torch.dtype, x: Tensor, parameters: Iterable[Tensor | None], noise: bool = False
+) -> bool:
+    """Whether x is large enough for ``auto`` to take the ``cpu`` backend. It trains where autograd will ask for
+    gradients, or with ``noise``, of which a call without gradients and its recomputation with them draw the same."""
+    least = backends.FASTER_ON_CPU.get(dtype, {}).get(operator)
+    if least is None:
         return False
-    if not noise and not (torch.is_grad_enabled() and needs_grad(x, *parameters)):
+    trains = noise or (torch.is_grad_enabled() and needs_grad(x, *parameters))
+    elements = least[trains]
+    if elements == 0 or torch.jit.is_tracing():  # which would record the comparison
+        return True
+    # A compiler makes something of PyTorch's operators, and to compare x's size it would fix it.
+    if elements == backends.NEVER or (torch.compiler.is_compiling() and not trains):
         return False
-    return True if x.numel() < least else False  # noqa: SIM210  dynamo makes a constant of a branch alone
+    return True if x.numel() >= elements else False  # noqa: SIM210  dynamo makes a constant of a branch alone
 
 
 @constant_while_tracing

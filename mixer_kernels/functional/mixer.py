@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
@@ -51,9 +51,9 @@ def token_mixing(
         approximate: "none" for the erf form of GELU (timm), "tanh" for the tanh form (Flax).
         dropout_p: probability of dropping an element after the activation and after the second product, in [0, 1].
         drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
-        backend: "auto", "cuda", "cuda:sm90", "triton" or "torch"; None for what ``use_backend`` or
-            ``MIXER_KERNELS_BACKEND`` says.
-        activation: "gelu", "relu", "silu" or "swiglu"; the cuda backend has GELU alone.
+        backend: "auto", "cuda", "cuda:sm90", "triton", "cpu" or "torch"; None for what ``use_backend`` or
+            ``MIXER_KERNELS_BACKEND`` says. The cpu backend takes float32, without gradients and noise.
+        activation: "gelu", "relu", "silu" or "swiglu"; the cuda and cpu backends have GELU alone.
         packs: the weights as kernels take them, of a block that ``freeze_`` froze.
 
     Returns:
@@ -71,7 +71,8 @@ def token_mixing(
     )
     x, options = check(x, parameters, options)
     check_token_shapes(x, parameters, activation)
-    return _token_mixing(x, half, options, choose(backend, x, options, "token_mixing"), key, packs)
+    name = _choose(backend, x, options, "token_mixing", half)
+    return _token_mixing(x, half, options, name, key, packs)
 
 
 def channel_mixing(
@@ -111,7 +112,7 @@ def channel_mixing(
         w4, b4: ``[C, D_C]`` and ``[C]`` or None.
         eps, approximate, dropout_p, drop_path_p, backend, activation, packs: as for ``token_mixing``.
         memory: "fast" or "min", what training keeps; None for nothing, where no gradient will be asked for.
-        norm: "layer", or "affine", which the cuda backend does not have.
+        norm: "layer", or "affine", which the cuda backend does not have. The cpu backend has no channel half.
 
     Returns:
         ``y [B, S, C]`` in ``u``'s dtype.
@@ -187,12 +188,21 @@ def mixer_block(
     x, options = check(x, parameters, options, memory, eps2)
     check_token_shapes(x, parameters, activation, half="1")
     check_channel_shapes(x, parameters, activation, half="2")
-    name = choose(backend, x, options, "mixer_block")
+    name = _choose(backend, x, options, "mixer_block", both if memory is not None else ())
     tokens, channels = Half(*both[:6]), Half(*both[6:])
     if name != "torch" and not options.noise and (memory is None or not needs_grad(x, *both)):
         return run("mixer_block", key, name, x, (tokens, channels), options, packs, eps2=eps2)
     u = _token_mixing(x, tokens, options, name)
     return _channel_mixing(u, channels, options._replace(eps=eps2), name, memory)
+
+
+def _choose(
+    backend: str | None, x: Tensor, options: Options, operator: str, parameters: Sequence[Tensor | None]
+) -> str:
+    """``parameters``: those of which gradients may be asked for."""
+    trains = options.noise or needs_grad(x if parameters else None, *parameters)
+    more = (f"{operator} in training",) if trains else ()
+    return choose(backend, x, options, operator, *more, parameters=parameters)
 
 
 def _token_mixing(

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import torch as torch_backend
 from ..backends.arguments import GatedHalf, Options
 from ..tuning.configs import MAX_GATED_EXTENT
-from .checks import check, check_is_tensor, check_norm, check_shape, choose, needs_grad, seeded, trains_few
+from .checks import check, check_is_tensor, check_norm, check_shape, choose, needs_grad, seeded
 from .direct import key_of, known_call, run
 
 
@@ -77,14 +77,7 @@ def gated_mixing(
     options = Options(eps=eps, approximate=approximate, dropout_p=dropout_p)
     x, options = check(x, parameters, options, dim=4)
     _check_mixer(x, parameters, axis)
-    name = choose(
-        backend,
-        x,
-        options,
-        "gated_mixing",
-        *_too_long(x.shape[axis]),
-        trains_few=trains_few("gated_mixing", x, half, dropout_p > 0),
-    )
+    name = choose(backend, x, options, "gated_mixing", *_too_long(x.shape[axis]), parameters=half)
     if name == "torch":
         y = torch_backend.gated_mixing_forward(x, half, options, axis + 4, gate_first)
     else:
@@ -175,7 +168,7 @@ def gated_mixer_layer(
     x, options = check(x, of_patches | of_features, options, memory, eps2, dim=4)
     _check_mixer(x, of_patches, axis=-2, half="1")
     _check_mixer(x, of_features, axis=-1, half="2")
-    name = choose(backend, x, options, "gated_mixer_layer", *_too_long(max(x.shape[2:])))
+    name = choose(backend, x, options, "gated_mixer_layer", *_too_long(max(x.shape[2:])), parameters=both)
     patches, features = GatedHalf(*both[:8]), GatedHalf(*both[8:])
     if name == "torch":
         u = torch_backend.gated_mixing_forward(x, patches, options, axis=2, gate_first=False)

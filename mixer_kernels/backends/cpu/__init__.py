@@ -1,4 +1,5 @@
-"""The ``cpu`` backend: float32 kernels for mixers of time series, forward and backward, in C++ (csrc/cpu).
+"""The ``cpu`` backend: float32 kernels in C++ (csrc/cpu), for mixers of time series forward and backward, and for the
+token half of MLP-Mixer's blocks in inference.
 
 A call does all of a mixer, or of a layer, tile of series by tile of series, on PyTorch's threads; results do not depend
 on how many. x is read as it is where its features lie side by side, else from a contiguous copy; weights are packed in
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import GatedHalf, Options
+from .. import torch as torch_backend
+from ..arguments import GatedHalf, Half, Options
 from .library import instruction_set, loaded, why_not, why_not_auto
 from .plan import ForwardPlan, Packing, address, contiguous, input_of, mixers_of, noise_and_form, readable
 
@@ -26,16 +28,44 @@ __all__ = [
     "gated_mixing_forward",
     "gated_mixing_plan",
     "has",
+    "mixer_block_forward",
+    "token_mixing_forward",
+    "token_mixing_plan",
     "why_not",
     "why_not_auto",
 ]
 
-_FEATURES = {"packs", "gated_mixing", "gated_mixing_backward", "gated_mixer_layer", "gated_mixer_layer_backward"}
+_FEATURES = {
+    "packs", "gated_mixing", "gated_mixing_backward", "gated_mixer_layer", "gated_mixer_layer_backward",
+    "token_mixing", "mixer_block",
+}  # fmt: skip
 
 
 def has(feature: str) -> bool:
-    """Mixers of time series, of any size, and packs of those that are frozen."""
+    """Mixers of time series and inference of MLP-Mixer's blocks, of any size, and packs of those that are frozen."""
     return feature in _FEATURES or feature.startswith("an axis of ")
+
+
+def token_mixing_forward(
+    x: Tensor, half: Half, options: Options, packing: Packing | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``."""
+    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, options.eps)
+    return token_mixing_plan(x, half, options, packing)(x), mean.flatten(), rstd.flatten()
+
+
+def token_mixing_plan(x: Tensor, half: Half, options: Options, packing: Packing | None = None) -> ForwardPlan:
+    """``token_mixing_forward``'s u on every ``x`` of this layout, parameters where they are now: patches without a gate
+    are tokens."""
+    return ForwardPlan(x, 2, (GatedHalf(*half, None, None),), (options.eps,), options, False, packing)
+
+
+def mixer_block_forward(
+    x: Tensor, tokens: Half, channels: Half, options: Options, eps2: float, packing: Packing | None = None
+) -> Tensor:
+    """``y [B, S, C]``. The channel half is PyTorch's: its products, of large matrices, are all but all of it."""
+    u = token_mixing_plan(x, tokens, options, packing)(x)
+    return torch_backend.channel_mixing_forward(u, channels, options._replace(eps=eps2))
 
 
 def gated_mixing_forward(

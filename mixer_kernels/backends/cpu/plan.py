@@ -78,7 +78,7 @@ class ForwardPlan:
 
 def readable(x: Tensor) -> Tensor:
     """``x`` with its features side by side."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def contiguous(mixer: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -86,6 +86,9 @@ def contiguous(mixer: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def input_of(x: Tensor) -> tuple[int, ...]:
+    """``[B, S, C]`` as ``[B, 1, S, C]``."""
+    if x.dim() == 3:
+        x = x.unsqueeze(1)
     return (address(x), *x.shape, *x.stride()[:3])
 
 

@@ -53,7 +53,7 @@ def loaded() -> ModuleType:
 
 def has(feature: str) -> bool:
     """Whether there are kernels for ``feature``: those of the Mixer."""
-    return feature in ("packs", "token_mixing", "channel_mixing", "mixer_block")
+    return feature.removesuffix(" in training") in ("packs", "token_mixing", "channel_mixing", "mixer_block")
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -88,7 +88,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def has(feature: str) -> bool:
     """Everything that is asked for by name."""
-    return feature in _FEATURES
+    return feature.removesuffix(" in training") in _FEATURES
 
 
 def interpreted() -> bool:
