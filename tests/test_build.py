@@ -436,3 +436,16 @@ def test_a_compile_error_fails_the_build(built, tmp_path):
     assert 'identifier "one" is undefined' in output
     assert "building the CUDA kernels failed" in output
     assert not list((tree / "dist").glob("*.whl"))
+
+
+@needs_nvcc
+def test_files_with_bounded_waits_link(tmp_path, backend):
+    """What a barrier calls that waits for ever is in each of them."""
+    nvcc = backend.find_nvcc()[0].path
+    waits = '#include "device/barrier.cuh"\n__global__ void wait_{}() {{ mixer_kernels::barrier_wait(0, 0); }}\n'
+    for name in "ab":
+        (tmp_path / f"{name}.cu").write_text(waits.format(name))
+    command = [nvcc, "-std=c++17", "-arch=sm_90a", "-DMK_BOUNDED_WAITS", f"-I{ROOT / 'csrc'}", "-shared"]
+    command += ["-Xcompiler=-fPIC", "a.cu", "b.cu", "-o", "both.so"]
+    linked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert linked.returncode == 0, linked.stderr

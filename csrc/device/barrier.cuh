@@ -81,8 +81,8 @@ __device__ __forceinline__ void barrier_wait(shared_address barrier, int parity)
 #else
 
 // For the first runs on a GPU: a barrier that waits for over 2 s says where, and ends the kernel with an error.
-__device__ __noinline__ void barrier_give_up(const char* file, int line, const char* function, shared_address barrier,
-                                             int parity) {
+static __device__ __noinline__ void barrier_give_up(const char* file, int line, const char* function,
+                                                    shared_address barrier, int parity) {
     printf("mixer_kernels: %s, %s:%d: block %u, warp %u waits for parity %d of the barrier at %u for over 2 s\n",
            function, file, line, blockIdx.x, threadIdx.x / 32, parity, barrier);
     __trap();
