@@ -439,9 +439,9 @@ def test_a_compile_error_fails_the_build(built, tmp_path):
 
 
 @needs_nvcc
-def test_files_with_bounded_waits_link(tmp_path, backend):
+def test_files_with_bounded_waits_link(tmp_path):
     """What a barrier calls that waits for ever is in each of them."""
-    nvcc = backend.find_nvcc()[0].path
+    nvcc = load_backend().find_nvcc()[0].path
     waits = '#include "device/barrier.cuh"\n__global__ void wait_{}() {{ mixer_kernels::barrier_wait(0, 0); }}\n'
     for name in "ab":
         (tmp_path / f"{name}.cu").write_text(waits.format(name))
