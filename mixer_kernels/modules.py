@@ -113,7 +113,7 @@ class FusedMixerBlock(Watched, Freezable, nn.Module):
             if y is not None:
                 return y
             self.check_frozen()
-        if isinstance(x, Tensor) and checks.runs_on_torch(None, x, _operator_of(self), self):
+        if isinstance(x, Tensor) and checks.runs_on_torch(None, x, operator_on_cpu(self, x), self):
             # An input of another shape goes on to functional, which says what is wrong with it. A trace would record
             # the comparison.
             own = torch.jit.is_tracing() or x.shape[1:] == getattr(self, "_input_shape", None)
@@ -139,8 +139,10 @@ class FusedMixerBlock(Watched, Freezable, nn.Module):
         )
 
 
-def _operator_of(block: nn.Module) -> str | None:
-    """Of those that a backend may have for CPUs."""
+def operator_on_cpu(block: nn.Module, x: Tensor) -> str | None:
+    """The one that computes this ``MixerBlock``, if a backend may have it for CPUs."""
+    if checks.is_left_to_torch(x):
+        return None
     act = block.mlp_tokens._modules.get("act")
     return None if act is None or approximate_of(act) is None else "mixer_block"
 

@@ -81,6 +81,10 @@ class Fused(Watched, Freezable):
         """The function of ``mixer_kernels.functional`` that computes this block."""
         raise NotImplementedError
 
+    def operator_on_cpu(self, x: Tensor) -> str | None:
+        """The same, if a backend may have it for ``x`` on a CPU."""
+        return self.function(self)
+
     @staticmethod
     def why_not_this_noise(block: nn.Module) -> str | None:
         """Why it does not in the mode of right now: the reasons of dropout and stochastic depth."""
@@ -139,7 +143,7 @@ class Fused(Watched, Freezable):
             return y
         if self._frozen is not None:
             self.check_frozen()
-        if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x, self.function(self), self):
+        if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x, self.operator_on_cpu(x), self):
             return super().forward(x)
         reason = self.why_not_kernels(x)
         if reason is None:

@@ -21,11 +21,15 @@ from ..coverage import (
     why_not_norm,
     why_not_same_dropout,
 )
+from ..functional import checks
 from .base import Fused, Options
 
 
 class _FusedPreNormResidual(Fused):
     submodules = frozenset({"norm", "fn"})
+
+    def operator_on_cpu(self, x: Tensor) -> str | None:
+        return None if checks.is_left_to_torch(x) else self.function(self)
 
     @staticmethod
     def function(block: nn.Module) -> str:

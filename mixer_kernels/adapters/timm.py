@@ -36,6 +36,8 @@ class FusedMixerBlock(Fused, MixerBlock):
     def function(block: nn.Module) -> str:
         return "mixer_block"
 
+    operator_on_cpu = modules.operator_on_cpu
+
     @staticmethod
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
         return block.norm1.weight, block.norm2.weight

@@ -36,7 +36,7 @@ from .protocol import Backend
 
 BACKENDS = ("cuda", "cuda:sm90", "triton", "cpu", "torch")
 KERNEL_BACKENDS = ("cuda", "triton")
-NEVER = sys.maxsize
+NEVER, LEAST_OF_A_MIXER = sys.maxsize, 32768  # elements of x
 # From how many elements of x on `auto` takes `cpu`, in inference and in training; by dtype of the products, operator.
 # Measured against PyTorch's operators with AVX2 and with AVX-512: a layer was faster at every size. A single mixer of
 # 7,168 elements trained at 0.9 of their speed, of 57,344 at 1.0 to 1.8. The token half of an MLP-Mixer ran at 1.1 to
@@ -45,10 +45,15 @@ FASTER_ON_CPU = {
     torch.float32: {
         "gated_mixer_layer": (0, 0),
         "gated_mixing": (0, 32768),
-        "token_mixing": (32768, NEVER),
-        "mixer_block": (32768, NEVER),
+        "token_mixing": (LEAST_OF_A_MIXER, NEVER),
+        "mixer_block": (LEAST_OF_A_MIXER, NEVER),
     }
 }
+_NEEDS_A_GPU = "backend 'auto': running on 'torch', because the tensors are on the CPU; the kernels need a GPU"
+_NOT_FASTER = (
+    "backend 'auto': running on 'torch', because on the CPU the kernels are not faster on a small x, in training or "
+    "compiled"
+)
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
@@ -83,23 +88,20 @@ def requested_backend() -> str:
 
 
 @constant_while_tracing
-def auto_on_cpu(features: tuple[str | None, ...], dtype: torch.dtype, pays: bool) -> str:
+def auto_on_cpu(features: tuple[str, ...], dtype: torch.dtype, pays: bool | None) -> str:
     """What "auto" means for an operator and what it has to have besides, with products in ``dtype``, on tensors on the
-    CPU; ``pays``: by ``FASTER_ON_CPU``, on this call's elements."""
-    operator, cpu = next(iter(features), None), load("cpu")
-    if exported_to() is not None:
-        return "torch"
-    if operator in FASTER_ON_CPU.get(dtype, {}) and not pays:
-        reason = f"on the CPU the kernels of {operator} are not faster where x is small, in training or compiled"
-        warn_once(f"backend 'auto': running on 'torch', because {reason}")
-        return "torch"
-    if operator not in FASTER_ON_CPU.get(dtype, {}) or not all(map(cpu.has, features)):
-        warn_once("backend 'auto': running on 'torch', because the tensors are on the CPU; the kernels need a GPU")
-        return "torch"
-    reason = cpu.why_not_auto(dtype)
-    if reason is None:
-        return "cpu"
-    warn_once(f"backend 'cpu': running on 'torch', because {reason}")
+    CPU; ``pays``: whether ``cpu`` does by ``FASTER_ON_CPU``, None where that does not list the operator."""
+    if pays:
+        if exported_to() is not None:
+            return "torch"
+        cpu = load("cpu")
+        if all(map(cpu.has, features)):
+            reason = cpu.why_not_auto(dtype)
+            if reason is None:
+                return "cpu"
+            warn_once(f"backend 'cpu': running on 'torch', because {reason}")
+            return "torch"
+    warn_once(_NOT_FASTER if pays is False else _NEEDS_A_GPU)
     return "torch"
 
 
@@ -110,7 +112,7 @@ def choose(
     device_index: int | None,
     dtype: torch.dtype,
     features: tuple[str, ...] = (),
-    pays: bool = False,
+    pays: bool | None = None,
 ) -> str:
     """The name of the backend that runs products in ``dtype`` on tensors of that device, and has these ``features``.
 

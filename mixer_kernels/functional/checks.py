@@ -36,7 +36,7 @@ def choose(
         features += (f"activation={options.activation!r}",)
     if options.norm != "layer":
         features += (f"norm={options.norm!r}",)
-    pays = x.is_cpu and pays_on_cpu(operator, options.dtype, x, parameters, options.noise)
+    pays = pays_on_cpu(operator, options.dtype, x, parameters, options.noise) if x.is_cpu else None
     name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features, pays)
     reason = None if name == "torch" else transform()
     return name if reason is None else _choose_torch(backend, reason)
@@ -53,30 +53,39 @@ def runs_on_torch(backend: str | None, x: Tensor, operator: str | None = None, b
     if asked != "auto":
         return asked == "torch"
     if x.is_cpu:
-        dtype, parameters, noise = product_dtype(x.dtype, "cpu"), (), False
+        dtype, pays = x.dtype, None
+        if torch.is_autocast_enabled("cpu"):  # asked here: half the time of product_dtype
+            dtype = product_dtype(dtype, "cpu")
         if operator is not None:
-            parameters, noise = block.parameters(), block.training
-        pays = pays_on_cpu(operator, dtype, x, parameters, noise)
+            pays = pays_on_cpu(operator, dtype, x, block.parameters(), block.training)
         return backends.auto_on_cpu((operator,), dtype, pays) == "torch"
     device = x.device
     dtype = product_dtype(x.dtype, device.type)
     return backends.choose(asked, device.type, device.index, dtype) == "torch"
 
 
+def is_left_to_torch(x: Tensor) -> bool:
+    """Whether ``pays_on_cpu`` denies all operators of MLP-Mixer, whatever else: a small block has no time to ask it."""
+    return torch.compiler.is_compiling() or x.numel() < backends.LEAST_OF_A_MIXER
+
+
 def pays_on_cpu(
-    operator: str | None, dtype: torch.dtype, x: Tensor, parameters: Iterable[Tensor | None], noise: bool = False
-) -> bool:
-    """Whether x is large enough for ``auto`` to take the ``cpu`` backend. It trains where autograd will ask for
-    gradients, or with ``noise``, of which a call without gradients and its recomputation with them draw the same."""
+    operator: str, dtype: torch.dtype, x: Tensor, parameters: Iterable[Tensor | None], noise: bool = False
+) -> bool | None:
+    """Whether x is large enough for ``auto`` to take the ``cpu`` backend; None if it never does. It trains where
+    autograd will ask for gradients, or with ``noise``, of which a call without gradients and its recomputation with
+    them draw the same."""
     least = backends.FASTER_ON_CPU.get(dtype, {}).get(operator)
     if least is None:
-        return False
+        return None
     trains = noise or (torch.is_grad_enabled() and needs_grad(x, *parameters))
     elements = least[trains]
-    if elements == 0 or torch.jit.is_tracing():  # which would record the comparison
+    if elements == 0 or elements == backends.NEVER:
+        return elements == 0
+    if torch.jit.is_tracing():  # which would record the comparison
         return True
     # A compiler makes something of PyTorch's operators, and to compare x's size it would fix it.
-    if elements == backends.NEVER or (torch.compiler.is_compiling() and not trains):
+    if not trains and torch.compiler.is_compiling():
         return False
     return True if x.numel() >= elements else False  # noqa: SIM210  dynamo makes a constant of a branch alone
 
