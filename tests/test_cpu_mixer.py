@@ -150,7 +150,7 @@ def fused(isa):  # noqa: F811
 @pytest.mark.parametrize("batch_size", [2, 12])
 def test_auto_takes_it_in_inference_of_large_inputs(batch_size, fused):
     x = make_x(batch_size, LARGE, DTYPE, CPU)
-    assert (x.numel() >= backends.FASTER_ON_CPU[DTYPE]["mixer_block"][0]) == (batch_size == 12)
+    assert (x.numel() >= backends.LEAST_OF_A_MIXER) == (batch_size == 12)
     with backends.use_backend("torch"):
         eager = fused(x)
     with backends.use_backend("cpu"):

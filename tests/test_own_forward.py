@@ -98,8 +98,7 @@ def test_auto_says_once_why(logged) -> None:
         model(images())
         block(torch.randn(1, 4, 8))
     assert logged.messages == [
-        "backend 'auto': running on 'torch', because on the CPU the kernels are not faster on a small x, in training "
-        "or compiled"
+        "backend 'auto': running on 'torch', because on the CPU no kernels are known to be faster at this call"
     ]
 
 

@@ -49,11 +49,6 @@ FASTER_ON_CPU = {
         "mixer_block": (LEAST_OF_A_MIXER, NEVER),
     }
 }
-_NEEDS_A_GPU = "backend 'auto': running on 'torch', because the tensors are on the CPU; the kernels need a GPU"
-_NOT_FASTER = (
-    "backend 'auto': running on 'torch', because on the CPU the kernels are not faster on a small x, in training or "
-    "compiled"
-)
 CHOICES = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "MIXER_KERNELS_BACKEND"
 
@@ -88,9 +83,15 @@ def requested_backend() -> str:
 
 
 @constant_while_tracing
-def auto_on_cpu(features: tuple[str, ...], dtype: torch.dtype, pays: bool | None) -> str:
+def least_on_cpu(operator: str, dtype: torch.dtype) -> tuple[int, int] | None:
+    """Of ``FASTER_ON_CPU``; None if it does not list ``operator`` with products in ``dtype``."""
+    return FASTER_ON_CPU.get(dtype, {}).get(operator)
+
+
+@constant_while_tracing
+def auto_on_cpu(features: tuple[str, ...], dtype: torch.dtype, pays: bool) -> str:
     """What "auto" means for an operator and what it has to have besides, with products in ``dtype``, on tensors on the
-    CPU; ``pays``: whether ``cpu`` does by ``FASTER_ON_CPU``, None where that does not list the operator."""
+    CPU; ``pays``: by ``FASTER_ON_CPU``, on this call's elements."""
     if pays:
         if exported_to() is not None:
             return "torch"
@@ -101,7 +102,7 @@ def auto_on_cpu(features: tuple[str, ...], dtype: torch.dtype, pays: bool | None
                 return "cpu"
             warn_once(f"backend 'cpu': running on 'torch', because {reason}")
             return "torch"
-    warn_once(_NOT_FASTER if pays is False else _NEEDS_A_GPU)
+    warn_once("backend 'auto': running on 'torch', because on the CPU no kernels are known to be faster at this call")
     return "torch"
 
 
@@ -112,7 +113,7 @@ def choose(
     device_index: int | None,
     dtype: torch.dtype,
     features: tuple[str, ...] = (),
-    pays: bool | None = None,
+    pays: bool = False,
 ) -> str:
     """The name of the backend that runs products in ``dtype`` on tensors of that device, and has these ``features``.
 

@@ -211,7 +211,7 @@ def fused(
 
     def build() -> tuple[Callable[[Tensor], Tensor], None]:
         reason = backends.why_not(backend, device, dtype)
-        if reason is None and device.type == "cpu" and backend != "torch":
+        if reason is None and device.type == "cpu" and backend not in ("cpu", "torch"):
             reason = "a stand-in for a GPU runs it on the CPU, whose speed says nothing about the kernels"
         if reason is not None:
             raise CannotRun(reason)

@@ -109,7 +109,7 @@ def compare_model(model: nn.Module, images: Tensor, *, name: str = "model", seco
     case, device = model_case(name, model, images), images.device
     inputs = rotated_inputs(images.shape, images.dtype, device)
     tokens = torch.empty(images.shape[0], case.shape.S, case.shape.C, device="meta")
-    pays = pays_on_cpu("mixer_block", case.dtype, tokens, ()) if device.type == "cpu" else None
+    pays = device.type == "cpu" and pays_on_cpu("mixer_block", case.dtype, tokens, ())
     chosen = backends.choose("auto", device.type, device.index, case.dtype, ("mixer_block",), pays)
     eager, *others = model_providers(case, model, inputs)
     providers = [eager, next(provider for provider in others if provider.name == chosen)]

@@ -36,7 +36,7 @@ def choose(
         features += (f"activation={options.activation!r}",)
     if options.norm != "layer":
         features += (f"norm={options.norm!r}",)
-    pays = pays_on_cpu(operator, options.dtype, x, parameters, options.noise) if x.is_cpu else None
+    pays = x.is_cpu and pays_on_cpu(operator, options.dtype, x, parameters, options.noise)
     name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features, pays)
     reason = None if name == "torch" else transform()
     return name if reason is None else _choose_torch(backend, reason)
@@ -53,7 +53,7 @@ def runs_on_torch(backend: str | None, x: Tensor, operator: str | None = None, b
     if asked != "auto":
         return asked == "torch"
     if x.is_cpu:
-        dtype, pays = x.dtype, None
+        dtype, pays = x.dtype, False
         if torch.is_autocast_enabled("cpu"):  # asked here: half the time of product_dtype
             dtype = product_dtype(dtype, "cpu")
         if operator is not None:
@@ -71,13 +71,12 @@ def is_left_to_torch(x: Tensor) -> bool:
 
 def pays_on_cpu(
     operator: str, dtype: torch.dtype, x: Tensor, parameters: Iterable[Tensor | None], noise: bool = False
-) -> bool | None:
-    """Whether x is large enough for ``auto`` to take the ``cpu`` backend; None if it never does. It trains where
-    autograd will ask for gradients, or with ``noise``, of which a call without gradients and its recomputation with
-    them draw the same."""
-    least = backends.FASTER_ON_CPU.get(dtype, {}).get(operator)
+) -> bool:
+    """Whether x is large enough for ``auto`` to take the ``cpu`` backend. It trains where autograd will ask for
+    gradients, or with ``noise``, of which a call without gradients and its recomputation with them draw the same."""
+    least = backends.least_on_cpu(operator, dtype)
     if least is None:
-        return None
+        return False
     trains = noise or (torch.is_grad_enabled() and needs_grad(x, *parameters))
     elements = least[trains]
     if elements == 0 or elements == backends.NEVER:
