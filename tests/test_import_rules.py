@@ -39,6 +39,7 @@ AT_IMPORT = {
     "mlp_mixer_pytorch": {"adapters.lucidrains"},
     "transformers": {"adapters.patchtsmixer"},
     "tsfm_public": {"adapters.tinytimemixer", "adapters.tspulse"},
+    "sktime": {"adapters.sktime"},
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import tsfm_stub
 from parity import check_fused, run
+from sktime.libs import granite_ttm as sktime_ttm
 from torch import Tensor, nn
 from transformers import PatchTSMixerConfig, PatchTSMixerForPrediction
 from transformers.models.patchtsmixer import modeling_patchtsmixer
@@ -30,10 +31,10 @@ def patchtsmixer(**config) -> PatchTSMixerForPrediction:
     return with_trained_looks(PatchTSMixerForPrediction(PatchTSMixerConfig(**SMALL | config)))
 
 
-def tinytimemixer(**config) -> TinyTimeMixerForPrediction:
+def tinytimemixer(config_class=TinyTimeMixerConfig, cls=TinyTimeMixerForPrediction, **config) -> nn.Module:
     """Adaptive patching as published: each level has twice the patches of half the features."""
     levels = {"adaptive_patching_levels": 2, "decoder_num_layers": 1, "decoder_d_model": 10}
-    return with_trained_looks(TinyTimeMixerForPrediction(TinyTimeMixerConfig(**SMALL | levels | config)))
+    return with_trained_looks(cls(config_class(**SMALL | levels | config)))
 
 
 def with_trained_looks(model: nn.Module) -> nn.Module:
@@ -68,6 +69,10 @@ MODELS = {
     "PatchTSMixer, mixing channels": (lambda: patchtsmixer(mode="mix_channel"), 2 * (1 + 3)),
     "PatchTSMixer without gates": (lambda: patchtsmixer(gated_attn=False, mode="mix_channel"), 2 * (1 + 3)),
     "TinyTimeMixer": (lambda: tinytimemixer(), 5 * (1 + 2)),
+    "TinyTimeMixer, sktime's": (
+        lambda: tinytimemixer(sktime_ttm.TinyTimeMixerConfig, sktime_ttm.TinyTimeMixerForPrediction),
+        5 * (1 + 2),
+    ),
     "TinyTimeMixer, mixing channels": (lambda: tinytimemixer(decoder_mode="mix_channel"), 4 * (1 + 2) + (1 + 3)),
 }
 

@@ -1,4 +1,4 @@
-"""For each model library the classes that ``fuse_`` gives to its blocks: one module per library, subclass by subclass.
+"""For each model library the classes that ``fuse_`` gives to its blocks: one module per library.
 
 The module of a library is imported only once the library itself has been: no model has blocks of a library that is
 not loaded.
@@ -20,6 +20,7 @@ ORIGINS = {
     "transformers.models.patchtsmixer.modeling_patchtsmixer": "patchtsmixer",
     "tsfm_public.models.tinytimemixer.modeling_tinytimemixer": "tinytimemixer",
     "tsfm_public.models.tspulse.modeling_tspulse": "tspulse",
+    "sktime.libs.granite_ttm.modeling_tinytimemixer": "sktime",
 }
 
 

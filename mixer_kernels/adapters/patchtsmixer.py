@@ -4,38 +4,7 @@ from __future__ import annotations
 
 from transformers.models.patchtsmixer import modeling_patchtsmixer as library
 
-from .time_series import ChannelMixing, FeatureMixing, Layer, PatchMixing
+from .time_series import fused_classes
 
-PARTS = (library.PatchTSMixerNormLayer, library.PatchTSMixerMLP, library.PatchTSMixerGatedAttention)
-
-
-class FusedFeatureMixerBlock(FeatureMixing, library.FeatureMixerBlock):
-    """``feature_mixer`` of a ``PatchTSMixerLayer``."""
-
-    classes_of_parts = PARTS
-
-
-class FusedPatchMixerBlock(PatchMixing, library.PatchMixerBlock):
-    """``patch_mixer`` of a ``PatchTSMixerLayer``."""
-
-    classes_of_parts = PARTS
-
-
-class FusedPatchTSMixerChannelFeatureMixerBlock(ChannelMixing, library.PatchTSMixerChannelFeatureMixerBlock):
-    """``channel_feature_mixer`` of a ``PatchTSMixerLayer``."""
-
-    classes_of_parts = PARTS
-
-
-class FusedPatchTSMixerLayer(Layer, library.PatchTSMixerLayer):
-    """A layer of the model."""
-
-    mixers = {"patch_mixer": FusedPatchMixerBlock, "feature_mixer": FusedFeatureMixerBlock}
-
-
-FUSED = (
-    FusedFeatureMixerBlock,
-    FusedPatchMixerBlock,
-    FusedPatchTSMixerChannelFeatureMixerBlock,
-    FusedPatchTSMixerLayer,
-)
+FUSED = fused_classes(library, "PatchTSMixer", __name__)
+globals().update({cls._defined_as: cls for cls in FUSED})  # where pickle looks for them

@@ -1,4 +1,4 @@
-"""What the blocks of PatchTSMixer, TinyTimeMixer and TSPulse have in common: one repeats the classes of the other.
+"""The blocks of PatchTSMixer, TinyTimeMixer and TSPulse: each library repeats the classes of the first.
 
 A layer mixes, in "mix_channel" mode, the channels of the series, then patches, then features, each in a block of its
 own: a LayerNorm, an MLP and, if the configuration says so, a gate that multiplies by the softmax of a linear layer.
@@ -8,7 +8,8 @@ The last two are one call where both are plain.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -204,6 +205,20 @@ class Layer(Fused):
     @classmethod
     def say_why(cls, reason: str) -> None:
         """Nothing: the blocks of the layer run one by one, and say why they compute eagerly if they do."""
+
+
+def fused_classes(library: ModuleType, prefix: str, module: str) -> tuple[type[Fused], ...]:
+    """What the blocks of ``library`` become, whose classes have ``prefix`` in their names: classes of ``module``."""
+    parts = tuple(getattr(library, prefix + name) for name in ("NormLayer", "MLP", "GatedAttention"))
+
+    def of(mixin: type[Fused], original: str, **attributes: Any) -> type[Fused]:
+        return type(f"Fused{original}", (mixin, getattr(library, original)), {"__module__": module, **attributes})
+
+    features = of(FeatureMixing, "FeatureMixerBlock", classes_of_parts=parts)
+    patches = of(PatchMixing, "PatchMixerBlock", classes_of_parts=parts)
+    channels = of(ChannelMixing, f"{prefix}ChannelFeatureMixerBlock", classes_of_parts=parts)
+    layer = of(Layer, f"{prefix}Layer", mixers={"patch_mixer": patches, "feature_mixer": features})
+    return features, patches, channels, layer
 
 
 def _norm(mixer: nn.Module) -> nn.Module:
