@@ -23,7 +23,7 @@ struct X86 {
 
 // What the CPU has and the operating system saves. __builtin_cpu_supports() would ask a run-time library that Zig's
 // toolchain, which compiles the wheels, does not fill.
-X86 x86() {
+X86 asked_x86() {
     unsigned a, b, c, d, saved, high;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return {};
     asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
@@ -31,6 +31,12 @@ X86 x86() {
     const unsigned ymm = 0x6, zmm = 0xe6, wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     const bool avx2 = (saved & ymm) == ymm && (b & bit_AVX2);
     return {avx2, avx2 && (saved & zmm) == zmm && (b & wanted) == wanted};
+}
+
+// Asked once: a virtual machine takes microseconds for each answer.
+X86 x86() {
+    static const X86 found = asked_x86();
+    return found;
 }
 #endif
 
