@@ -150,6 +150,8 @@ class Frozen:
             if parameter is not None
         ]
         self.children = dict(block._modules)
+        parts = [(path, part) for path, part in block.named_modules() if part is not block]
+        self.grandchildren = [(f"{path}.", part, dict(part._modules)) for path, part in parts if part._modules]
         self.seen: list[Any] = []
         self.aliases: list[Tensor] = []
         self.look()
@@ -159,6 +161,14 @@ class Frozen:
         # An alias keeps the address from being used again.
         self.aliases = [_parameter(source).detach() for source in self.sources]
         self.seen, self.stamp = self.identities(), object()
+
+    def replaced(self, block: nn.Module) -> str | None:
+        """The name of a submodule of ``block`` that is not the one that it was, or None."""
+        for path, module, children in (("", block, self.children), *self.grandchildren):
+            now = module._modules
+            if now != children:
+                return path + next(name for name in (*children, *now) if now.get(name) is not children.get(name))
+        return None
 
     def changed(self) -> str | None:
         """The name of a parameter that is not what it was, or None."""
@@ -171,21 +181,15 @@ class Frozen:
 
     def identities(self) -> list[Any]:
         """What the parameters are now, the number of writes to them included."""
-        parameters = [module._parameters[leaf] for _, module, leaf in self.sources]
-        try:
-            return [(p.data_ptr(), p._version, p.dtype, p.shape, p.stride()) for p in parameters]
-        except RuntimeError:  # an inference tensor counts no writes
-            versions = [None if p.is_inference() else p._version for p in parameters]
-            found = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parameters]
-            return list(zip(versions, found, strict=True))
+        return [_identity(_parameter(source)) for source in self.sources]
 
     def first(self) -> Tensor:
         """One of the parameters."""
         return _parameter(self.sources[0])
 
-    def dtypes(self) -> list[torch.dtype]:
+    def dtypes(self) -> list[torch.dtype | None]:
         """Of the parameters."""
-        return [_parameter(source).dtype for source in self.sources]
+        return [getattr(_parameter(source), "dtype", None) for source in self.sources]
 
     def check(self, block: nn.Module) -> None:
         """Raise RuntimeError if ``block`` may not run."""
@@ -196,13 +200,13 @@ class Frozen:
             raise RuntimeError(f"{name} is frozen, but in training mode: call mixer_kernels.unfreeze_ to train it")
         if torch.is_grad_enabled():
             for path, module, leaf in self.sources:
-                if module._parameters[leaf].requires_grad:
+                if getattr(module._parameters.get(leaf), "requires_grad", False):
                     raise RuntimeError(
                         f"{name} is frozen, but its {path} requires a gradient: run it under torch.no_grad() or "
                         "torch.inference_mode(), or call mixer_kernels.unfreeze_ to train it"
                     )
         if not torch.compiler.is_compiling():
-            changed = self.changed() if block._modules == self.children else "submodules"
+            changed = self.replaced(block) or self.changed()
             if changed is not None:
                 raise RuntimeError(
                     f"{name} is frozen, but its {changed} was written to, replaced or converted since: "
@@ -244,7 +248,7 @@ def _freeze(name: str, block: Freezable) -> Entry:
     backends = sorted({pack.partition("/")[0] for pack in packs if "/" in pack})
     if not backends:
         del block._frozen
-        return left("there is nothing to keep: its weights are taken as they are")
+        return left("there is nothing to keep: at one image its weights are taken as they are")
     frozen.names = {name: _BUFFER.format(i) for i, name in enumerate(packs)}
     for buffer, pack in zip(frozen.names.values(), packs.values(), strict=True):
         block.register_buffer(buffer, pack, persistent=False)
@@ -270,6 +274,13 @@ def _named(name: str) -> str:
     return f"block {name!r}" if name else "the block"
 
 
-def _parameter(source: tuple[str, nn.Module, str]) -> Tensor:
+def _identity(p: Tensor | None) -> tuple | None:
+    if p is None:
+        return None
+    writes = None if p.is_inference() else p._version  # an inference tensor counts none
+    return p.data_ptr(), writes, p.dtype, p.shape, p.stride()
+
+
+def _parameter(source: tuple[str, nn.Module, str]) -> Tensor | None:
     _, module, leaf = source
-    return module._parameters[leaf]
+    return module._parameters.get(leaf)

@@ -22,7 +22,7 @@ from . import backends
 from .backends.cpu import library as cpu_library
 from .backends.cuda import library
 from .backends.measured import measured_gpus, passed_on
-from .backends.registry import ENVIRONMENT_VARIABLE, preferred
+from .backends.registry import ENVIRONMENT_VARIABLE, FASTER_ON_CPU, preferred
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What a user may have set that changes what runs or how it is built.
@@ -194,7 +194,10 @@ def nvidia_smi(properties: Any) -> dict[str, str]:
 
 
 def auto_on(device: torch.device) -> dict[str, str]:
-    """The backend that "auto" takes on ``device`` for products in each dtype."""
+    """The backend that "auto" takes on ``device`` for products in each dtype; on the CPU it depends on the call."""
+    if device.type == "cpu":
+        fast = [dtype for dtype in FASTER_ON_CPU if cpu_library.why_not_auto(dtype) is None]
+        return {_short(dtype): "cpu or torch" if dtype in fast else "torch" for dtype in DTYPES}
     names = preferred(device) if device.type == "cuda" else ()
     taken = {dtype: next((n for n in names if backends.why_not(n, device, dtype) is None), "torch") for dtype in DTYPES}
     return {_short(dtype): name for dtype, name in taken.items()}

@@ -69,7 +69,7 @@ class Report:
         counts = [f"{len(self._with(outcome))} {outcome}" for outcome in (FUSED, RESTORED, FROZEN, LEFT)]
         summary = ", ".join(count for count in counts if not count.startswith("0 "))
         if not summary:
-            return "no block to do this to: the documentation of fuse_ lists those that it knows"
+            return "no block to do this to: none that fuse_ knows, or none that was fused or frozen"
         return "\n".join((*_table(self.entries), summary))
 
 

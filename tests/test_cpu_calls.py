@@ -155,5 +155,5 @@ def test_a_frozen_copy_with_other_parts_says_so(layer):
         unfreeze_(other)
         replica = copy.copy(layer)
         replica._modules = dict(other._modules)
-        with pytest.raises(RuntimeError, match="is frozen, but its submodules was written to, replaced"):
+        with pytest.raises(RuntimeError, match="is frozen, but its patch_mixer was written to, replaced"):
             replica(x())

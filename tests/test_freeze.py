@@ -152,6 +152,19 @@ def _new_parameter(model):
     fc2.bias = nn.Parameter(fc2.bias.detach() + 1)
 
 
+def _new_layer(model):
+    tokens = model.blocks[0].mlp_tokens
+    tokens.fc1 = copy.deepcopy(tokens.fc1).requires_grad_(False)
+
+
+def _new_half(model):
+    model.blocks[0].mlp_tokens = copy.deepcopy(model.blocks[0].mlp_tokens)
+
+
+def _no_bias(model):
+    model.blocks[0].mlp_channels.fc1.bias = None
+
+
 def _new_storage(model):
     p = model.blocks[0].norm2.weight
     p.data = p.data + 1
@@ -163,11 +176,24 @@ def _new_storage(model):
         (lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())), "norm1.weight"),
         (_step, "norm1.weight"),
         (_new_parameter, "mlp_tokens.fc2.bias"),
+        (_new_layer, "mlp_tokens.fc1"),
+        (_new_half, "mlp_tokens"),
+        (_no_bias, "mlp_channels.fc1.bias"),
         (_new_storage, "norm2.weight"),
         (lambda m: m.float(), "norm1.weight"),
         (lambda m: m.half(), "norm1.weight"),
     ),
-    ids=("load_state_dict", "step", "another parameter", "another storage", "float", "half"),
+    ids=(
+        "load_state_dict",
+        "step",
+        "another parameter",
+        "another layer",
+        "another half",
+        "no bias",
+        "another storage",
+        "float",
+        "half",
+    ),
 )
 def test_what_pytorch_counts_raises(write, what, model, x):
     freeze_(model)

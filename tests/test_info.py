@@ -14,6 +14,7 @@ import torch
 from mixer_kernels import __version__, backends, info
 from mixer_kernels.__main__ import COMMANDS
 from mixer_kernels.__main__ import main as run_command
+from mixer_kernels.backends.cpu import library as cpu_library
 from mixer_kernels.backends.cuda import library
 from mixer_kernels.backends.measured import MEASURED_FILE, measured_gpus
 
@@ -142,6 +143,12 @@ def test_help_lists_the_commands(capsys):
 
 def test_info_says_what_auto_takes(capsys):
     (device,) = (each for each in info.collect()["devices"] if each["device"] == "cpu")
-    assert device["auto"] == {"float32": "torch", "float16": "torch", "bfloat16": "torch"}
+    kernels = cpu_library.why_not_auto(torch.float32) is None
+    assert device["auto"] == {
+        "float32": "cpu or torch" if kernels else "torch",
+        "float16": "torch",
+        "bfloat16": "torch",
+    }
     assert info.main([]) == 0
-    assert "auto      torch for float32, float16, bfloat16" in capsys.readouterr().out
+    line = "auto      cpu or torch for float32; torch for " if kernels else "auto      torch for float32, "
+    assert f"{line}float16, bfloat16" in capsys.readouterr().out

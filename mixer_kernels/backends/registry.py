@@ -175,7 +175,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, features: tuple
         return f"{error}. Install it (pip install {name}) or use backend='torch'"
     for feature in features:
         if not backend.has(feature):
-            others = (other for other in (*KERNEL_BACKENDS, "torch") if other != name and _has(other, features))
+            others = [other for other in KERNEL_BACKENDS if other != name and _runs(other, device, dtype, features)]
+            others.append("torch")
             return f"it has no kernels for {feature}; use {' or '.join(f'backend={other!r}' for other in others)}"
     return backend.why_not(device, dtype)
 
@@ -185,9 +186,9 @@ def load(name: str) -> Backend:
     return importlib.import_module(f"{__package__}.{name.replace(':', '.')}")
 
 
-def _has(name: str, features: tuple[str, ...]) -> bool:
+def _runs(name: str, device: torch.device, dtype: torch.dtype, features: tuple[str, ...]) -> bool:
     try:
-        return all(map(load(name).has, features))
+        return all(map(load(name).has, features)) and load(name).why_not(device, dtype) is None
     except ImportError:
         return False
 

@@ -18,16 +18,21 @@ def series_model(name: str) -> nn.Module:
     """One of ``SERIES_MODELS``, with the same weights in every process.
 
     Raises:
-        RuntimeError: its library is not installed; the message says what to install.
+        RuntimeError: its library is not installed, or does not import; the message says which, and what to install.
     """
     torch.manual_seed(0)
     try:
         return SERIES_MODELS[name]()
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise RuntimeError(
             f"--model {name} needs transformers, and ttm granite-tsfm too: pip install 'mixer_kernels[bench-cpu]' "
             f"({error})"
         ) from error
+    except ImportError as error:
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        raise RuntimeError(f"--model {name}: its library is installed, but does not import: {root}") from error
 
 
 def _patchtsmixer() -> nn.Module:
