@@ -30,10 +30,12 @@ TRAINING_PROVIDERS = (  # one row a memory mode
 
 
 def provider_names(level: str, mode: str, device: torch.device) -> tuple[str, ...]:
-    """The rows of a case, in their order. The token half saves the same in each memory mode, ``cpu`` does not train."""
+    """The rows of a case, in their order. The token half saves the same in each memory mode; ``cpu`` does not train, and
+    has no channel half."""
     if mode == "train" and level != "token":
         return TRAINING_PROVIDERS
-    return tuple(name for name in PROVIDERS if name != "cpu" or (device.type == "cpu" and mode == "infer"))
+    has_cpu = device.type == "cpu" and mode == "infer" and level != "channel"
+    return tuple(name for name in PROVIDERS if name != "cpu" or has_cpu)
 
 
 def backend_and_memory(provider: str) -> tuple[str, str | None]:
