@@ -30,8 +30,8 @@ TRAINING_PROVIDERS = (  # one row a memory mode
 
 
 def provider_names(level: str, mode: str, device: torch.device) -> tuple[str, ...]:
-    """The rows of a case, in their order. The token half saves the same in each memory mode; ``cpu`` does not train, and
-    has no channel half."""
+    """The rows of a case, in their order. The token half saves the same in each memory mode. ``cpu`` does not train
+    and has no channel half."""
     if mode == "train" and level != "token":
         return TRAINING_PROVIDERS
     has_cpu = device.type == "cpu" and mode == "infer" and level != "channel"
