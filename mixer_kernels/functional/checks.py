@@ -66,7 +66,9 @@ def runs_on_torch(backend: str | None, x: Tensor, operator: str | None = None, b
 
 def is_left_to_torch(x: Tensor) -> bool:
     """Whether ``pays_on_cpu`` denies all operators of MLP-Mixer, whatever else: a small block has no time to ask it."""
-    return torch.compiler.is_compiling() or x.numel() < backends.LEAST_OF_A_MIXER
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which would record the comparison
+        return True
+    return x.numel() < backends.LEAST_OF_A_MIXER
 
 
 def pays_on_cpu(
