@@ -107,6 +107,20 @@ def test_a_library_that_is_not_there_is_named(monkeypatch, capsys):
     assert "pip install 'mixer_kernels[bench-cpu]'" in capsys.readouterr().err
 
 
+def test_a_library_that_does_not_import_is_not_said_to_be_missing(monkeypatch, capsys):
+    def broken():
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ImportError("Could not import module") from error
+
+    monkeypatch.setitem(series_models.SERIES_MODELS, "ptsm", broken)
+    with pytest.raises(SystemExit):
+        cli.main(["--model", "ptsm", "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert "does not import: operator torchvision::nms does not exist" in error and "pip install" not in error
+
+
 def test_the_readme_shows_what_was_measured():
     tool = _tool()
     reports = [json.loads((tool.RESULTS / f"{model}.json").read_text()) for model in tool.MODELS]

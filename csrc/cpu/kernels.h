@@ -1,5 +1,6 @@
 // The CPU kernels: PatchTSMixer's mixer and layer, forward and backward, float32; equations (30) to (35) of
-// docs/maths.md. Torch-free: addresses, sizes, strides in elements.
+// docs/maths.md. A mixer of patches without a gate is the token half of an MLP-Mixer, (1) to (5). Torch-free:
+// addresses, sizes, strides in elements.
 //
 // kernels.cpp is compiled once for each instruction set; run.cpp chooses one and puts the tasks of a call on threads.
 #pragma once
