@@ -33,14 +33,15 @@ def small(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(threads)
 
 
-def rows_of(mode: str, *baselines: str) -> dict[str, series.SeriesRow]:
-    rows = series_rows("ptsm", mode, 2, baselines, 1, 0.01, no_progress)
+def rows_of(mode: str, *baselines: str, dtype: str = "fp32") -> dict[str, series.SeriesRow]:
+    rows = series_rows("ptsm", mode, 2, baselines, 1, 0.01, no_progress, dtype)
     return {row.provider: row for row in rows}
 
 
+@pytest.mark.parametrize("dtype", series.SERIES_DTYPES)
 @pytest.mark.parametrize("mode", ["infer", "train"])
-def test_rows_have_ratios_of_their_rounds(mode):
-    rows = rows_of(mode)
+def test_rows_have_ratios_of_their_rounds(mode, dtype):
+    rows = rows_of(mode, dtype=dtype)
     assert list(rows) == ["eager", "mixer_kernels"]
     for row in rows.values():
         assert row.reason is None and row.ms > 0 and row.rounds >= series.MIN_ROUNDS
@@ -54,6 +55,10 @@ def test_onnx_runtime_computes_the_forecast():
     pytest.importorskip("onnxruntime")
     rows = rows_of("infer", "ort")
     assert rows["ort"].reason is None and rows["ort"].ms > 0, rows["ort"]
+
+
+def test_runtimes_are_of_float32():
+    assert "float32 alone" in rows_of("infer", "ort", dtype="bf16")["ort"].reason
 
 
 def test_who_does_not_train_says_so():
@@ -89,7 +94,9 @@ def test_the_command_writes_rows_machine_and_versions(tmp_path, capsys):
     [
         (["--model", "S/32", "--device", "cpu", "--baseline", "ort"], "ort and openvino go with --model ptsm or ttm"),
         (["--model", "ptsm", "--device", "cpu", "--baseline", "bare"], "bare is of the Mixer"),
-        (["--model", "ptsm", "--device", "cpu", "--dtype", "bf16"], "--dtype does not go with it"),
+        (["--model", "ptsm", "--device", "cpu", "--dtype", "tf32"], "tf32 is a mode of CUDA devices"),
+        (["--model", "ptsm", "--device", "cpu", "--dtype", "fp16"], "measured in fp32 or bf16"),
+        (["--model", "ptsm", "--device", "cpu", "--img-size", "64"], "--img-size does not go with it"),
         (["--model", "ptsm", "--device", "cpu", "--json", "/nowhere/x.json"], "there is no directory '/nowhere'"),
     ],
 )

@@ -83,10 +83,24 @@ def test_an_exporter_gets_pytorchs_operators(monkeypatch):
 def test_other_dtypes_and_operators_run_on_torch():
     for dtype, operator in ((torch.float64, "gated_mixer_layer"), (torch.float32, "channel_mixing")):
         assert backends.choose("auto", "cpu", None, dtype, (operator,), pays=True) == "torch"
-    x, parameters = make_layer((2, 3, 4, 8), torch.float32, CPU)
-    with torch.autocast("cpu", torch.bfloat16):
-        auto, eager = (F.gated_mixer_layer(x, **parameters, backend=name) for name in ("auto", "torch"))
-    assert torch.equal(auto, eager)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("kept", (torch.float32, None), ids=("autocast", "all"))
+def test_16_bits_run_on_the_kernels(dtype, kept):
+    """A model in them, and one under autocast."""
+    x, parameters = make_layer((3, 7, 13, 20), kept or dtype, CPU)
+    dy = torch.randn_like(x)
+    with torch.autocast("cpu", dtype, enabled=kept is not None):
+        auto, cpu, eager = (evaluate(x, parameters, name, dy) for name in ("auto", "cpu", "torch"))
+    assert same(auto, cpu) and not same(auto, eager)
+
+
+def test_a_cpu_emulates_what_pytorch_says_it_lacks():
+    cpu, mkldnn = backends.load("cpu"), torch.ops.mkldnn
+    assert cpu.emulates(torch.bfloat16) is not mkldnn._is_mkldnn_bf16_supported()
+    assert cpu.emulates(torch.float16) is not mkldnn._is_mkldnn_fp16_supported()
+    assert not cpu.emulates(torch.float32)
 
 
 def test_the_table_lists_what_the_backend_has():

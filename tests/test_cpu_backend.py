@@ -21,6 +21,7 @@ from mixer_kernels.backends.cpu import library
 
 CPU = torch.device("cpu")
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
@@ -38,20 +39,18 @@ def isa(request, monkeypatch):
 
 
 def assert_mixer_matches_eager(mixer, x, parameters, **options):
-    dy = torch.randn(x.shape)
+    dy = torch.randn(x.shape, dtype=x.dtype)
     actual, eager = (of_mixer.evaluate(mixer, x, parameters, backend, dy, **options) for backend in ("cpu", "torch"))
     wide = {k: None if t is None else t.double() for k, t in parameters.items()}
-    exact = reference(
-        lambda: of_mixer.evaluate(mixer, x.double(), wide, "torch", dy.double(), **options), torch.float32
-    )
+    exact = reference(lambda: of_mixer.evaluate(mixer, x.double(), wide, "torch", dy.double(), **options), x.dtype)
     assert_all_accurate(actual, eager, exact)
 
 
 def assert_layer_matches_eager(x, parameters, **options):
-    dy = torch.randn(x.shape)
+    dy = torch.randn(x.shape, dtype=x.dtype)
     actual, eager = (of_layer.evaluate(x, parameters, backend, dy, **options) for backend in ("cpu", "torch"))
     wide = {k: None if t is None else t.double() for k, t in parameters.items()}
-    exact = reference(lambda: of_layer.evaluate(x.double(), wide, "torch", dy.double(), **options), torch.float32)
+    exact = reference(lambda: of_layer.evaluate(x.double(), wide, "torch", dy.double(), **options), x.dtype)
     assert_all_accurate(actual, eager, exact)
 
 
@@ -80,10 +79,44 @@ def test_layer_matches_eager(shape, memory):
     assert_layer_matches_eager(*make_layer(shape, torch.float32, CPU), memory=memory)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", ((3, 7, 13, 20), (12, 3, 33, 24)), ids=("one tile", "tiles"))
+def test_16_bits(shape, dtype):
+    for mixer in MIXERS:
+        assert_mixer_matches_eager(mixer, *make(mixer, shape, dtype, CPU))
+    for memory in F.MEMORY_MODES:
+        assert_layer_matches_eager(*make_layer(shape, dtype, CPU), memory=memory)
+
+
+@pytest.mark.parametrize("kept", (torch.float32, torch.bfloat16))
+def test_autocast(kept):
+    """x in the dtype in which a model has it between its layers, parameters in float32."""
+    x, parameters = make_layer((3, 7, 13, 20), torch.float32, CPU)
+    x = x.to(kept)
+    dy, results = torch.randn(x.shape, dtype=kept), []
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [of_layer.evaluate(x, parameters, backend, dy) for backend in ("cpu", "torch")]
+    wide = {k: t.double() for k, t in parameters.items()}
+    exact = reference(lambda: of_layer.evaluate(x.double(), wide, "torch", dy.double()), torch.bfloat16)
+    assert_all_accurate(*results, exact)
+    for name, expected in results[1].items():
+        assert results[0][name].dtype == expected.dtype, name
+
+
+def test_a_result_too_large_for_16_bits_is_infinite():
+    x, parameters = make("patches", (1, 1, 6, 20), torch.float16, CPU)
+    parameters = {k: 200 * t for k, t in parameters.items()}
+    wide = {k: t.double() for k, t in parameters.items()}
+    exact = of_mixer.evaluate("patches", x.double(), wide, "torch")["output"].half()
+    assert exact.isinf().any() and exact.isfinite().any()
+    assert torch.equal(of_mixer.evaluate("patches", x, parameters, "cpu")["output"].isinf(), exact.isinf())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @each_mixer
-def test_layouts(mixer, layout):
-    x, parameters = make(mixer, (2, 5, 6, 20), torch.float32, CPU)
+def test_layouts(mixer, layout, dtype):
+    x, parameters = make(mixer, (2, 5, 6, 20), dtype, CPU)
     x = layout(x)
     before = x.clone()
     assert_mixer_matches_eager(mixer, x, parameters)
@@ -285,7 +318,7 @@ def test_what_it_cannot_run_is_said():
     x, parameters = make("patches", (2, 5, 6, 20), torch.float32, CPU)
     wide = {k: t.double() for k, t in parameters.items()}
     with pytest.raises(
-        RuntimeError, match="backend='cpu' cannot run: the CPU kernels take torch.float32, got .*float64"
+        RuntimeError, match="backend='cpu' cannot run: the CPU kernels take torch.float32, .*float16, got .*float64"
     ):
         of_mixer.evaluate("patches", x.double(), wide, "cpu")
     w = torch.zeros(20, 20)

@@ -131,6 +131,18 @@ def test_an_input_of_zeros_without_memory(layer, eager):
         torch.testing.assert_close(layer(zeros), eager(zeros))
 
 
+def test_a_write_is_seen_in_16_bits(layer, eager):
+    """The kernels read a copy in float32, made in each call."""
+    one = x().bfloat16()
+    with torch.no_grad():
+        for model in (layer, eager):
+            model.bfloat16()(one), model(one)
+            linear(model).weight.data.mul_(-3.0)
+        torch.testing.assert_close(layer(one), eager(one), rtol=0.02, atol=0.02)
+        freeze_(layer)
+        torch.testing.assert_close(layer(one), eager(one), rtol=0.02, atol=0.02)
+
+
 def test_a_freed_parameter_raises(layer):
     with torch.no_grad():
         layer(x())

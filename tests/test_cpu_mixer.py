@@ -9,7 +9,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from blocks import LAYOUTS, make_block, make_x, run, run_exact
-from test_cpu_backend import isa  # noqa: F401  every test on every instruction set
+from test_cpu_backend import HALVES, isa  # noqa: F401  every test on every instruction set
 from test_kernels import SHAPES, exact_half
 
 import mixer_kernels.functional as F
@@ -37,6 +37,35 @@ def test_matches_eager(shape):
     block, x = make_block(shape, DTYPE, CPU), make_x(2, shape, DTYPE, CPU)
     assert_token_half_matches_eager(block, x)
     assert_accurate(run(block, x, "cpu"), run(block, x, "torch"), run_exact(block, x))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_16_bits(dtype, monkeypatch):
+    """Also where PyTorch's 16-bit products are emulated, and the channel half's are float32's."""
+    block, x = make_block(LARGE, dtype, CPU), make_x(3, LARGE, dtype, CPU)
+    assert_token_half_matches_eager(block, x)
+    expected, exact = run(block, x, "torch"), run_exact(block, x)
+    for emulated in (False, True):
+        monkeypatch.setattr(backends.cpu, "emulates", lambda dtype, emulated=emulated: emulated)
+        y = run(block, x, "cpu")
+        assert y.dtype == dtype
+        assert_accurate(y, expected, exact)
+
+
+@pytest.mark.parametrize("emulated", (False, True))
+@pytest.mark.parametrize("dtype", HALVES)
+def test_auto_takes_it_in_16_bits_where_products_are_emulated(dtype, emulated, monkeypatch, isa):  # noqa: F811
+    monkeypatch.setattr(backends.cpu, "emulates", lambda dtype: emulated)
+    fused, x = FusedMixerBlock(72, 49, (1 / 3, 4 / 3), dtype=dtype).eval(), make_x(2, LARGE, dtype, CPU)
+    results = {}
+    with torch.no_grad():
+        for name in ("auto", "cpu", "torch"):
+            with backends.use_backend(name):
+                results[name] = fused(x)
+    assert not torch.equal(results["cpu"], results["torch"]), "the results cannot tell who made them"
+    assert torch.equal(results["auto"], results["cpu" if emulated and isa != "baseline" else "torch"])
+    x.requires_grad_()
+    assert torch.equal(fused(x), results["torch"]), "in training"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

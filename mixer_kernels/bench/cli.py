@@ -21,7 +21,7 @@ from .progress import progress_line
 from .providers import BACKENDS, provider_names
 from .report import Report, Row, closing_lines, group_lines, group_rows
 from .run import is_out_of_memory, release, run_group
-from .series import OURS, SERIES_BASELINES, series_rows, series_table, write_series_json
+from .series import OURS, SERIES_BASELINES, SERIES_DTYPES, series_rows, series_table, write_series_json
 from .series_models import SERIES_MODELS
 from .timing import rotated_inputs
 from .training import Step
@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if device.type != "cpu":
                 raise ValueError("--threads is of the CPU: it goes with --device cpu")
             torch.set_num_threads(arguments.threads)
+        if arguments.dtype == "tf32" and device.type != "cuda":
+            raise ValueError("--dtype tf32 is a mode of CUDA devices; on a CPU use fp32")
         if arguments.model in SERIES_MODELS:
             return _series(arguments, parser, device)
         if not set(BASELINES).issuperset(arguments.baseline or BASELINES):
             raise ValueError(f"--baseline ort and openvino go with --model {' or '.join(SERIES_MODELS)}")
         check_img_size(SPECS[arguments.model], arguments.img_size)
-        if arguments.dtype == "tf32" and device.type != "cuda":
-            raise ValueError("--dtype tf32 is a mode of CUDA devices; on a CPU use fp32")
         if arguments.plot:
             check_plot(arguments.plot)
         if arguments.saved_bytes:
@@ -99,11 +99,19 @@ def _series(arguments: argparse.Namespace, parser: argparse.ArgumentParser, devi
     """A model of time series: another report, on the CPU alone."""
     if device.type != "cpu":
         raise ValueError(f"--model {arguments.model} is measured on the CPU: add --device cpu")
-    takes = ("device", "batch_size", "mode", "threads", "baseline", "seconds", "json")
+    takes = ("device", "batch_size", "mode", "threads", "dtype", "baseline", "seconds", "json")
     _check_alone(arguments, parser, "model", takes)
     if arguments.json and not Path(arguments.json).parent.is_dir():
         raise ValueError(f"there is no directory {str(Path(arguments.json).parent)!r} to write {arguments.json!r} into")
-    baselines = tuple(SERIES_BASELINES if arguments.baseline is None else arguments.baseline)
+    dtype = arguments.dtype or "fp32"
+    if dtype not in SERIES_DTYPES:
+        raise ValueError(
+            f"--dtype {dtype}: models of time series are measured in {' or '.join(SERIES_DTYPES)}; the sums of their "
+            "scaling are too large for float16"
+        )
+    baselines = arguments.baseline
+    if baselines is None:
+        baselines = SERIES_BASELINES if dtype == "fp32" else ("compile",)
     if "bare" in baselines:
         raise ValueError(f"--baseline bare is of the Mixer, not of --model {arguments.model}")
     batch_sizes = arguments.batch_size or [1, 32, 256]
@@ -114,10 +122,11 @@ def _series(arguments: argparse.Namespace, parser: argparse.ArgumentParser, devi
                 arguments.model,
                 arguments.mode,
                 size,
-                baselines,
+                tuple(baselines),
                 torch.get_num_threads(),
                 arguments.seconds,
                 lambda text, size=size: say(f"batch {size}: {text}"),
+                dtype,
             )
             rows += of_batch
             advance(series_table(of_batch))

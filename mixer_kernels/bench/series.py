@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import info
 from ..patch import fuse_
+from .cases import DTYPES
 from .run import describe
 from .series_models import CHANNELS, CONTEXT, PREDICTION, Forecast, series_model
 
@@ -32,7 +33,9 @@ OURS = "mixer_kernels"
 SERIES_BASELINES = ("compile", "ort", "openvino")
 SAMPLE_SECONDS = 0.02  # at least, by as many calls
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
-MOST_RELATIVE_ERROR = 1e-4  # RMS, of a result or a gradient, beside eager's: float32 either way
+# RMS, of a result or a gradient, beside eager's in the same dtype.
+MOST_RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 5e-2}
+SERIES_DTYPES = tuple(MOST_RELATIVE_ERROR)
 
 Function = Callable[[], Any]
 logger = logging.getLogger("mixer_kernels")
@@ -46,6 +49,7 @@ class SeriesRow:
     mode: str  # "infer"; "train": forward, loss, backward
     batch_size: int
     threads: int
+    dtype: str  # of weights and activations, as --dtype names it
     provider: str
     ms: float | None = None
     speedup: float | None = None  # over eager; median of the rounds
@@ -63,13 +67,14 @@ def series_rows(
     threads: int,
     seconds: float,
     say: Callable[[str], None],
+    dtype: str = "fp32",
 ) -> list[SeriesRow]:
     """Measure model ``name`` with ``torch.set_num_threads(threads)``; eager first, then ``baselines``, then ours."""
     torch.set_num_threads(threads)
-    model = series_model(name)
+    model = series_model(name).to(DTYPES[dtype])
     generator = torch.Generator().manual_seed(0)
-    past = torch.randn(batch_size, CONTEXT, CHANNELS, generator=generator).cumsum(1)
-    future = torch.randn(batch_size, PREDICTION, CHANNELS, generator=generator)
+    past = torch.randn(batch_size, CONTEXT, CHANNELS, generator=generator).cumsum(1).to(DTYPES[dtype])
+    future = torch.randn(batch_size, PREDICTION, CHANNELS, generator=generator).to(DTYPES[dtype])
     functions: dict[str, Function] = {}
     reasons: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +89,7 @@ def series_rows(
                 result = check()
                 expected = result if expected is None else expected
                 error = max(map(_relative_error, result, expected))
-                if not error <= MOST_RELATIVE_ERROR:
+                if not error <= MOST_RELATIVE_ERROR[dtype]:
                     raise ArithmeticError(f"wrong by {error:.1e} of the result")
                 functions[provider] = function
             except ModuleNotFoundError as error:
@@ -96,7 +101,7 @@ def series_rows(
                 reasons[provider] = describe(error)
         say("measuring")
         times = _measure(functions, seconds, time.process_time if threads == 1 else time.perf_counter)
-    head = (name, mode, batch_size, threads)
+    head = (name, mode, batch_size, threads, dtype)
     rows = []
     for provider in [*functions, *reasons]:
         if provider in reasons:
@@ -111,6 +116,8 @@ def series_rows(
 def _forecast(provider: str, model: nn.Module, past: Tensor, threads: int, folder: Path) -> Function:
     """Inference: a call returns the forecast, in a list."""
     model = Forecast(copy.deepcopy(model)).eval()
+    if provider in ("ort", "openvino") and past.dtype is not torch.float32:
+        raise ValueError("it is measured in float32 alone")
     if provider == "ort":
         import onnxruntime
 
@@ -180,6 +187,7 @@ def _of_pytorch(provider: str, model: nn.Module) -> Callable[..., Any]:
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm()).item()
 
 
@@ -217,10 +225,10 @@ def series_table(rows: list[SeriesRow]) -> str:
     """A line a row, groups under a line that names them."""
     lines, before = [], None
     for row in rows:
-        group = (row.model, row.mode, row.batch_size)
+        group = (row.model, row.mode, row.batch_size, row.dtype)
         if group != before:
             what = "inference" if row.mode == "infer" else "training step (forward, loss, backward)"
-            lines += ["", f"{row.model}, {what}, batch {row.batch_size}, {row.threads} thread(s), float32"]
+            lines += ["", f"{row.model}, {what}, batch {row.batch_size}, {row.threads} thread(s), {row.dtype}"]
             before = group
         if row.ms is None:
             lines.append(f"  {row.provider:<14}{row.reason}")

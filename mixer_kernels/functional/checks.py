@@ -68,7 +68,7 @@ def is_left_to_torch(x: Tensor) -> bool:
     """Whether ``pays_on_cpu`` denies all operators of MLP-Mixer, whatever else: a small block has no time to ask it."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which would record the comparison
         return True
-    return x.numel() < backends.LEAST_OF_A_MIXER
+    return x.dtype is torch.float32 and x.numel() < backends.LEAST_OF_A_MIXER
 
 
 def pays_on_cpu(

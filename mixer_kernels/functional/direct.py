@@ -167,7 +167,7 @@ def _first_call(
         planned = plan(x, *halves, options, packing=_packing(module, backend, options, packs), **further)
         if not planned.copies:
             remember(key, _noted(planned, packs))
-        return planned(x, parameters, packs)
+            return planned(x, parameters, packs)
     ends = [0, *itertools.accumulate(map(len, halves))]
     kinds = [(type(half), slice(*where)) for half, where in zip(halves, itertools.pairwise(ends), strict=True)]
 

@@ -1,10 +1,10 @@
-"""The ``cpu`` backend: float32 kernels in C++ (csrc/cpu), for mixers of time series forward and backward, and for the
-token half of MLP-Mixer's blocks in inference.
+"""The ``cpu`` backend: kernels in C++ (csrc/cpu), for mixers of time series forward and backward, and for the token
+half of MLP-Mixer's blocks in inference.
 
 A call does all of a mixer, or of a layer, tile of series by tile of series, on PyTorch's threads; results do not depend
 on how many. x is read as it is where its features lie side by side, else from a contiguous copy; weights are packed in
-the call, or read where they are in a small one; those of a frozen block once. Products are IEEE float32 whatever
-``torch.get_float32_matmul_precision()`` says.
+the call, or read where they are in a small one; those of a frozen block once. Everything is computed in IEEE float32,
+whatever ``torch.get_float32_matmul_precision()`` says: 16-bit tensors are converted, results rounded once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .. import torch as torch_backend
 from ..arguments import GatedHalf, Half, Options
-from .library import instruction_set, loaded, why_not, why_not_auto
-from .plan import ForwardPlan, Packing, address, contiguous, input_of, mixers_of, noise_and_form, readable
+from .library import emulates, instruction_set, loaded, why_not, why_not_auto
+from .plan import ForwardPlan, Packing, address, dense, in_float32, input_of, mixers_of, noise_and_form, readable
 
 __all__ = [
     "Packing",
+    "emulates",
     "gated_mixer_layer_backward",
     "gated_mixer_layer_forward",
     "gated_mixer_layer_plan",
@@ -50,7 +51,7 @@ def token_mixing_forward(
     x: Tensor, half: Half, options: Options, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``."""
-    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, options.eps)
+    _, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, options.eps)
     return token_mixing_plan(x, half, options, packing)(x), mean.flatten(), rstd.flatten()
 
 
@@ -63,9 +64,11 @@ def token_mixing_plan(x: Tensor, half: Half, options: Options, packing: Packing 
 def mixer_block_forward(
     x: Tensor, tokens: Half, channels: Half, options: Options, eps2: float, packing: Packing | None = None
 ) -> Tensor:
-    """``y [B, S, C]``. The channel half is PyTorch's: its products, of large matrices, are all but all of it."""
+    """``y [B, S, C]``. The channel half is PyTorch's, whose products of large matrices are nearly all of it: in float32
+    where the CPU has no others."""
     u = token_mixing_plan(x, tokens, options, packing)(x)
-    return torch_backend.channel_mixing_forward(u, channels, options._replace(eps=eps2))
+    dtype = torch.float32 if emulates(options.dtype) else options.dtype
+    return torch_backend.channel_mixing_forward(u, channels, options._replace(eps=eps2, dtype=dtype)).to(x.dtype)
 
 
 def gated_mixing_forward(
@@ -92,8 +95,9 @@ def gated_mixer_layer_forward(
     packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, and u, what the patches' mixer gives, if kept."""
-    u = torch.empty(x.shape, dtype=x.dtype, device="cpu") if keep_u else None
-    return gated_mixer_layer_plan(x, patches, features, options, eps2, packing=packing).run(x, u), u
+    u = torch.empty(x.shape, dtype=torch.float32, device="cpu") if keep_u else None
+    y = gated_mixer_layer_plan(x, patches, features, options, eps2, packing=packing).run(x, u)
+    return y, u.to(x.dtype) if keep_u else None
 
 
 def gated_mixer_layer_plan(
@@ -131,19 +135,20 @@ def gated_mixer_layer_backward(
 
 
 def _backward(dy, u, x, axis, mixers, eps, options, gate_first, wanted) -> list[Tensor | None]:
-    parameters = [parameter for mixer in mixers for parameter in mixer]
-    gradients = [
-        torch.empty(parameter.shape, dtype=x.dtype, device="cpu") if want and parameter is not None else None
-        for want, parameter in zip(wanted[1:], parameters, strict=True)
+    tensors = [x, *(parameter for mixer in mixers for parameter in mixer)]
+    dtypes = [t.dtype if want and t is not None else None for want, t in zip(wanted, tensors, strict=True)]
+    dx, *gradients = [
+        torch.empty(t.shape, dtype=torch.float32, device="cpu") if dtype is not None or t is x else None
+        for t, dtype in zip(tensors, dtypes, strict=True)
     ]
-    dx = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     if x.numel() == 0:
         gradients = [None if gradient is None else gradient.zero_() for gradient in gradients]
     else:
-        x, dy, mixers = readable(x), dy.contiguous(), [contiguous(mixer) for mixer in mixers]
+        x, dy, mixers = readable(x), dense(dy), [in_float32(mixer) for mixer in mixers]
         addresses = [tuple(map(address, gradients[i : i + 8])) for i in range(0, len(gradients), 8)]
+        u = None if u is None else dense(u)
         loaded().backward(
             instruction_set(), dy.data_ptr(), input_of(x), axis, mixers_of(mixers, eps),
             noise_and_form(options, gate_first), address(u), dx.data_ptr(), tuple(addresses), torch.get_num_threads(),
         )  # fmt: skip
-    return [dx if wanted[0] else None, *gradients]
+    return [None if dtype is None else t.to(dtype) for t, dtype in zip((dx, *gradients), dtypes, strict=True)]

@@ -15,6 +15,7 @@ import torch
 from ...environment import asked_instruction_set
 from ..remembered import forget
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # computed in float32
 MODULE = "mixer_kernels._cpu"
 ISA_VARIABLE = asked_instruction_set.name
 
@@ -38,8 +39,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run products in ``dtype`` on ``device``, or None."""
     if device.type != "cpu":
         return f"the CPU kernels take CPU tensors, got one on {device.type}"
-    if dtype is not torch.float32:
-        return f"the CPU kernels take torch.float32, got {dtype}; use backend='torch'"
+    if dtype not in DTYPES:
+        return f"the CPU kernels take {', '.join(map(str, DTYPES))}, got {dtype}; use backend='torch'"
     try:
         instruction_set()
     except (ImportError, RuntimeError) as error:
@@ -50,6 +51,13 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def why_not_auto(dtype: torch.dtype) -> str | None:
     """Why ``auto`` does not take the kernels for products in ``dtype``, or None."""
     return _why_not_auto(dtype, asked_instruction_set())
+
+
+@functools.cache  # a CPU does not change
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no products in ``dtype``, of 16 bits, that PyTorch could use."""
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return asked is not None and not getattr(torch.ops.mkldnn, asked, bool)()
 
 
 @functools.cache  # as _instruction_set

@@ -43,11 +43,11 @@ class ForwardPlan:
         packing: Packing | None,
     ) -> None:
         given = [parameter for mixer in mixers for parameter in mixer]
-        mixers = [contiguous(mixer) for mixer in mixers]
+        mixers = [in_float32(mixer) for mixer in mixers]
         taken = [parameter for mixer in mixers for parameter in mixer]
         self.copies = [copy for copy, parameter in zip(taken, given, strict=True) if copy is not parameter]
         """Of parameters, and their packs unless they are kept: a plan that has some must not outlive its call."""
-        self._shape, self._is_readable = x.shape, readable(x) is x
+        self._shape, self._dtype, self._is_readable = x.shape, x.dtype, readable(x) is x
         self._layout = input_of(x)[1:] if self._is_readable else None
         self._fixed = (axis, mixers_of(mixers, eps), noise_and_form(options, gate_first))
         self._isa, self._packs = None, 0
@@ -60,29 +60,35 @@ class ForwardPlan:
         return self.run(x)
 
     def run(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """``y``; writes ``u``, what the first of two mixers gives."""
+        """``y``; writes ``u``, what the first of two mixers gives, in float32."""
         y = torch.empty(self._shape, dtype=torch.float32, device="cpu")
         if y.numel() == 0:
-            return y
+            return y.to(self._dtype)
         if self._is_readable:
             given = (x.data_ptr(), *self._layout)
         else:
-            x = x.contiguous()
+            x = readable(x)
             given = input_of(x)
         loaded().forward(
             self._isa or instruction_set(), given, *self._fixed, y.data_ptr(), address(u), self._packs,
             torch.get_num_threads(),
         )  # fmt: skip
-        return y
+        return y if self._dtype is torch.float32 else y.to(self._dtype)
 
 
 def readable(x: Tensor) -> Tensor:
-    """``x`` with its features side by side."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """``x`` in float32 with its features side by side."""
+    is_dense = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if is_dense and x.dtype is torch.float32 else dense(x)
 
 
-def contiguous(mixer: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if parameter is None else parameter.contiguous() for parameter in mixer]
+def in_float32(mixer: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if parameter is None else dense(parameter) for parameter in mixer]
+
+
+def dense(t: Tensor) -> Tensor:
+    """``t``, contiguous, in float32."""
+    return t.contiguous().float()
 
 
 def input_of(x: Tensor) -> tuple[int, ...]:
