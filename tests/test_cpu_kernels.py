@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -29,17 +30,54 @@ def run_driver(folder: Path, lanes: int, *options: str, csrc: Path = CSRC) -> su
     command = [
         COMPILER, "-std=c++17", "-O1", "-Wno-psabi", "-ffp-contract=fast", "-DMIXER_KERNELS_ISA=baseline",
         f"-DMIXER_KERNELS_LANES={lanes}", f"-I{csrc}", *flags, *options, csrc / "kernels.cpp", csrc / "run.cpp",
-        ROOT / "tests/cpu_kernels/driver.cpp", "-ldl", "-o", program,
+        ROOT / "tests/cpu_kernels/driver.cpp", "-rdynamic", "-pthread", "-ldl", "-o", program,
     ]  # fmt: skip
     compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert compiled.returncode == 0, compiled.stderr
-    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program], capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.mark.parametrize("lanes", SIZES)
 def test_vectors_of_every_length_under_sanitizers(lanes, tmp_path):
     result = run_driver(tmp_path, lanes, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
     assert (result.returncode, result.stdout) == (0, "right\n"), result.stdout + result.stderr[-3000:]
+
+
+def run_under_thread_sanitizer(folder: Path, csrc: Path = CSRC) -> subprocess.CompletedProcess[str]:
+    result = run_driver(folder, 8, "-g", "-fsanitize=thread", csrc=csrc)
+    if "unexpected memory mapping" in result.stderr:
+        pytest.skip("waits for a kernel whose address space this compiler's ThreadSanitizer knows")
+    return result
+
+
+def test_threads_share_nothing_that_one_writes(tmp_path):
+    result = run_under_thread_sanitizer(tmp_path)
+    assert (result.returncode, result.stdout) == (0, "right\n"), result.stdout + result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("task, work.get() + thread * plan.work);", "task, work.get());"),
+        ("std::atomic<int64_t> next_task{0}", "int64_t next_task{0}"),
+    ],
+    ids=["one work memory for all", "tasks counted without care"],
+)
+def test_a_race_is_caught(right, wrong, tmp_path):
+    csrc = planted(tmp_path, "run.cpp", right, wrong)
+    result = run_under_thread_sanitizer(tmp_path, csrc)
+    assert "WARNING: ThreadSanitizer: data race" in result.stderr, result.stdout + result.stderr
+
+
+def planted(folder: Path, name: str, right: str, wrong: str) -> Path:
+    """csrc/cpu in ``folder``, with one thing changed."""
+    csrc = folder / "cpu"
+    shutil.copytree(CSRC, csrc)
+    text = (csrc / name).read_text()
+    assert right in text, f"{name} has no {right!r}: bring the planted bug up to date"
+    (csrc / name).write_text(text.replace(right, wrong))
+    return csrc
 
 
 PLANTED = {  # file of csrc/cpu, what is there, what is planted
@@ -67,18 +105,14 @@ PLANTED = {  # file of csrc/cpu, what is there, what is planted
     "images of another axis": ("kernels.cpp", "image / inner_size * outer", "image / inner_size * inner"),
     "w2's gradient not turned": ("kernels.cpp", "H, K, width, true)", "H, K, width)"),
     "sums of the first task only": ("kernels.cpp", "task < plan.tasks; ++task", "task < 1; ++task"),
+    "one set of sums for all tasks": ("run.cpp", "sums.get() + task * size : nullptr", "sums.get() : nullptr"),
     "weights packed in another order": ("product.h", "to[k * rows + r] =", "to[r * K + k] ="),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "right", "wrong"), PLANTED.values(), ids=PLANTED.keys())
 def test_bug_is_caught(name, right, wrong, tmp_path):
-    csrc = tmp_path / "cpu"
-    shutil.copytree(CSRC, csrc)
-    text = (csrc / name).read_text()
-    assert right in text, f"{name} has no {right!r}: bring the planted bug up to date"
-    (csrc / name).write_text(text.replace(right, wrong))
-    result = run_driver(tmp_path, 4, csrc=csrc)
+    result = run_driver(tmp_path, 4, csrc=planted(tmp_path, name, right, wrong))
     assert result.returncode == 1 and "expected" in result.stdout, result.stdout + result.stderr
 
 
