@@ -23,7 +23,7 @@ ISA_VARIABLE = asked_instruction_set.name
 def loaded() -> ModuleType:
     """The compiled module. ImportError says why there is none."""
     # After torch: its OpenMP runtime is the pool of threads.
-    return importlib.import_module(MODULE)
+    return sys.modules.get(MODULE) or importlib.import_module(MODULE)  # which asks more
 
 
 def instruction_set() -> str:
