@@ -9,7 +9,8 @@ the patches stay as large as they are. The token MLP's weights grow from W1 [D_S
 
 a copy for each of the K x K parts of the image; all other weights stay. Until it is fine-tuned, the larger model takes
 each part for an image of its own: it classifies four copies of a small digit as before, and a large digit, of which
-each part is a quarter, hardly better than by chance.
+each part is a quarter, hardly better than by chance. The other way is to interpolate: the token MLP stays as it is, and
+sees a large digit as a small one.
 
 The data are the 1,797 scans of 8x8 pixels that come with scikit-learn: nothing is downloaded. Their means over 2x2
 pixels are the low resolution. Patches are single pixels: 16 tokens become 64. A fifth of the scans is held out for the
@@ -64,6 +65,12 @@ def main() -> None:
     fit(large, train_images, args.finetune_epochs, "fine-tuning")
     finetuned = accuracy(large, test_images)
 
+    resized = resize_tokens(small.state_dict(), (rows, columns), grid, method="interpolate")
+    interpolated = FusedMixer(**model_arguments(resized, grid=grid))
+    interpolated.load_state_dict(resized)
+    of_interpolation = accuracy(interpolated, test_images)
+    fit(interpolated, train_images, args.finetune_epochs, "fine-tuning")
+
     scratch = FusedMixer(**arguments)
     fit(scratch, train_images, args.finetune_epochs, "from scratch")
 
@@ -74,6 +81,8 @@ def main() -> None:
         ("grown, four copies of 4x4 pixels", large, 0, of_copies),
         ("grown, 8x8 pixels", large, 0, of_quarters),
         ("fine-tuned at 8x8 pixels", large, args.finetune_epochs, finetuned),
+        ("interpolated, 8x8 pixels", interpolated, 0, of_interpolation),
+        ("interpolated, fine-tuned", interpolated, args.finetune_epochs, accuracy(interpolated, test_images)),
         ("from scratch at 8x8 pixels", scratch, args.finetune_epochs, accuracy(scratch, test_images)),
     ):
         print(f"{name:33}  {model.stem.num_patches:6}  {epochs * batches:5}  {100 * value:11.1f} %")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import assert_accurate, reference
 from mlp_mixer_pytorch import MLPMixer
 from timm.models.mlp_mixer import MlpMixer
@@ -424,13 +425,46 @@ def test_resize_where_the_weights_are() -> None:
     assert {t.device.type for t in resized.values()} == {"cuda"}
 
 
+@pytest.mark.parametrize("new_grid", [(4, 3), (5, 7), (3, 5), (2, 2), (6, 4)], ids=str)
+def test_interpolated_token_mlps_give_interpolated_tokens(new_grid: tuple[int, int]) -> None:
+    """The token MLP of interpolated tokens is the interpolated token MLP; on fewer tokens, as far as they tell."""
+    small = mixer().double()
+    state_dict = convert.resize_tokens(small.state_dict(), (3, 2), new_grid, method="interpolate")
+    large = loaded(state_dict, grid=new_grid).double()
+    large.load_state_dict(state_dict)
+    tokens = torch.randn(2, 5, 3, 2, dtype=torch.float64)  # each channel a picture
+    up = lambda t: F.interpolate(t, size=new_grid, mode="bicubic", align_corners=False)  # noqa: E731
+    if math.prod(new_grid) < 6:  # a picture that they tell all of
+        basis = up(torch.eye(6, dtype=torch.float64).view(6, 1, 3, 2)).flatten(1)
+        tokens = (tokens.flatten(2) @ basis @ torch.linalg.pinv(basis)).view_as(tokens)
+    for old, new in zip(small.blocks, large.blocks, strict=True):
+        with torch.no_grad():
+            expected = up(old.mlp_tokens(tokens.flatten(2)).view_as(tokens)).flatten(2)
+            torch.testing.assert_close(new.mlp_tokens(up(tokens).flatten(2)), expected, rtol=1e-6, atol=1e-6)
+    for name, tensor in small.state_dict().items():
+        assert ("mlp_tokens" in name and "fc1.bias" not in name) or torch.equal(state_dict[name], tensor), name
+
+
+def test_the_method_follows_from_the_grid() -> None:
+    state_dict = mixer().state_dict()
+    for new_grid, method in (((6, 4), "parts"), ((4, 4), "interpolate"), ((2, 1), "interpolate")):
+        auto, asked = (convert.resize_tokens(state_dict, (3, 2), new_grid, m) for m in ("auto", method))
+        assert all(torch.equal(auto[name], asked[name]) for name in asked)
+    assert convert.resize_tokens(state_dict, (3, 2), (6, 4))["blocks.0.mlp_tokens.fc1.weight"].shape[1] == 24
+
+
 def test_resize_refuses_grids_that_do_not_fit() -> None:
     state_dict = mixer().state_dict()
     with pytest.raises(ValueError, match=r"built for 6 tokens, but old_grid=\(14, 14\) has 196"):
         convert.resize_tokens(state_dict, (14, 14), (28, 28))
-    for grid in ((4, 4), (1, 2), (6,), (6, 4, 1), (0, 2)):
+    for grid in ((4, 4), (1, 2)):
         with pytest.raises(ValueError, match=r"new_grid must be multiples of the rows and columns of \(3, 2\)"):
+            convert.resize_tokens(state_dict, (3, 2), grid, method="parts")
+    for grid in ((6,), (6, 4, 1), (0, 2)):
+        with pytest.raises(ValueError, match=r"new_grid must be \(rows, columns\), got"):
             convert.resize_tokens(state_dict, (3, 2), grid)
+    with pytest.raises(ValueError, match="method"):
+        convert.resize_tokens(state_dict, (3, 2), (6, 4), method="bilinear")
     with pytest.raises(ValueError, match=r"old_grid must be \(rows, columns\)"):
         convert.resize_tokens(state_dict, (6,), (6, 4))
 

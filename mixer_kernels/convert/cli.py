@@ -10,7 +10,7 @@ from .files import SAFETENSORS, TORCH, load_state_dict, save_state_dict
 from .google import from_google_npz
 from .layout import StateDict, from_timm, sizes_of, to_timm
 from .lucidrains import from_lucidrains
-from .resize import resize_tokens
+from .resize import METHODS, resize_tokens
 
 TO: dict[str, Callable[[StateDict], StateDict]] = {"timm": to_timm}
 FILES = ", ".join(SAFETENSORS + TORCH)
@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs=2,
         type=grid,
         metavar=("OLD", "NEW"),
-        help="grow the token MLPs for a higher resolution, from and to rows x columns: 14x14 28x28",
+        help="token MLPs for another resolution, from and to rows x columns: 14x14 24x24",
+    )
+    parser.add_argument(
+        "--resize-method", choices=METHODS, default="auto", help="resize_tokens says what they are (default: auto)"
     )
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     arguments = parser.parse_args(argv)
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    if arguments.resize_method != "auto" and not arguments.resize_tokens:
+        raise ValueError("--resize-method goes with --resize-tokens")
     if arguments.output.exists() and not arguments.force:
         raise ValueError(f"{arguments.output} exists: name another file, or say --force")
     if arguments.origin == "google":
@@ -58,7 +63,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     else:
         state_dict = from_timm(load_state_dict(arguments.input))
     if arguments.resize_tokens:
-        state_dict = resize_tokens(state_dict, *arguments.resize_tokens)
+        state_dict = resize_tokens(state_dict, *arguments.resize_tokens, arguments.resize_method)
     save_state_dict(TO[arguments.to](state_dict), arguments.output)
     print(f"{arguments.output}: {sizes_of(state_dict)}")
     if arguments.origin in REMARKS:
