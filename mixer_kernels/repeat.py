@@ -65,25 +65,27 @@ class LastCall:
             return None
         return self._plan(x) if why_not_global_hooks() is None else None
 
-    def _tensors(self, block: nn.Module) -> list[Tensor | None] | None:
-        """The parameters and what a frozen block keeps of them; None if one is gone."""
+    def _tensors(self, block: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The parameters, and what a frozen block keeps of them; None if one is gone."""
         frozen, own, buffers = block._frozen, block._parameters, block._buffers
         try:
             parameters = [part._parameters[name] for part, name in self._parameters] + [own[name] for name in self._own]
-            return parameters if frozen is None else parameters + [buffers[name] for name in frozen.names.values()]
+            return parameters, [] if frozen is None else [buffers[name] for name in frozen.names.values()]
         except KeyError:
             return None
 
     def _now(
-        self, block: nn.Module, tensors: list[Tensor | None] | None, x: Tensor, options: Hashable
+        self, block: nn.Module, tensors: tuple[list[Tensor], list[Tensor]] | None, x: Tensor, options: Hashable
     ) -> tuple[Any, ...] | None:
         frozen = block._frozen
         try:
-            writes = None if frozen is None else _writes(tensors)
-            found = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors]
+            parameters, packs = tensors
+            writes = None if frozen is None else _writes(parameters)
+            found = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in parameters]
+            kept = [t.data_ptr() for t in packs]  # whose layout is the block's own
         except (AttributeError, TypeError, KeyError, RuntimeError):  # one is gone, or has no address
             return None
-        return block._snapshot, frozen, writes, surroundings(x), options, found
+        return block._snapshot, frozen, writes, surroundings(x), options, found, kept
 
     def __reduce__(self) -> tuple:
         return type(None), ()

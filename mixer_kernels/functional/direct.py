@@ -59,7 +59,7 @@ def is_plain(x: Any) -> bool:
         (type(x) is Tensor or type(x) is nn.Parameter)
         and (x.is_cuda or x.is_cpu)
         and not is_watched()
-        and backends.exported_to() is None
+        and not torch.jit.is_tracing()
         and not x._is_zerotensor()
     )
 
