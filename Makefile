@@ -47,7 +47,7 @@ format: $(VENV)/.installed ## rewrite the sources as `make lint` wants them
 bench: $(VENV)/.installed ## the throughput report
 	$(BIN)/pytest benchmarks --benchmark $(ARGS)
 
-bench-cpu: $(VENV)/.installed ## models of time series on this CPU: benchmarks/results/cpu, the README's table and plot
+bench-cpu: $(VENV)/.installed ## models on this CPU: benchmarks/results/cpu, the README's table and plot
 	$(PIP) install $(PIP_ARGS) openvino
 	$(BIN)/python tools/bench_cpu.py $(ARGS)
 

@@ -129,13 +129,14 @@ def test_a_library_that_does_not_import_is_not_said_to_be_missing(monkeypatch, c
 
 
 def test_the_readme_shows_what_was_measured():
-    tool = _tool()
-    reports = [json.loads((tool.RESULTS / f"{model}.json").read_text()) for model in tool.MODELS]
-    rows = [row for report in reports for row in report["rows"]]
-    shown = (ROOT / "README.md").read_text().split(tool.BEGIN)[1].split(tool.END)[0]
-    assert tool.table(rows, reports[0]) in shown
-    lost = [line for line in shown.splitlines() if line.startswith("| ") and "**" in line]
-    assert len(lost) == len({(row["model"], row["mode"], row["batch_size"]) for row in rows})
+    tool, readme = _tool(), (ROOT / "README.md").read_text()
+    series, mixers = (
+        [json.loads(tool.path_of(name).read_text()) for name in names] for names in (tool.MODELS, tool.MIXERS)
+    )
+    for name, section in (("series", tool.series_section(series)), ("mixers", tool.mixers_table(mixers))):
+        assert f"{tool.BEGIN.format(name)}\n{section}\n{tool.END.format(name)}" in readme
+    measured = {(row["model"], row["mode"], row["batch_size"]) for row in tool.rows_of(series)}
+    assert len([line for line in readme.splitlines() if line.startswith("| ") and " **" in line]) == len(measured)
 
 
 def test_the_table_divides_by_the_better_runtime():
@@ -147,13 +148,13 @@ def test_the_table_divides_by_the_better_runtime():
         for name, ms in times.items()
     ]  # fmt: skip
     rows.append(rows[0] | {"provider": "compile", "ms": None, "speedup": None, "reason": "cannot run: no compiler"})
-    versions = dict.fromkeys(("torch", "transformers", "granite-tsfm", "onnxruntime", "openvino"))
-    line = tool.table(
-        rows, {"device": {"name": "a CPU", "instruction_set": "avx2"}, "versions": versions}
-    ).splitlines()[2]
+    line = tool.series_table(rows).splitlines()[2]
     assert line == (
         "| PatchTSMixer, inference | 1 | 12.0 | cannot run | 2.00 | 3.00 | **6.00** (5.50 to 6.50) | 2.00 |"
     )
+    variants = {name: [row | {"ms": 1.0} for row in rows] for name in tool.VARIANTS}
+    line = tool.variants_table([{"rows": rows, "variants": variants}]).splitlines()[2]
+    assert line == "| PatchTSMixer, inference | 6.00 | 6.00 | 6.00 | 2.00 |"
 
 
 def _tool():
