@@ -61,6 +61,17 @@ def test_signatures_are_those_of_the_protocol(name):
     assert checked >= (6 if name == "cpu" else 11)
 
 
+@pytest.mark.parametrize("module", ("cuda/__init__.py", "cuda/sm90.py", "triton/__init__.py"))
+def test_a_backend_imports_nothing_in_vain(module):
+    """What it does not use is what it offers: no linter tells one from the other."""
+    tree = ast.parse((PACKAGE / "backends" / module).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "__future__"]
+    imported = {alias.asname or alias.name for node in imports for alias in node.names}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    promised = {name for name, _ in inspect.getmembers(Backend, inspect.isfunction)}
+    assert imported - used <= promised | {"Packing", "mixer_block_plan"}
+
+
 def _takes(function: ast.FunctionDef) -> int:
     arguments = function.args
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]

@@ -13,17 +13,3 @@ from .registry import (
     use_backend,
     why_not,
 )
-
-__all__ = [
-    "BACKENDS",
-    "CHOICES",
-    "LEAST_OF_A_MIXER",
-    "NEVER",
-    "auto_on_cpu",
-    "choose",
-    "least_on_cpu",
-    "load",
-    "requested_backend",
-    "use_backend",
-    "why_not",
-]

@@ -31,23 +31,6 @@ from .block import mixer_block_forward, mixer_block_plan
 from .library import TYPES, has, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of, why_not
 from .prepack import Packing, channel_weights, token_weights
 
-__all__ = [
-    "Packing",
-    "branch_gradient",
-    "channel_backward_weights",
-    "channel_mixing_forward",
-    "channel_products_backward",
-    "has",
-    "mixer_block_forward",
-    "mixer_block_plan",
-    "norm_backward",
-    "token_backward_weights",
-    "token_mixing_forward",
-    "token_products_backward",
-    "weight_gradient",
-    "why_not",
-]
-
 
 def token_mixing_forward(
     x: Tensor, half: Half, options: Options, sm90: bool | None = None, packing: Packing | None = None

@@ -1,7 +1,6 @@
 """The ``cuda:sm90`` backend: ``cuda`` with the kernels of csrc/sm90 for all tensors that they take.
 
-TMA, wgmma and warp specialisation, for compute capability 9.0. For what they do not take (``library.sm90_takes`` says
-which tensors they do) and for all other steps the kernels are those of ``cuda``.
+For what those do not take, and for all other steps, the kernels are those of ``cuda``.
 """
 
 from __future__ import annotations
@@ -24,23 +23,6 @@ from . import token_backward_weights as _token_backward_weights
 from . import token_mixing_forward as _token_mixing_forward
 from .library import why_not_sm90 as why_not
 from .prepack import Packing
-
-__all__ = [
-    "Packing",
-    "branch_gradient",
-    "channel_backward_weights",
-    "channel_mixing_forward",
-    "channel_products_backward",
-    "has",
-    "mixer_block_forward",
-    "mixer_block_plan",
-    "norm_backward",
-    "token_backward_weights",
-    "token_mixing_forward",
-    "token_products_backward",
-    "weight_gradient",
-    "why_not",
-]
 
 token_mixing_forward = partial(_token_mixing_forward, sm90=True)
 channel_mixing_forward = partial(_channel_mixing_forward, sm90=True)

@@ -34,35 +34,6 @@ from .token_mixing import token_mixing_fused, token_tile
 from .token_products import padded_sizes, token_mixing_products
 from .token_weight_gradients import weight_gradient
 
-__all__ = [
-    "Packing",
-    "branch_gradient",
-    "channel_backward_weights",
-    "channel_hidden",
-    "channel_mixing_forward",
-    "channel_products_backward",
-    "gated_channel_mixing_forward",
-    "gated_mixer_layer_forward",
-    "gated_mixing_forward",
-    "gated_mixing_gradients",
-    "has",
-    "hidden_gelu",
-    "hidden_gelu_backward",
-    "interpreted",
-    "mixer_block_forward",
-    "norm_backward",
-    "row_statistics",
-    "spatial_gate_backward",
-    "spatial_gating_forward",
-    "token_backward_weights",
-    "token_linear_data_gradient",
-    "token_linear_forward",
-    "token_mixing_forward",
-    "token_products_backward",
-    "weight_gradient",
-    "why_not",
-]
-
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (3, 3)  # Triton 3.2 takes no function as a kernel's constant
 _FEATURES = {
