@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .arguments import AffineLinear, GatedHalf, Half, Norm, Options, SpatialGate
 from .backward import Gradients
+from .new_tensors import new_like
 from .protocol import Backend
 
 
@@ -69,7 +70,7 @@ def spatial_gating_backward(
     wanted: Sequence[bool],
 ) -> Gradients:
     """Of ``h, gamma, beta, w, b`` from ``ds``, that of the gated h1."""
-    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dh = new_like(h)
     gradients, _ = _gate_gradients(backend, ds, dh, h, gate, options, wanted)
     return dh, *gradients
 

@@ -10,24 +10,12 @@ Halves and layers have gradients; ``mixer_block`` is for when none is wanted. Re
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..backends import backward, relatives
 from ..backends.arguments import AffineLinear, GatedHalf, Half, Options, SpatialGate
-from .operator import Operator, new_like
-
-
-def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and rstd of the rows of ``x [B, S, C]``."""
-    rows = x.shape[0] * x.shape[1]
-    return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-
-
-def _new_z(rows: int, columns: int, dtype: torch.dtype, x: Tensor) -> Tensor:
-    """``[rows, columns]`` whose rows start on 16 bytes, as backends make z."""
-    multiple = 16 // dtype.itemsize
-    return x.new_empty(rows, (columns + multiple - 1) // multiple * multiple, dtype=dtype)[:, :columns]
+from ..backends.new_tensors import new_like, new_statistics, new_z
+from .operator import Operator
 
 
 def _like_x(x: Tensor, *_, **__):
@@ -35,17 +23,12 @@ def _like_x(x: Tensor, *_, **__):
 
 
 def _token_mixing_fake(x: Tensor, half: Half, options: Options):
-    return new_like(x), *_new_statistics(x)
+    return new_like(x), *new_statistics(x)
 
 
 def _channel_mixing_fake(x: Tensor, half: Half, options: Options, keep_z: bool):
-    statistics = (None, None) if options.norm == "affine" else _new_statistics(x)
-    rows, z = x.shape[0] * x.shape[1], None
-    if keep_z and options.glu:
-        z = _new_z(2 * rows, half.w_out.shape[1], options.dtype, x).unflatten(0, (rows, 2))
-    elif keep_z:
-        z = _new_z(rows, half.w_in.shape[0], options.dtype, x)
-    return new_like(x), *statistics, z
+    statistics = (None, None) if options.norm == "affine" else new_statistics(x)
+    return new_like(x), *statistics, new_z(x, half.w_in.shape[0], options) if keep_z else None
 
 
 def _spatial_gating_fake(x: Tensor, gate: SpatialGate, options: Options):
@@ -53,8 +36,7 @@ def _spatial_gating_fake(x: Tensor, gate: SpatialGate, options: Options):
 
 
 def _gated_channel_mixing_fake(x: Tensor, half: Half, gate: SpatialGate, options: Options, gate_eps, keep_z: bool):
-    z = _new_z(x.shape[0] * x.shape[1], half.w_in.shape[0], options.dtype, x) if keep_z else None
-    return new_like(x), *_new_statistics(x), z
+    return new_like(x), *new_statistics(x), new_z(x, half.w_in.shape[0], options) if keep_z else None
 
 
 def _gated_mixer_layer_fake(x: Tensor, *_, keep_u: bool, **__):

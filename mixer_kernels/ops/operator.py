@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.arguments import Options, precision_of
 from ..backends.backward import differentiate
+from ..backends.new_tensors import new_like
 from .packs import NewPacks, packs_of
 
 _defined: set[str] = set()  # by this import of the module: what an earlier one has defined stays
@@ -169,11 +170,6 @@ OPERATORS: dict[str, Operator] = {}
 def packed(function: str, packs: Mapping[str, Tensor], *arguments: Any) -> Tensor:
     """The operator ``function`` on its ``arguments`` with these packs."""
     return OPERATORS[function].packed(packs, *arguments)
-
-
-def new_like(x: Tensor) -> Tensor:
-    """A new contiguous tensor of ``x``'s shape."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def define_operator(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..arguments import Half, Options
 from ..devices import device_of
+from ..new_tensors import new_like, new_statistics, new_z
 from ..rounding import round_up
 from .backward import (
     branch_gradient,
@@ -39,8 +40,8 @@ def token_mixing_forward(
 
     ``packing`` as for ``mixer_block_forward``.
     """
-    u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = _statistics(x)
+    u = new_like(x)
+    mean, rstd = new_statistics(x)
     if x.numel() == 0:
         return u, mean, rstd
     dtype = options.dtype
@@ -72,9 +73,9 @@ def channel_mixing_forward(
     ``packing`` as for ``mixer_block_forward``.
     """
     dtype = options.dtype
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    mean, rstd = _statistics(u)
-    z = _hidden(u, half, dtype) if keep_z else None
+    y = new_like(u)
+    mean, rstd = new_statistics(u)
+    z = new_z(u, half.w_in.shape[0], options) if keep_z else None
     if u.numel() > 0:
         with device_of(u):
             folded = u.dtype is dtype
@@ -82,20 +83,14 @@ def channel_mixing_forward(
                 first, second, packed = channel_weights(half, dtype, folded)
             else:
                 (first, second), packed = packing.channel(half, folded), packing
-            a = _hidden(u, half, dtype)
+            a = new_z(u, half.w_in.shape[0], options)
             loaded().channel_mixing_forward(
                 layout(u), u.shape, options.eps, first, second, TYPES[dtype], options.tanh, noise_of(options),
                 limits_of(u), sm90_takes(u, dtype, sm90), pointer(mean), pointer(rstd), pointer(a), pointer(z),
-                a.shape[1], pointer(y), stream_of(u),
+                a.stride(0), pointer(y), stream_of(u),
             )  # fmt: skip
             del packed  # its memory is read until here
-    return y, mean, rstd, None if z is None else z[:, : half.w_in.shape[0]]
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors, not views of one: an operator's results may not share memory."""
-    rows = x.shape[0] * x.shape[1]
-    return tuple(torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    return y, mean, rstd, z
 
 
 def _token_scratch(x: Tensor, half: Half, dtype: torch.dtype) -> Tensor | None:
@@ -103,8 +98,3 @@ def _token_scratch(x: Tensor, half: Half, dtype: torch.dtype) -> Tensor | None:
     if loaded().padded_tokens(x.shape[1]):
         return None
     return torch.empty(x.shape[0], half.w_in.shape[0], round_up(x.shape[2], 8), dtype=dtype, device=x.device)
-
-
-def _hidden(u: Tensor, half: Half, dtype: torch.dtype) -> Tensor:
-    """Memory for a or z of the channel half, rows starting on 16 bytes."""
-    return torch.empty(u.shape[0] * u.shape[1], round_up(half.w_in.shape[0], 8), dtype=dtype, device=u.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...tuning.target import target_of
 from ..arguments import Half, Norm, NormGradients, Options
+from ..new_tensors import aligned_rows, new_like, new_z
 from ..rounding import round_up
 from .library import TYPES, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of
 from .prepack import ChannelBackward, TokenBackward, channel_backward_packs, token_backward_packs
@@ -119,14 +120,13 @@ def channel_products_backward(
 
 def channel_hidden(u: Tensor, norm: Norm, weights: ChannelBackward, options: Options) -> Tensor:
     """z ``[B * S, D_C]``, recomputed for the backward pass."""
-    hidden = weights.first.hidden
-    z = torch.empty(u.shape[0] * u.shape[1], round_up(hidden, 8), dtype=options.dtype, device=u.device)
+    z = new_z(u, weights.first.hidden, options)
     loaded().channel_hidden(
         u=layout(u), size=u.shape, weights=weights.first, type=TYPES[z.dtype], device=limits_of(u),
-        sm90=sm90_takes(u, z.dtype, weights.sm90), mean=norm.mean, rstd=norm.rstd, row=z.shape[1], z=pointer(z),
+        sm90=sm90_takes(u, z.dtype, weights.sm90), mean=norm.mean, rstd=norm.rstd, row=z.stride(0), z=pointer(z),
         stream=stream_of(u),
     )  # fmt: skip
-    return z[:, :hidden]
+    return z
 
 
 def channel_gelu_backward(
@@ -151,7 +151,7 @@ def channel_gelu_backward(
 def norm_backward(x: Tensor, dn: Tensor, dy: Tensor, norm: Norm, n_dtype: torch.dtype | None = None) -> NormGradients:
     """``dx = dy + LayerNorm'(dn)``, the parameters' gradients, and n in ``n_dtype`` if one is given."""
     parts = loaded().norm_backward_parts(x.shape, target_of(x.device).multiprocessors)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = new_like(x)
     n = None if n_dtype is None else torch.empty(x.shape, dtype=n_dtype, device=x.device)
     sums = torch.empty(parts, 3, x.shape[2], dtype=torch.float32, device=x.device)
     dn = dn.contiguous()
@@ -172,5 +172,4 @@ def _aligned_rows(z: Tensor) -> Tensor:
     """``z`` itself if its rows start on 16 bytes, as the forward pass has them; else a copy whose rows do."""
     if z.stride() == (round_up(z.shape[1], 8), 1) and z.data_ptr() % 16 == 0:
         return z
-    wide = torch.empty(z.shape[0], round_up(z.shape[1], 8), dtype=z.dtype, device=z.device)[:, : z.shape[1]]
-    return wide.copy_(z)
+    return aligned_rows(*z.shape, z.dtype, z.device).copy_(z)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..arguments import Half, Options
 from ..devices import device_of
+from ..new_tensors import new_like
 from ..rounding import cdiv, round_up
 from .library import TYPES, layout, limits_of, loaded, sm90_may, sm90_takes, stream_of
 from .prepack import ALIGNMENT, BlockPacks, Packing, block_packs
@@ -30,7 +31,7 @@ def mixer_block_forward(
     ``packing``: packs that are kept. None: weights are packed in this call and for it alone.
     """
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return new_like(x)
     return mixer_block_plan(x, tokens, channels, options, eps2, sm90, packing)(x)
 
 

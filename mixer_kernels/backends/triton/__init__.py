@@ -15,12 +15,13 @@ from torch import Tensor
 from ...tuning.configs import are_fused
 from ..arguments import AffineLinear, GatedHalf, Half, Norm, Options, SpatialGate
 from ..devices import device_of
+from ..new_tensors import aligned_rows, new_like, new_statistics, new_z
 from .activation import ACTIVATIONS
 from .backward import channel_backward_weights, token_backward_weights, token_products_backward
 from .branch_gradient import branch_gradient
 from .channel_backward import channel_products_backward
 from .channel_backward import recomputed_hidden as channel_hidden
-from .channel_mixing import aligned_rows, channel_fc1, channel_fc2, channel_mixing_products
+from .channel_mixing import channel_fc1, channel_fc2, channel_mixing_products
 from .gated_mixer_layer import gated_mixer_layer
 from .gated_mixing import gated_mixing, pack_gated_mixing
 from .gated_mixing_backward import gated_mixing_gradients
@@ -72,7 +73,7 @@ def token_mixing_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``u [B, S, C]``, contiguous, and mean and rstd ``[B * S]`` of ``x [B, S, C]``."""
     if x.numel() == 0:
-        return _new_like(x), *_no_statistics(x)
+        return new_like(x), *new_statistics(x)
     packing = packing or Packing(options.dtype)
     with device_of(x):
         mix = _token_half(packing, x, half, options)
@@ -87,8 +88,7 @@ def channel_mixing_forward(
     """``y [B, S, C]``, contiguous; mean and rstd ``[B * S]`` of ``u [B, S, C]``, None for the affine norm; and z if
     kept, ``[B * S, D_C]``, with SwiGLU ``[B * S, 2, D_C]``."""
     if u.numel() == 0:
-        shape = (0, 2, half.w_out.shape[1]) if options.glu else (0, half.w_in.shape[0])
-        return _new_like(u), *_no_statistics(u), u.new_empty(shape, dtype=options.dtype) if keep_z else None
+        return new_like(u), *new_statistics(u), new_z(u, half.w_in.shape[0], options) if keep_z else None
     packing = packing or Packing(options.dtype)
     with device_of(u):
         first = fc1_weights(packing, half, u.dtype)
@@ -105,7 +105,7 @@ def mixer_block_forward(
 ) -> Tensor:
     """``y [B, S, C]``, contiguous, of the whole block, without dropout and stochastic depth: one launch packs."""
     if x.numel() == 0:
-        return _new_like(x)
+        return new_like(x)
     packing = packing or Packing(options.dtype)
     with device_of(x):
         mix = _token_half(packing, x, tokens, options)
@@ -120,7 +120,7 @@ def mixer_block_forward(
 def token_linear_forward(x: Tensor, linear: AffineLinear, options: Options, packing: Packing | None = None) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x [B, S, C]`` and ``w [S, S]``."""
     if x.numel() == 0:
-        return _new_like(x)
+        return new_like(x)
     packing = packing or Packing(options.dtype)
     with device_of(x):
         linear = linear._replace(w=product_weight(packing, "w", linear.w))
@@ -151,8 +151,7 @@ def gated_channel_mixing_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``y [B, S, C]``, contiguous, mean and rstd ``[B * S]`` of ``x [B, S, C]``, and z ``[B * S, F]`` if kept."""
     if x.numel() == 0:
-        z = x.new_empty((0, half.w_in.shape[0]), dtype=options.dtype) if keep_z else None
-        return _new_like(x), *_no_statistics(x), z
+        return new_like(x), *new_statistics(x), new_z(x, half.w_in.shape[0], options) if keep_z else None
     images = x.shape[:2]
     packing = packing or Packing(options.dtype)
     with device_of(x):
@@ -172,7 +171,7 @@ def gated_mixing_forward(
 ) -> Tensor:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis``."""
     if x.numel() == 0:
-        return _new_like(x)
+        return new_like(x)
     packing = packing or Packing(options.dtype)
     with device_of(x):
         weights = pack_gated_mixing(packing, x, half, options, axis)
@@ -191,7 +190,7 @@ def gated_mixer_layer_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, and u, what the patches' mixer gives, if kept."""
     if x.numel() == 0:
-        return _new_like(x), _new_like(x) if keep_u else None
+        return new_like(x), new_like(x) if keep_u else None
     with device_of(x):
         return gated_mixer_layer(x, patches, features, options, eps2, keep_u, packing or Packing(options.dtype))
 
@@ -210,11 +209,3 @@ def _token_half(packing: Packing, x: Tensor, half: Half, options: Options) -> Ca
 def _gate(h: Tensor, gate: SpatialGate, options: Options, out: Tensor) -> None:
     norm = Norm(*row_statistics(h.chunk(2, 2)[1], options.eps), gate.gamma, gate.beta)
     spatial_gate(h, norm, gate, out, options)
-
-
-def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
-
-
-def _new_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

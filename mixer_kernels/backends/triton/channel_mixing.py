@@ -13,13 +13,12 @@ float32 four times eager's error, and rounding a float32 stream to 16 bits befor
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...tuning.configs import channel_product_config
 from ...tuning.target import target_of
 from ..arguments import Norm, Options
-from ..rounding import round_up
+from ..new_tensors import aligned_rows, new_like, new_z
 from . import channel_descriptors, channel_products
 from .channel_epilogue import ChannelProduct
 from .prepack import FirstWeights
@@ -45,35 +44,23 @@ def channel_fc1(
     """a ``[B * S, D_C]``, rows aligned, and z if ``keep_z``, as ``channel_hidden``'s."""
     hidden = first.right.shape[0] // (1 + options.glu)
     a = aligned_rows(u.shape[0] * u.shape[1], hidden, options.dtype, u.device)
-    z = _empty_z(u, first, options) if keep_z else None
+    z = new_z(u, first.right.shape[0], options) if keep_z else None
     _run_fc1(u, norm, first, a, z, options)
     return a, z
 
 
 def channel_fc2(u: Tensor, a: Tensor, w4: Tensor, b4: Tensor | None, options: Options) -> Tensor:
     """``y [B, S, C]``, contiguous, from ``u``, the residual, and ``a [B * S, D_C]``."""
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    y = new_like(u)
     _run(ChannelProduct(a, w4, y.flatten(0, 1), u, a.shape[1], b4, options))
     return y
 
 
 def channel_hidden(u: Tensor, norm: Norm, first: FirstWeights, options: Options) -> Tensor:
     """z ``[B * S, D_C]``, with SwiGLU ``[B * S, 2, D_C]``, recomputed for the backward pass."""
-    z = _empty_z(u, first, options)
+    z = new_z(u, first.right.shape[0], options)
     _run_fc1(u, norm, first, None, z, options.without_noise())
     return z
-
-
-def aligned_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[rows, columns]`` whose rows start on 16 bytes, for wide loads and tensor descriptors."""
-    return torch.empty(rows, round_up(columns, 16 // dtype.itemsize), dtype=dtype, device=device)[:, :columns]
-
-
-def _empty_z(u: Tensor, first: FirstWeights, options: Options) -> Tensor:
-    rows, columns = u.shape[0] * u.shape[1], first.right.shape[0]
-    if not options.glu:
-        return aligned_rows(rows, columns, options.dtype, u.device)
-    return aligned_rows(2 * rows, columns // 2, options.dtype, u.device).unflatten(0, (rows, 2))
 
 
 def _run_fc1(u: Tensor, norm: Norm, first: FirstWeights, a: Tensor | None, z: Tensor | None, options: Options) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...tuning.configs import GatedMixingConfig, gated_mixer_layer_config, padded_extent
 from ...tuning.target import target_of
 from ..arguments import GatedHalf, Options
+from ..new_tensors import new_like
 from ..relatives import halves_of_layer
 from ..rounding import round_up
 from .activation import activation_of
@@ -133,7 +134,7 @@ def gated_mixer_layer(
         u = gated_mixing(x, of_patches, weights1, first, axis=2, gate_first=False)
         y = gated_mixing(u, of_features, weights2, second, axis=3, gate_first=False)
         return y, u if keep_u else None
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = new_like(x)
     u = torch.empty_like(y) if keep_u else None
     weights1 = _weights(packing, of_patches, patches, config, "2.")
     weights2 = _weights(packing, of_features, features, config, "3.")

@@ -23,6 +23,7 @@ from torch import Tensor
 from ...tuning.configs import gated_mixing_config, padded_extent
 from ...tuning.target import target_of
 from ..arguments import GatedHalf, Options
+from ..new_tensors import new_like
 from ..rounding import cdiv, round_up
 from .activation import activation_of
 from .channel_descriptors import quarters
@@ -266,7 +267,7 @@ def gated_mixing(
     x: Tensor, half: GatedHalf, weights: GatedMixingWeights, options: Options, axis: int, gate_first: bool
 ) -> Tensor:
     """``y``, contiguous, of ``x [B, channels, patches, features]``, mixed along ``axis`` 1, 2 or 3."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = new_like(x)
     images, rows, extent = extents_of(x.shape, axis)
     x, strides = in_rows(x, axis)
     _, y_strides = in_rows(y, axis)

@@ -21,9 +21,9 @@ from torch import Tensor
 from ...tuning.configs import gated_mixing_backward_config, padded_extent
 from ...tuning.target import target_of
 from ..arguments import GatedHalf, GatedMixingGradients, Norm, Options
+from ..new_tensors import aligned_rows
 from ..rounding import cdiv, round_up
 from .activation import activation_of
-from .channel_mixing import aligned_rows
 from .gated_mixing import add_square_product, extents_of, in_rows, load_affine, softmax_gate
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden

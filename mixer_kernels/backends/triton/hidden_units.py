@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Options
+from ..new_tensors import new_like
 from ..rounding import cdiv
 from .activation import activation_of
 from .channel_epilogue import hidden_dropout
@@ -63,14 +64,14 @@ def _hidden_gelu_kernel(
 
 def hidden_gelu(z: Tensor, tokens: int, options: Options) -> Tensor:
     """``a [M, F]`` with dropout, contiguous, from z, of whose rows ``tokens`` are an image's."""
-    a = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    a = new_like(z)
     _run(z, None, a, None, tokens, options)
     return a
 
 
 def hidden_gelu_backward(da: Tensor, z: Tensor, tokens: int, options: Options) -> tuple[Tensor, Tensor]:
     """``dz [M, F]``, contiguous, and its column sums ``[F]`` in float32."""
-    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dz = new_like(z)
     sums = torch.empty(cdiv(z.shape[0], _BLOCK), z.shape[1], dtype=torch.float32, device=z.device)
     _run(z, da, dz, sums, tokens, options)
     return dz, sums.sum(0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...tuning.configs import norm_backward_config
 from ...tuning.target import target_of
 from ..arguments import Norm, NormGradients
+from ..new_tensors import new_like
 from ..rounding import cdiv
 from .launch import launch
 
@@ -113,7 +114,7 @@ def norm_backward(
     config = norm_backward_config(channels, affine=norm.mean is None)
     programs = min(2 * target_of(x.device).multiprocessors, cdiv(rows, config.block_rows))
     stride_dx = None if dx is None else dx.stride(1)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
+    dx = new_like(x) if dx is None else dx
     n = None if n_dtype is None else torch.empty(x.shape, dtype=n_dtype, device=x.device)
     sums = torch.empty(programs, 3, channels, dtype=torch.float32, device=x.device)
     launch(

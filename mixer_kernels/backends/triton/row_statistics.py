@@ -6,12 +6,12 @@ One read of ``x``; two passes over each chunk in registers, chunks merged by the
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...tuning.configs import statistics_config
+from ..new_tensors import new_statistics
 from ..rounding import cdiv
 from .launch import launch, needs_int64
 
@@ -72,8 +72,7 @@ def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     batch_size, tokens, channels = x.shape
     rows = batch_size * tokens
     config = statistics_config(channels, channels_contiguous=x.stride(2) == 1)
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    mean, rstd = new_statistics(x)
     launch(
         _row_statistics_kernel, cdiv(rows, config.block_rows),
         x, mean, rstd, rows, tokens, channels, *x.stride(), eps,

@@ -24,6 +24,7 @@ from torch import Tensor
 from ...tuning.configs import ProductConfig, token_linear_config
 from ...tuning.target import target_of
 from ..arguments import AffineLinear, Norm, Options, SpatialGate
+from ..new_tensors import new_like
 from ..rounding import cdiv
 from .launch import launch, needs_int64
 from .noise import kept_image, noise_arguments
@@ -178,7 +179,7 @@ class _Product(NamedTuple):
 
 def token_linear(x: Tensor, linear: AffineLinear, options: Options) -> Tensor:
     """``x + scale * (w . (alpha * x + beta) + b)``, contiguous, from ``x [B, S, C]`` and a packed ``w``."""
-    u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    u = new_like(x)
     norm = Norm(None, None, linear.alpha, linear.beta)
     _run(_Product(linear.w, x, x, u, norm, linear.b, linear.scale), options)
     return u
@@ -189,7 +190,7 @@ def token_linear_data_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dx = du + factor * v`` for ``v = w' . du``, and over images and tokens the sums ``[C]`` of v * x and of v."""
     batch_size, tokens, channels = x.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = new_like(x)
     tiles = cdiv(tokens, _config(options, du, x, dx).block_m)
     sums = torch.empty(tiles, 2, batch_size, channels, dtype=torch.float32, device=x.device)
     packing = Packing(options.dtype)
@@ -211,7 +212,7 @@ def spatial_gate_backward(
 ) -> tuple[Tensor, Tensor]:
     """Write the gradient of h1; return the gradient of ``v = w . LN(h2) + b``, and ``h1 * v``, both contiguous."""
     h1, h2 = h.chunk(2, 2)
-    dv, s = (torch.empty(ds.shape, dtype=ds.dtype, device=ds.device) for _ in range(2))
+    dv, s = (new_like(ds) for _ in range(2))
     packing = Packing(options.dtype)
     w = product_weight(packing, "w_gate", gate.w)
     packing.run()

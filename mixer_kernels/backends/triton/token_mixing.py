@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from ...tuning.configs import TokenConfig, token_config, token_segments
 from ...tuning.target import target_of
 from ..arguments import Norm, Options
+from ..new_tensors import new_like
 from ..rounding import cdiv, round_up
 from .activation import activation_of
 from .launch import launch, needs_int64
@@ -251,7 +251,7 @@ def token_mixing_fused(x: Tensor, norm: Norm, weights: TokenWeights, tile: Token
     batch_size, tokens, channels = x.shape
     (n0, n1, n2, n3), config = tile
     hidden = weights.w2.shape[1]
-    u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    u = new_like(x)
     launch(
         _token_mixing_fwd_kernel, batch_size * cdiv(channels, config.block_c),
         x, *norm, *weights, u, tokens, channels, hidden, hidden // config.block_d, *x.stride(),

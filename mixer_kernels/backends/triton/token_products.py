@@ -17,6 +17,7 @@ from torch import Tensor
 from ...tuning.configs import ProductConfig, token_product_config
 from ...tuning.target import target_of
 from ..arguments import Norm, Options
+from ..new_tensors import new_like
 from ..rounding import cdiv, round_up
 from .activation import activation_of
 from .launch import launch, needs_int64
@@ -146,7 +147,7 @@ def _token_product_kernel(
 def token_mixing_products(x: Tensor, norm: Norm, weights: TokenWeights, hidden: int, options: Options) -> Tensor:
     """``u [B, S, C]``, contiguous, from ``x``; any S, ``hidden`` units."""
     a = torch.empty(x.shape[0], hidden, x.shape[2], dtype=options.dtype, device=x.device)
-    u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    u = new_like(x)
     _run_product(x, norm, weights.w1, weights.b1, hidden, a, None, options)
     _run_product(x, norm, weights.w2, weights.b2, hidden, a, u, options)
     return u
