@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ ALIGNMENT = 16  # bytes; rows that are no multiple of it keep a product from the
 TRIAL_SECONDS = 0.02
 
 
-@dataclass
-class BareProducts:
+class BareProducts(NamedTuple):
     """``run(x)`` computes the products of one block or half, with the next of its weights; ``layout`` says how."""
 
     run: Callable[[Tensor], Tensor]

@@ -86,7 +86,7 @@ def saved_rows(name: str, dtype_name: str, dtype: torch.dtype, img_size: int = 2
 
 
 def _saved_by(function: Callable[[Tensor, Weights], Tensor], shape: MixerShape, dtype: torch.dtype) -> int:
-    weights = Weights.empty(shape, dtype)
+    weights = Weights.random(shape, dtype, torch.device("cpu")).map(lambda w: w.to("meta")).require_gradients()
     x = torch.empty(IMAGES, shape.S, shape.C, dtype=dtype, device="meta", requires_grad=True)
     return saved_bytes(lambda: function(x, weights), weights.all())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ..shapes import MixerShape
 from . import series_models
 from .bare import BareProducts
 from .cases import Case
-from .providers import CannotRun, Provider, bare, compiled, fused, ours_of
+from .providers import CannotRun, all_providers
 from .timing import rotated_inputs
 from .whole_model import randomize_
 from .workloads import Prepared
@@ -77,12 +78,8 @@ def prepare_other_model(
             raise
         return run
 
-    providers = [
-        Provider("eager", lambda: (model, None)),
-        compiled(model, device, "eager" if smoke else "inductor", compile_mode),
-        *(fused(each, lambda each=each: run_on(each), dtype, device) for each in ours_of(case, device)),
-        bare(lambda: _bare(products)),
-    ]
+    options = {"compiler": "eager" if smoke else "inductor", "compile_mode": compile_mode}
+    providers = all_providers(case, device, model, run_on, partial(_bare, products), **options)
     return Prepared(case, inputs, providers, lambda x: copy.deepcopy(model).double()(x.double()))
 
 

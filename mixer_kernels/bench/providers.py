@@ -6,16 +6,17 @@ is allocated when it is built. Building raises ``CannotRun`` with the reason whe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, functional
+from ..backends.arguments import Half
 from ..shapes import MixerShape
 from .bare import BareProducts, bare_function
 from .cases import Case
@@ -57,82 +58,68 @@ class Provider:
     computes_case: bool = True  # False: it does less, so there is no result to compare with eager's
 
 
-@dataclass
-class Weights:
-    """One block's weights, in the shapes of ``functional.mixer_block``."""
+class Weights(NamedTuple):
+    """One block's weights, as ``functional.mixer_block`` takes them."""
 
-    gamma1: Tensor
-    beta1: Tensor
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
-    gamma2: Tensor
-    beta2: Tensor
-    w3: Tensor
-    b3: Tensor
-    w4: Tensor
-    b4: Tensor
+    tokens: Half
+    channels: Half
 
     @classmethod
-    def random(cls, shape: MixerShape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:
+    def random(cls, shape: MixerShape, dtype: torch.dtype, device: torch.device) -> Weights:
         """Products of variance one, biases and norms away from 0 and 1, so that a missing one shows."""
-        generator = torch.Generator(device).manual_seed(seed)
-        S, C, D_S, D_C = shape.S, shape.C, shape.D_S, shape.D_C
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 0.2, mean: float = 0.0) -> Tensor:
             return (torch.randn(*size, device=device, generator=generator) * std + mean).to(dtype)
 
-        return cls(
-            gamma1=normal(C, mean=1.0), beta1=normal(C),
-            w1=normal(D_S, S, std=1 / math.sqrt(S)), b1=normal(D_S),
-            w2=normal(S, D_S, std=1 / math.sqrt(D_S)), b2=normal(S),
-            gamma2=normal(C, mean=1.0), beta2=normal(C),
-            w3=normal(D_C, C, std=1 / math.sqrt(C)), b3=normal(D_C),
-            w4=normal(C, D_C, std=1 / math.sqrt(D_C)), b4=normal(C),
-        )  # fmt: skip
+        def half(width: int, hidden: int) -> Half:
+            return Half(
+                normal(shape.C, mean=1.0),
+                normal(shape.C),
+                normal(hidden, width, std=width**-0.5),
+                normal(hidden),
+                normal(width, hidden, std=hidden**-0.5),
+                normal(width),
+            )
 
-    @classmethod
-    def empty(cls, shape: MixerShape, dtype: torch.dtype) -> Weights:
-        """Sizes without data, on the meta device, for what needs gradients."""
-        S, C, D_S, D_C = shape.S, shape.C, shape.D_S, shape.D_C
-        sizes = (C,), (C,), (D_S, S), (D_S,), (S, D_S), (S,), (C,), (C,), (D_C, C), (D_C,), (C, D_C), (C,)
-        return cls(*(torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for size in sizes))
+        return cls(half(shape.S, shape.D_S), half(shape.C, shape.D_C))
 
     @classmethod
     def names(cls, level: str) -> list[str]:
         """What ``half(level)`` returns, by name."""
-        names = [field.name for field in fields(cls)]
-        return {"token": names[:6], "channel": names[6:], "block": names}[level]
-
-    def require_gradients(self) -> Weights:
-        """For training; in place."""
-        for weight in self.all():
-            weight.requires_grad_()
-        return self
-
-    def all(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+        tokens, channels = ["gamma1", "beta1", "w1", "b1", "w2", "b2"], ["gamma2", "beta2", "w3", "b3", "w4", "b4"]
+        return {"token": tokens, "channel": channels, "block": tokens + channels}[level]
 
     def half(self, level: str) -> list[Tensor]:
         """The arguments of ``functional``'s function of that level, after ``x``."""
-        return [getattr(self, name) for name in self.names(level)]
+        return {"token": [*self.tokens], "channel": [*self.channels], "block": self.all()}[level]
+
+    def all(self) -> list[Tensor]:
+        return [*self.tokens, *self.channels]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Weights:
+        return Weights(*(Half(*map(change, half)) for half in self))
+
+    def require_gradients(self) -> Weights:
+        """For training; in place."""
+        return self.map(Tensor.requires_grad_)
 
     def double(self) -> Weights:
-        return Weights(*(weight.detach().double() for weight in self.all()))
+        return self.map(lambda weight: weight.detach().double())
 
 
 def eager_token_mixing(x: Tensor, weights: Weights) -> Tensor:
     """What timm's ``MixerBlock`` runs for its first half, transposes included."""
-    n = F.layer_norm(x, x.shape[-1:], weights.gamma1, weights.beta1, EPS)
-    a = F.gelu(F.linear(n.transpose(1, 2), weights.w1, weights.b1))
-    return x + F.linear(a, weights.w2, weights.b2).transpose(1, 2)
+    gamma, beta, w1, b1, w2, b2 = weights.tokens
+    n = F.layer_norm(x, x.shape[-1:], gamma, beta, EPS)
+    return x + F.linear(F.gelu(F.linear(n.transpose(1, 2), w1, b1)), w2, b2).transpose(1, 2)
 
 
 def eager_channel_mixing(u: Tensor, weights: Weights) -> Tensor:
     """What timm's ``MixerBlock`` runs for its second half."""
-    n = F.layer_norm(u, u.shape[-1:], weights.gamma2, weights.beta2, EPS)
-    return u + F.linear(F.gelu(F.linear(n, weights.w3, weights.b3)), weights.w4, weights.b4)
+    gamma, beta, w3, b3, w4, b4 = weights.channels
+    n = F.layer_norm(u, u.shape[-1:], gamma, beta, EPS)
+    return u + F.linear(F.gelu(F.linear(n, w3, b3)), w4, b4)
 
 
 def eager_block(x: Tensor, weights: Weights) -> Tensor:
@@ -155,7 +142,6 @@ def function_providers(
     They compute the result alone; for mode "train" ``training.with_gradients`` takes each further.
     """
     eager = EAGER[case.level]
-    device = inputs[0].device
 
     def run_eager(x: Tensor) -> Tensor:
         return eager(x, weights)
@@ -166,25 +152,30 @@ def function_providers(
         options = {"backend": backend} if memory is None else {"backend": backend, "memory": memory}
         return lambda x: function(x, *arguments, eps=EPS, **options)
 
+    bare = partial(bare_function, case, inputs)
+    return all_providers(case, inputs[0].device, run_eager, run_on, bare, compiler=compiler, compile_mode=compile_mode)
+
+
+def all_providers(
+    case: Case,
+    device: torch.device,
+    eager: Callable[[Tensor], Tensor],
+    run_on: Callable[[str], Callable[[Tensor], Tensor]],
+    bare: Callable[[], BareProducts],
+    *,
+    compiler: str,
+    compile_mode: str | None,
+) -> list[Provider]:
+    """In the order of ``provider_names``; ``run_on(name)`` makes the function of one of this package's rows."""
     return [
-        Provider("eager", lambda: (run_eager, None)),
-        compiled(run_eager, device, compiler, compile_mode),
-        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in ours_of(case, device)),
-        bare(lambda: bare_function(case, inputs)),
+        Provider("eager", lambda: (eager, None)),
+        compiled(eager, device, compiler, compile_mode),
+        *(fused(name, run_on, case.dtype, device) for name in provider_names(case.level, case.mode, device)[2:-1]),
+        Provider("bare", bare, computes_case=False),
     ]
 
 
-def ours_of(case: Case, device: torch.device) -> tuple[str, ...]:
-    """The names of this package's rows."""
-    return provider_names(case.level, case.mode, device)[2:-1]
-
-
-def compiled(
-    function: Callable[[Tensor], Tensor],
-    device: torch.device,
-    compiler: str = "inductor",
-    mode: str | None = None,
-) -> Provider:
+def compiled(function: Callable[[Tensor], Tensor], device: torch.device, compiler: str, mode: str | None) -> Provider:
     """``torch.compile`` of the eager function, static shapes, no graph break.
 
     On a GPU in mode "max-autotune-no-cudagraphs": the choice among all kernels, without the CUDA graph, which would
@@ -206,7 +197,7 @@ def compiled(
 
 
 def fused(
-    name: str, function: Callable[[], Callable[[Tensor], Tensor]], dtype: torch.dtype, device: torch.device
+    name: str, run_on: Callable[[str], Callable[[Tensor], Tensor]], dtype: torch.dtype, device: torch.device
 ) -> Provider:
     """This package, as ``backend_and_memory(name)`` says."""
     backend, _ = backend_and_memory(name)
@@ -217,16 +208,6 @@ def fused(
             reason = "a stand-in for a GPU runs it on the CPU, whose speed says nothing about the kernels"
         if reason is not None:
             raise CannotRun(reason)
-        return function(), None
+        return run_on(name), None
 
     return Provider(name, build)
-
-
-def bare(products: Callable[[], BareProducts]) -> Provider:
-    """The bare matrix products, nothing else."""
-
-    def build() -> tuple[Callable[[Tensor], Tensor], str]:
-        built = products()
-        return built.run, built.layout
-
-    return Provider("bare", build, computes_case=False)

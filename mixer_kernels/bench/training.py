@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from .whole_model import EagerMixer
 
 PIECE = 16  # images whose gradients are computed at a time in float64
 
+Function = Callable[[Tensor], Tensor]
 Results = dict[str, Tensor]  # "output", and the gradients, whose names begin with "gradient"
 
 
@@ -28,24 +30,17 @@ def with_gradients(provider: Provider, level: str, inputs: list[Tensor], weights
 
     ``weights`` must require gradients. An input's incoming gradient is the input before it.
     """
-    if not provider.computes_case:
-        return provider
     parameters = weights.half(level)
     names = ["output", *_gradient_names(level)]
 
-    def build() -> tuple[Callable[[Tensor], Results], str | None]:
-        forward, detail = provider.build()
+    def run(forward: Function, x: Tensor) -> Results:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            y = forward(leaf)
+            gradients = torch.autograd.grad(y, [leaf, *parameters], _incoming(inputs, x))
+        return dict(zip(names, [y.detach(), *gradients], strict=True))
 
-        def run(x: Tensor) -> Results:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                y = forward(leaf)
-                gradients = torch.autograd.grad(y, [leaf, *parameters], _incoming(inputs, x))
-            return dict(zip(names, [y.detach(), *gradients], strict=True))
-
-        return run, detail
-
-    return replace(provider, build=build)
+    return _extended(provider, run)
 
 
 def gradients_reference(level: str, inputs: list[Tensor], weights: Weights) -> Callable[[Tensor], Results]:
@@ -83,24 +78,17 @@ class Step:
 
     def of(self, provider: Provider) -> Provider:
         """``provider`` of the logits with the rest of the step; its function returns ``Results``."""
-        if not provider.computes_case:
-            return provider
 
-        def build() -> tuple[Callable[[Tensor], Results], str | None]:
-            forward, detail = provider.build()
+        def run(forward: Function, images: Tensor) -> Results:
+            with torch.enable_grad():
+                logits = forward(images)
+                F.cross_entropy(logits.float(), self._labels).backward()
+            self._optimizer.step()
+            results = _results(logits, self._parameters)
+            self._optimizer.zero_grad()  # now, so that the next call's gradients count as memory of that call
+            return results
 
-            def run(images: Tensor) -> Results:
-                with torch.enable_grad():
-                    logits = forward(images)
-                    F.cross_entropy(logits.float(), self._labels).backward()
-                self._optimizer.step()
-                results = _results(logits, self._parameters)
-                self._optimizer.zero_grad()  # now, so that the next call's gradients count as memory of that call
-                return results
-
-            return run, detail
-
-        return replace(provider, build=build)
+        return _extended(provider, run)
 
     def reference(self, images: Tensor) -> Results:
         """Eager in float64, a few images at a time, on a copy of the weights."""
@@ -112,6 +100,16 @@ class Step:
                 logits.append(eager(piece.double()))
                 (F.cross_entropy(logits[-1], labels, reduction="sum") / len(self._labels)).backward()
         return _results(torch.cat(logits), dict(model.named_parameters()))
+
+
+def _extended(provider: Provider, run: Callable[[Function, Tensor], Results]) -> Provider:
+    """``provider`` with ``run(its function, x)`` in place of its function; the bare products stay what they are."""
+
+    def build() -> tuple[Callable[[Tensor], Results], str | None]:
+        forward, detail = provider.build()
+        return partial(run, forward), detail
+
+    return replace(provider, build=build) if provider.computes_case else provider
 
 
 def _results(logits: Tensor, parameters: dict[str, Tensor]) -> Results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..functional.checks import pays_on_cpu
 from .bare import bare_model
 from .cases import Case, model_case
 from .progress import no_progress
-from .providers import Provider, backend_and_memory, bare, compiled, fused, ours_of
+from .providers import Provider, all_providers, backend_and_memory
 from .report import Report
 from .run import run_group
 from .timing import rotated_inputs
@@ -60,8 +61,6 @@ def model_providers(
 
     They compute the logits alone; for mode "train" ``training.with_step`` takes each further.
     """
-    eager = EagerMixer(model)
-    device = inputs[0].device
 
     def run_on(name: str) -> Callable[[Tensor], Tensor]:
         backend, memory = backend_and_memory(name)
@@ -74,12 +73,8 @@ def model_providers(
 
         return run
 
-    return [
-        Provider("eager", lambda: (eager, None)),
-        compiled(eager, device, compiler, compile_mode),
-        *(fused(name, lambda name=name: run_on(name), case.dtype, device) for name in ours_of(case, device)),
-        bare(lambda: bare_model(case, model, inputs)),
-    ]
+    eager, bare = EagerMixer(model), partial(bare_model, case, model, inputs)
+    return all_providers(case, inputs[0].device, eager, run_on, bare, compiler=compiler, compile_mode=compile_mode)
 
 
 def reference_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
