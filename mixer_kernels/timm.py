@@ -20,7 +20,7 @@ import argparse
 import copy
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,45 +44,18 @@ def _own_cfg(name: str):
 default_cfgs = {f"fused_{name}": _own_cfg(name) for name in NAMES}
 
 
-def _create(name: str, pretrained: bool, memory: str = "fast", **kwargs) -> mlp_mixer.MlpMixer:
+def _entry_point(name: str) -> Callable[..., mlp_mixer.MlpMixer]:
     create = getattr(mlp_mixer, name)
-    return create(pretrained=pretrained, block_layer=partial(FusedMixerBlock, memory=memory), **kwargs)
+
+    def fused(pretrained: bool = False, memory: str = "fast", **kwargs) -> mlp_mixer.MlpMixer:
+        return create(pretrained=pretrained, block_layer=partial(FusedMixerBlock, memory=memory), **kwargs)
+
+    fused.__name__ = fused.__qualname__ = f"fused_{name}"
+    fused.__doc__ = f"timm's ``{name}`` with ``FusedMixerBlock``."
+    return register_model(fused)
 
 
-@register_model
-def fused_mixer_s32_224(pretrained: bool = False, **kwargs) -> mlp_mixer.MlpMixer:
-    """timm's ``mixer_s32_224`` with ``FusedMixerBlock``."""
-    return _create("mixer_s32_224", pretrained, **kwargs)
-
-
-@register_model
-def fused_mixer_s16_224(pretrained: bool = False, **kwargs) -> mlp_mixer.MlpMixer:
-    """timm's ``mixer_s16_224`` with ``FusedMixerBlock``."""
-    return _create("mixer_s16_224", pretrained, **kwargs)
-
-
-@register_model
-def fused_mixer_b32_224(pretrained: bool = False, **kwargs) -> mlp_mixer.MlpMixer:
-    """timm's ``mixer_b32_224`` with ``FusedMixerBlock``."""
-    return _create("mixer_b32_224", pretrained, **kwargs)
-
-
-@register_model
-def fused_mixer_b16_224(pretrained: bool = False, **kwargs) -> mlp_mixer.MlpMixer:
-    """timm's ``mixer_b16_224`` with ``FusedMixerBlock``."""
-    return _create("mixer_b16_224", pretrained, **kwargs)
-
-
-@register_model
-def fused_mixer_l32_224(pretrained: bool = False, **kwargs) -> mlp_mixer.MlpMixer:
-    """timm's ``mixer_l32_224`` with ``FusedMixerBlock``."""
-    return _create("mixer_l32_224", pretrained, **kwargs)
-
-
-@register_model
-def fused_mixer_l16_224(pretrained: bool = False, **kwargs) -> mlp_mixer.MlpMixer:
-    """timm's ``mixer_l16_224`` with ``FusedMixerBlock``."""
-    return _create("mixer_l16_224", pretrained, **kwargs)
+globals().update({f"fused_{name}": _entry_point(name) for name in NAMES})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
