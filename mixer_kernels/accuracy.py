@@ -58,14 +58,12 @@ class Reference:
 
     def allowed(self, eager: Errors, factor: float) -> Errors:
         """The largest errors that the rule lets pass where eager has the errors ``eager``."""
+
+        def most(of_eager: float, draws: list[float]) -> float:
+            return factor * max(of_eager, _rms(draws)) + SPREAD * _standard_deviation(draws)
+
         return Errors(
-            *(
-                factor * max(of_eager, _rms(draws)) + SPREAD * _standard_deviation(draws)
-                for of_eager, draws in (
-                    (eager.max, [draw.max for draw in self.draws]),
-                    (eager.rms, [draw.rms for draw in self.draws]),
-                )
-            )
+            most(eager.max, [draw.max for draw in self.draws]), most(eager.rms, [draw.rms for draw in self.draws])
         )
 
 
