@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from .backends.arguments import AffineLinear, GatedHalf, Half, Options, SpatialGate, precision_of
-from .backends.backward import channel_mixing_backward, differentiate, token_mixing_backward
+from .backends.backward import Pass, channel_mixing_backward, differentiate, token_mixing_backward
 from .backends.relatives import gated_channel_mixing_backward, gated_mixing_backward, token_linear_backward
 from .shapes import SPECS, MixerShape
 from .tuning.target import KNOWN_TARGETS, Target, assume_target
@@ -278,7 +278,7 @@ def _run(backend, case: Case) -> None:
     def gradients(backward, inputs, kept, *parameters, **further):
         wanted = [t is not None for t in (inputs, *itertools.chain(*parameters))]
         dy = torch.empty(inputs.shape, dtype=inputs.dtype, device="meta")
-        differentiate(backward, backend, dy, kept, inputs, parameters, options, wanted, **further)
+        differentiate(backward, Pass(backend, dy, kept, inputs, options, wanted), parameters, **further)
 
     x = torch.empty(2 * shape.S * shape.C + case.offset, dtype=TORCH_DTYPES[case.stream], device="meta")[case.offset :]
     x = x.view(2, shape.C, shape.S).transpose(1, 2) if case.transposed else x.view(2, shape.S, shape.C)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,39 +25,36 @@ from .protocol import Backend
 Gradients = tuple[Tensor | None, ...]
 
 
+class Pass(NamedTuple):
+    """What each backward function takes first; the parameters come behind it."""
+
+    backend: Backend
+    dy: Tensor  # contiguous
+    kept: Sequence[Tensor | None]  # of the forward pass
+    x: Tensor
+    options: Options
+    wanted: Sequence[bool]  # of x and all parameters
+
+
 def differentiate(
-    backward: Callable[..., Gradients],
-    backend: Backend,
-    dy: Tensor,
-    kept: Sequence[Tensor | None],
-    x: Tensor,
-    parameters: Sequence[Sequence[Tensor | None]],
-    options: Options,
-    wanted: Sequence[bool],
-    **further: Any,
+    backward: Callable[..., Gradients], given: Pass, parameters: Sequence[Sequence[Tensor | None]], **further: Any
 ) -> Gradients:
-    """Gradients of ``x`` and all ``parameters`` from ``dy``, in their dtypes; None where ``wanted`` is false."""
+    """Gradients of x and all ``parameters``, in their dtypes; None where they are not wanted."""
+    x, wanted = given.x, given.wanted
     inputs = (x, *itertools.chain(*parameters))
     if x.numel() == 0:
         return tuple(torch.zeros_like(t) if want else None for t, want in zip(inputs, wanted, strict=True))
     with device_of(x), without_autocast(x):
-        gradients = backward(backend, dy.contiguous(), kept, x, *parameters, options, wanted=wanted, **further)
+        gradients = backward(given._replace(dy=given.dy.contiguous()), *parameters, **further)
         return tuple(
             gradient.to(source.dtype) if want else None
             for gradient, source, want in zip(gradients, inputs, wanted, strict=True)
         )
 
 
-def token_mixing_backward(
-    backend: Backend,
-    du: Tensor,
-    kept: Sequence[Tensor],
-    x: Tensor,
-    half: Half,
-    options: Options,
-    wanted: Sequence[bool],
-) -> Gradients:
-    """Of x and the half's parameters, from ``du`` and ``kept``: mean, rstd."""
+def token_mixing_backward(given: Pass, half: Half) -> Gradients:
+    """Of x and the half's parameters. Kept are mean and rstd."""
+    backend, du, kept, x, options, wanted = given
     want_x, want_gamma, want_beta, want_w1, want_b1, want_w2, want_b2 = wanted
     want_dn = want_x or want_gamma or want_beta
     want_dz, want_a = want_w1 or want_b1, want_w2 or want_b2
@@ -78,19 +75,10 @@ def token_mixing_backward(
     return dx, dgamma, dbeta, dw1, db1, dw2, db2
 
 
-def channel_mixing_backward(
-    backend: Backend,
-    dy: Tensor,
-    kept: Sequence[Tensor | None],
-    u: Tensor,
-    half: Half,
-    options: Options,
-    wanted: Sequence[bool],
-    keep_z: bool = True,
-) -> Gradients:
-    """Of u and the half's parameters, from ``dy`` and ``kept``: mean, rstd, z, which is recomputed if it is None."""
+def channel_mixing_backward(given: Pass, half: Half, keep_z: bool = True) -> Gradients:
+    """Of u and the half's parameters. Kept are mean, rstd and z, which is recomputed if it is None."""
+    backend, dy, (mean, rstd, z), u, options, wanted = given
     want_u, want_gamma, want_beta, want_w3, want_b3, want_w4, want_b4 = wanted
-    mean, rstd, z = kept
     want_n = want_u or want_gamma or want_beta or want_w3
     g = backend.branch_gradient(dy, options)
     dw3 = db3 = dw4 = db4 = du = dgamma = dbeta = None

@@ -19,21 +19,14 @@ import torch
 from torch import Tensor
 
 from .arguments import AffineLinear, GatedHalf, Half, Norm, Options, SpatialGate
-from .backward import Gradients
+from .backward import Gradients, Pass
 from .new_tensors import new_like
 from .protocol import Backend
 
 
-def token_linear_backward(
-    backend: Backend,
-    du: Tensor,
-    kept: Sequence[Tensor],
-    x: Tensor,
-    linear: AffineLinear,
-    options: Options,
-    wanted: Sequence[bool],
-) -> Gradients:
-    """Of ``x, alpha, beta, w, b, scale`` from ``du``."""
+def token_linear_backward(given: Pass, linear: AffineLinear) -> Gradients:
+    """Of ``x, alpha, beta, w, b, scale``."""
+    backend, du, _, x, options, wanted = given
     want_x, want_alpha, want_beta, want_w, want_b, want_scale = wanted
     w = linear.w
     alpha, beta, b, scale = (
@@ -60,37 +53,21 @@ def token_linear_backward(
     return dx, dalpha, dbeta, dw, db, dscale
 
 
-def spatial_gating_backward(
-    backend: Backend,
-    ds: Tensor,
-    kept: Sequence[Tensor],
-    h: Tensor,
-    gate: SpatialGate,
-    options: Options,
-    wanted: Sequence[bool],
-) -> Gradients:
-    """Of ``h, gamma, beta, w, b`` from ``ds``, that of the gated h1."""
+def spatial_gating_backward(given: Pass, gate: SpatialGate) -> Gradients:
+    """Of ``h, gamma, beta, w, b``."""
+    backend, ds, _, h, options, wanted = given
     dh = new_like(h)
     gradients, _ = _gate_gradients(backend, ds, dh, h, gate, options, wanted)
     return dh, *gradients
 
 
 def gated_channel_mixing_backward(
-    backend: Backend,
-    dy: Tensor,
-    kept: Sequence[Tensor | None],
-    x: Tensor,
-    half: Half,
-    gate: SpatialGate,
-    options: Options,
-    wanted: Sequence[bool],
-    gate_eps: float,
-    keep_z: bool = True,
+    given: Pass, half: Half, gate: SpatialGate, gate_eps: float, keep_z: bool = True
 ) -> Gradients:
-    """Of x and both parts' parameters, from ``dy`` and ``kept``: mean, rstd, z, which is recomputed if it is None."""
+    """Of x and both parts' parameters. Kept are mean, rstd and z, which is recomputed if it is None."""
+    backend, dy, (mean, rstd, z), x, options, wanted = given
     want_x, want_gamma, want_beta, want_w1, want_b1, want_w2, want_b2 = wanted[:7]
     want_first, want_gate = want_x or want_gamma or want_beta or want_w1 or want_b1, wanted[7:]
-    mean, rstd, z = kept
     norm, tokens = Norm(mean, rstd, half.gamma, half.beta), x.shape[1]
     dx = dgamma = dbeta = dw1 = db1 = dw2 = db2 = None
     gate_gradients = (None,) * 4
@@ -118,18 +95,9 @@ def gated_channel_mixing_backward(
     return dx, dgamma, dbeta, dw1, db1, dw2, db2, *gate_gradients
 
 
-def gated_mixing_backward(
-    backend: Backend,
-    dy: Tensor,
-    kept: Sequence[Tensor],
-    x: Tensor,
-    half: GatedHalf,
-    options: Options,
-    wanted: Sequence[bool],
-    axis: int,
-    gate_first: bool,
-) -> Gradients:
-    """Of x and the eight parameters, from ``dy``; everything is computed again from x."""
+def gated_mixing_backward(given: Pass, half: GatedHalf, axis: int, gate_first: bool) -> Gradients:
+    """Of x and the eight parameters; everything is computed again from x."""
+    backend, dy, _, x, options, wanted = given
     if backend.has("gated_mixing_backward"):  # as one call
         return backend.gated_mixing_backward(dy, x, half, options, wanted, axis, gate_first)
     rows = x.flatten(0, 1)
@@ -149,30 +117,22 @@ def gated_mixing_backward(
 
 
 def gated_mixer_layer_backward(
-    backend: Backend,
-    dy: Tensor,
-    kept: Sequence[Tensor | None],
-    x: Tensor,
-    patches: GatedHalf,
-    features: GatedHalf,
-    options: Options,
-    wanted: Sequence[bool],
-    eps2: float,
-    keep_u: bool = True,
+    given: Pass, patches: GatedHalf, features: GatedHalf, eps2: float, keep_u: bool = True
 ) -> Gradients:
-    """Of x and the parameters of both mixers, from ``dy`` and ``kept``: u, which is recomputed if it is None."""
-    (u,), want_first = kept, any(wanted[:9])
+    """Of x and the parameters of both mixers. Kept is u, which is recomputed if it is None."""
+    backend, dy, (u,), x, options, wanted = given
+    want_first = any(wanted[:9])
     if backend.has("gated_mixer_layer_backward"):
         return backend.gated_mixer_layer_backward(dy, u, x, patches, features, options, wanted, eps2)
     first, second = halves_of_layer(options, eps2)
     if u is None:
         u = backend.gated_mixing_forward(x, patches, first, axis=2, gate_first=False)
-    want = (want_first, *wanted[9:])
-    du, *gradients = gated_mixing_backward(backend, dy, (), u, features, second, want, axis=3, gate_first=False)
+    of_second = Pass(backend, dy, (), u, second, (want_first, *wanted[9:]))
+    du, *gradients = gated_mixing_backward(of_second, features, axis=3, gate_first=False)
     if not want_first:
         return *(None,) * 9, *gradients
-    of_first = gated_mixing_backward(backend, du, (), x, patches, first, wanted[:9], axis=2, gate_first=False)
-    return *of_first, *gradients
+    of_first = Pass(backend, du, (), x, first, wanted[:9])
+    return *gated_mixing_backward(of_first, patches, axis=2, gate_first=False), *gradients
 
 
 def halves_of_layer(options: Options, eps2: float) -> tuple[Options, Options]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.arguments import Options, precision_of
-from ..backends.backward import differentiate
+from ..backends.backward import Pass, differentiate
 from ..backends.new_tensors import new_like
 from .packs import NewPacks, packs_of
 
@@ -110,9 +110,8 @@ class Operator:
         kept, (x, *arguments), wanted = arguments[: self.kept], arguments[self.kept : -1], arguments[-1]
         parameters, options, backend, further = self.objects(x, *arguments)
         kept = [None if t.numel() == 0 else t.contiguous() for t in kept]
-        gradients = differentiate(
-            self.backward, backends.load(backend), dy, kept, x, parameters, options, wanted, **further
-        )
+        given = Pass(backends.load(backend), dy, kept, x, options, wanted)
+        gradients = differentiate(self.backward, given, parameters, **further)
         return tuple(_absent(x) if gradient is None else gradient.contiguous() for gradient in gradients)
 
     def _backward_fake(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
