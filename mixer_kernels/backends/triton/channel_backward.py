@@ -125,21 +125,6 @@ def channel_products_backward(
     packing.run()
     if first is not None:
         z = channel_hidden(u, norm, first, options)
-    return channel_gelu_backward(g, w4, z, options, want_a)
-
-
-def recomputed_hidden(u: Tensor, norm: Norm, half: Half, options: Options) -> Tensor:
-    """z ``[B * S, D_C]``, where the backward pass goes on with other kernels than the Mixer's."""
-    packing = Packing(options.dtype)
-    first = fc1_weights(packing, half, u.dtype)
-    packing.run()
-    return channel_hidden(u, norm, first, options)
-
-
-def channel_gelu_backward(
-    g: Tensor, w4: Tensor, z: Tensor, options: Options, want_a: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(dz [M, rows of w3], a [M, D_C] or None, db3 in float32)`` from ``g [B, S, C]``, ``w4``, packed, and z."""
     (rows, hidden), channels = (z.shape[0], z.shape[-1]), g.shape[2]
     config = gelu_backward_config(target_of(g.device), options.dtype, options.exact, channels, glu=options.glu)
     row_tiles = cdiv(rows, config.block_m)
@@ -157,3 +142,11 @@ def channel_gelu_backward(
         or needs_int64((channels,), (w4.shape[1],)),
     )  # fmt: skip
     return dz, a, sums.sum(0)
+
+
+def recomputed_hidden(u: Tensor, norm: Norm, half: Half, options: Options) -> Tensor:
+    """z ``[B * S, D_C]``, where the backward pass goes on with other kernels than the Mixer's."""
+    packing = Packing(options.dtype)
+    first = fc1_weights(packing, half, u.dtype)
+    packing.run()
+    return channel_hidden(u, norm, first, options)

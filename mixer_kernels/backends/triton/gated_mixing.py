@@ -31,18 +31,7 @@ from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
 from .pack import Packing
 from .prepack import GatedMixingWeights, gated_mixing_weights
-
-
-@triton.jit
-def load_affine(gamma_ptr, beta_ptr, feature, mask, FEATURES: tl.constexpr):
-    """LayerNorm's weight and bias at ``feature``; 1 and 0 where there is none."""
-    gamma = tl.full((FEATURES,), 1.0, tl.float32)
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr + feature, mask=mask, other=0.0).to(tl.float32)
-    beta = tl.zeros((FEATURES,), tl.float32)
-    if beta_ptr is not None:
-        beta = tl.load(beta_ptr + feature, mask=mask, other=0.0).to(tl.float32)
-    return gamma, beta
+from .row_statistics import load_affine
 
 
 @triton.jit

@@ -24,11 +24,12 @@ from ..arguments import GatedHalf, GatedMixingGradients, Norm, Options
 from ..new_tensors import aligned_rows
 from ..rounding import cdiv, round_up
 from .activation import activation_of
-from .gated_mixing import add_square_product, extents_of, in_rows, load_affine, softmax_gate
+from .gated_mixing import add_square_product, extents_of, in_rows, softmax_gate
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
 from .pack import Packing
 from .prepack import gated_mixing_weights
+from .row_statistics import load_affine
 
 
 @triton.jit

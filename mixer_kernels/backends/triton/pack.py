@@ -11,7 +11,6 @@ among the matrices, a few rows to a program, which takes the elements of a vecto
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import triton
@@ -109,7 +108,7 @@ def _fold_rows(
 
 
 @triton.jit
-def _pack_kernel(  # Triton 3.2 takes no tuples: a line for each matrix, None where there is none
+def _pack_kernel(  # Triton 3.3 knows tuples in part: a line for each matrix, None where there is none
     w_ptr, b_ptr, gamma_ptr, beta_ptr, out_ptr, wg_ptr, wb_ptr, scale_ptr, rows, columns, sr, sc, out_columns,
     w0_ptr, b0_ptr, out0_ptr, out_b0_ptr, rows0, columns0, sr0, sc0, out_rows0, out_columns0,
     w1_ptr, b1_ptr, out1_ptr, out_b1_ptr, rows1, columns1, sr1, sc1, out_rows1, out_columns1,
@@ -125,45 +124,24 @@ def _pack_kernel(  # Triton 3.2 takes no tuples: a line for each matrix, None wh
             w_ptr, b_ptr, gamma_ptr, beta_ptr, out_ptr, wg_ptr, wb_ptr, scale_ptr, rows, columns, sr, sc, out_columns,
             ROWS, COLUMNS,
         )  # fmt: skip
-    if w0_ptr is not None:
-        first = _pack_rows(
-            first, w0_ptr, b0_ptr, out0_ptr, out_b0_ptr, rows0, columns0, sr0, sc0, out_rows0, out_columns0,
-            ROWS, COLUMNS,
-        )  # fmt: skip
-    if w1_ptr is not None:
-        first = _pack_rows(
-            first, w1_ptr, b1_ptr, out1_ptr, out_b1_ptr, rows1, columns1, sr1, sc1, out_rows1, out_columns1,
-            ROWS, COLUMNS,
-        )  # fmt: skip
-    if w2_ptr is not None:
-        first = _pack_rows(
-            first, w2_ptr, b2_ptr, out2_ptr, out_b2_ptr, rows2, columns2, sr2, sc2, out_rows2, out_columns2,
-            ROWS, COLUMNS,
-        )  # fmt: skip
-    if w3_ptr is not None:
-        first = _pack_rows(
-            first, w3_ptr, b3_ptr, out3_ptr, out_b3_ptr, rows3, columns3, sr3, sc3, out_rows3, out_columns3,
-            ROWS, COLUMNS,
-        )  # fmt: skip
-    if w4_ptr is not None:
-        first = _pack_rows(
-            first, w4_ptr, b4_ptr, out4_ptr, out_b4_ptr, rows4, columns4, sr4, sc4, out_rows4, out_columns4,
-            ROWS, COLUMNS,
-        )  # fmt: skip
-    if w5_ptr is not None:
-        _pack_rows(
-            first, w5_ptr, b5_ptr, out5_ptr, out_b5_ptr, rows5, columns5, sr5, sc5, out_rows5, out_columns5,
-            ROWS, COLUMNS,
-        )  # fmt: skip
-
-
-class FoldedWeights(NamedTuple):
-    """fc1 of channel mixing with LayerNorm folded in, equation (8) of docs/maths.md."""
-
-    w3: Tensor  # [D_C, C_pad]: W' = round(W3 * gamma * 2^k)
-    wg: Tensor  # [D_C] float32: sum over C of W'
-    wb: Tensor  # [D_C] float32: W3 . beta + b3
-    scale: Tensor | None  # [D_C] float32: 2^-k, or None for 1
+    first = _pack_rows(
+        first, w0_ptr, b0_ptr, out0_ptr, out_b0_ptr, rows0, columns0, sr0, sc0, out_rows0, out_columns0, ROWS, COLUMNS,
+    )  # fmt: skip
+    first = _pack_rows(
+        first, w1_ptr, b1_ptr, out1_ptr, out_b1_ptr, rows1, columns1, sr1, sc1, out_rows1, out_columns1, ROWS, COLUMNS,
+    )  # fmt: skip
+    first = _pack_rows(
+        first, w2_ptr, b2_ptr, out2_ptr, out_b2_ptr, rows2, columns2, sr2, sc2, out_rows2, out_columns2, ROWS, COLUMNS,
+    )  # fmt: skip
+    first = _pack_rows(
+        first, w3_ptr, b3_ptr, out3_ptr, out_b3_ptr, rows3, columns3, sr3, sc3, out_rows3, out_columns3, ROWS, COLUMNS,
+    )  # fmt: skip
+    first = _pack_rows(
+        first, w4_ptr, b4_ptr, out4_ptr, out_b4_ptr, rows4, columns4, sr4, sc4, out_rows4, out_columns4, ROWS, COLUMNS,
+    )  # fmt: skip
+    _pack_rows(
+        first, w5_ptr, b5_ptr, out5_ptr, out_b5_ptr, rows5, columns5, sr5, sc5, out_rows5, out_columns5, ROWS, COLUMNS,
+    )  # fmt: skip
 
 
 class Packing:
@@ -178,7 +156,6 @@ class Packing:
         self._kept = kept or {}
         self._matrices: list[tuple] = []
         self._fold: tuple = (None,) * 8 + (0,) * 5
-        self._programs = 0
         self._is_transposed = False
 
     def matrix(self, name: str, w: Tensor, rows: int, columns: int) -> Tensor:
@@ -210,13 +187,14 @@ class Packing:
 
     def folded(
         self, name: str, w3: Tensor, b3: Tensor | None, gamma: Tensor | None, beta: Tensor | None
-    ) -> FoldedWeights:
-        """``w3 [D_C, C]`` with LayerNorm's ``gamma`` and ``beta`` folded in; one to a launch."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """W', wg, wb and scale, 2^-k or None for 1, of ``w3 [D_C, C]`` and LayerNorm's ``gamma`` and ``beta``; one to a
+        launch."""
         (rows, columns), wide = w3.shape, round_up(w3.shape[1], K_MULTIPLE)
         out, is_kept = self._new(f"{name}.w", (rows, wide), self.dtype, w3)
         wanted = ("wg", "wb", "scale") if self.dtype is torch.float16 else ("wg", "wb")
         vectors = [self._new(f"{name}.{part}", (rows,), torch.float32, w3) for part in wanted]
-        folded = FoldedWeights(out, *(vector for vector, _ in vectors), *(None,) * (3 - len(wanted)))
+        folded = (out, *(vector for vector, _ in vectors), *(None,) * (3 - len(wanted)))
         if not (is_kept and all(known for _, known in vectors)):
             self._fold = (w3, b3, gamma, beta, *folded, rows, columns, *w3.stride(), wide)
         return folded

@@ -37,7 +37,8 @@ class GatedMixingWeights(NamedTuple):
 
 
 class FirstWeights(NamedTuple):
-    """fc1 of the channel half: ``wg``, ``wb`` where LayerNorm is folded, else ``bias``, ``gamma``, ``beta``."""
+    """fc1 of the channel half: ``wg``, ``wb`` where LayerNorm is folded, equation (8) of docs/maths.md, else ``bias``,
+    ``gamma``, ``beta``."""
 
     right: Tensor  # [D_C, C_pad]
     bias: Tensor | None = None  # [D_C]
@@ -82,8 +83,8 @@ def fc1_weights(packing: Packing, half: Half, stream: torch.dtype) -> FirstWeigh
     """``w_in [D_C, C]``, for a ``stream`` in which LayerNorm can be folded into it, or to be applied beside it."""
     gamma, beta, w3, b3, _, _ = half
     if stream is packing.dtype and stream.itemsize == 2:
-        folded = packing.folded("w3", w3, b3, gamma, beta)
-        return FirstWeights(folded.w3, wg=folded.wg, wb=folded.wb, scale=folded.scale)
+        right, wg, wb, scale = packing.folded("w3", w3, b3, gamma, beta)
+        return FirstWeights(right, wg=wg, wb=wb, scale=scale)
     return FirstWeights(product_weight(packing, "w3", w3), b3, gamma, beta)
 
 

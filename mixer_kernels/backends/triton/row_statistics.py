@@ -67,6 +67,18 @@ def _row_statistics_kernel(
     tl.store(rstd_ptr + offs_r, 1.0 / tl.sqrt_rn(m2 / C + eps), mask=mask_r)
 
 
+@triton.jit
+def load_affine(gamma_ptr, beta_ptr, channel, mask, N: tl.constexpr):
+    """LayerNorm's weight and bias at ``channel``; 1 and 0 where there is none."""
+    gamma = tl.full((N,), 1.0, tl.float32)
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    beta = tl.zeros((N,), tl.float32)
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    return gamma, beta
+
+
 def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and rstd ``[B * S]`` in float32 of ``x [B, S, C]``, read as it is strided."""
     batch_size, tokens, channels = x.shape

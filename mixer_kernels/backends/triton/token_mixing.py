@@ -30,6 +30,7 @@ from .activation import activation_of
 from .launch import launch, needs_int64
 from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
 from .prepack import TokenWeights
+from .row_statistics import load_affine
 
 
 @triton.jit
@@ -38,12 +39,7 @@ def _channels_of_program(gamma_ptr, beta_ptr, C, BLOCK_C: tl.constexpr, INT64: t
     c_tiles = tl.cdiv(C, BLOCK_C)
     image = (tl.program_id(0) // c_tiles).to(tl.int64)
     offs_c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    gamma = tl.full((BLOCK_C,), 1.0, tl.float32)
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-    beta = tl.zeros((BLOCK_C,), tl.float32)
-    if beta_ptr is not None:
-        beta = tl.load(beta_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+    gamma, beta = load_affine(gamma_ptr, beta_ptr, offs_c, offs_c < C, BLOCK_C)
     if INT64:
         offs_c = offs_c.to(tl.int64)
     return image, offs_c, gamma, beta

@@ -23,6 +23,7 @@ from .activation import activation_of
 from .launch import launch, needs_int64
 from .noise import kept_branch, kept_hidden, kept_image, noise_arguments
 from .prepack import TokenWeights
+from .row_statistics import load_affine
 
 
 @triton.jit
@@ -79,14 +80,7 @@ def _token_product_kernel(
     offs_c = c_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     if FIRST:
-        if gamma_ptr is not None:
-            gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        else:
-            gamma = tl.full((BLOCK_C,), 1.0, tl.float32)
-        if beta_ptr is not None:
-            beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        else:
-            beta = tl.zeros((BLOCK_C,), tl.float32)
+        gamma, beta = load_affine(gamma_ptr, beta_ptr, offs_c, mask_c, BLOCK_C)
     offs_k = tl.arange(0, BLOCK_K)
     w_tile_ptr = w_ptr + offs_m[:, None] * K_PAD + offs_k[None, :]
     if INT64:

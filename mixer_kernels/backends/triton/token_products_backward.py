@@ -100,20 +100,14 @@ def token_gradients_by_products(
     g: Tensor, x: Tensor, norm: Norm, half: Half, options: Options
 ) -> tuple[Tensor, Tensor]:
     """``a [B, D_S, C]`` and dz ``[B, rows of w1, C]`` from ``g [B, S, C]``, any S; z is recomputed."""
-    packing, hidden = Packing(options.dtype), half.w_out.shape[1]
-    sizes = padded_sizes(x.shape[1], hidden, x.device, options.without_noise())
+    (batch_size, tokens, channels), hidden = g.shape, half.w_out.shape[1]
+    packing = Packing(options.dtype)
+    sizes = padded_sizes(tokens, hidden, x.device, options.without_noise())
     weights = first_token_weights(packing, half, *sizes)
     w2 = transposed_weight(packing, "w2", half.w_out)
     packing.run()
     z = token_hidden(x, norm, *weights, hidden, options)
-    return token_gelu_backward(g, w2, z, options)
-
-
-def token_gelu_backward(g: Tensor, w2: Tensor, z: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """``a [B, D_S, C]`` and dz from ``g [B, S, C]``, ``w2``, packed, and z ``[B, rows of w1, C]``, where dz goes."""
-    batch_size, tokens, channels = g.shape
     config = token_gelu_backward_config(target_of(g.device), options.dtype, options.exact, glu=options.glu)
-    hidden = z.shape[1] // (1 + options.glu)
     a = torch.empty(batch_size, hidden, channels, dtype=z.dtype, device=z.device)
     launch(
         _token_gelu_bwd_kernel, batch_size * cdiv(hidden, config.block_m) * cdiv(channels, config.block_n),
