@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixer_kernels.backends.arguments import Half, Options
 from mixer_kernels.backends.cuda.library import TYPES, layout, limits_of, loaded, noise_of, pointer, stream_of
-from mixer_kernels.backends.cuda.prepack import channel_backward_packs, channel_weights, token_weights
+from mixer_kernels.backends.cuda.prepack import Packing, channel_backward_packs
 from mixer_kernels.backends.rounding import round_up
 
 TILES = {"wide": 0, "wide ping-pong": 1, "ping-pong": 2, "narrow": 3}  # mk_sm90_tile
@@ -46,7 +46,8 @@ class TokenMixing:
         self.x, self.approximate = x, approximate
         self.parameters = block.token()
         self.mean, self.rstd = statistics_of(x)
-        self.weights, self.packed = token_weights(Half(*self.parameters), x.dtype, sm90=True)
+        self.packing = Packing(x.dtype)  # holds the packs
+        self.weights = self.packing.token(Half(*self.parameters), sm90=True)
         self.variants = {**TOKEN_VARIANTS, **(TOKEN_VARIANTS_TO_64 if x.shape[1] <= 64 else {})}
 
     def run(self, variant: str, noise: Options = NO_NOISE) -> Tensor:
@@ -79,7 +80,8 @@ class ChannelProducts:
         self.g = torch.randn_like(u)
         self.z = self._rows().copy_(torch.randn(len(self.mean), self.hidden, device=u.device))
         self.a = self._rows().copy_(F.gelu(self.z.float(), approximate=approximate))
-        self.first, self.second, self.packed = channel_weights(half, dtype, folded=True)
+        self.packing = Packing(dtype)  # holds the packs
+        self.first, self.second = self.packing.channel(half, folded=True)
         _, self.backward = channel_backward_packs(half, dtype, folded=True, keeps_z=True, norm=False)
 
     def _rows(self) -> Tensor:

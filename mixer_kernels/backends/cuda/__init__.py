@@ -30,7 +30,7 @@ from .backward import (
 )
 from .block import mixer_block_forward, mixer_block_plan
 from .library import TYPES, has, layout, limits_of, loaded, noise_of, pointer, sm90_takes, stream_of, why_not
-from .prepack import Packing, channel_weights, token_weights
+from .prepack import Packing
 
 
 def token_mixing_forward(
@@ -46,17 +46,13 @@ def token_mixing_forward(
         return u, mean, rstd
     dtype = options.dtype
     with device_of(x):
-        sm90 = sm90_takes(x, dtype, sm90, tokens=True)
-        if packing is None:
-            weights, packed = token_weights(half, dtype, sm90)
-        else:
-            weights, packed = packing.token(half, sm90), packing
+        packing = packing or Packing(dtype)
+        weights = packing.token(half, sm90_takes(x, dtype, sm90, tokens=True))
         a = _token_scratch(x, half, dtype)
         loaded().token_mixing_forward(
             layout(x), x.shape, options.eps, weights, TYPES[dtype], options.tanh, noise_of(options), limits_of(x),
             pointer(mean), pointer(rstd), pointer(a), pointer(u), stream_of(x),
         )  # fmt: skip
-        del packed  # its memory is read until here
     return u, mean, rstd
 
 
@@ -78,18 +74,14 @@ def channel_mixing_forward(
     z = new_z(u, half.w_in.shape[0], options) if keep_z else None
     if u.numel() > 0:
         with device_of(u):
-            folded = u.dtype is dtype
-            if packing is None:
-                first, second, packed = channel_weights(half, dtype, folded)
-            else:
-                (first, second), packed = packing.channel(half, folded), packing
+            packing = packing or Packing(dtype)
+            first, second = packing.channel(half, folded=u.dtype is dtype)
             a = new_z(u, half.w_in.shape[0], options)
             loaded().channel_mixing_forward(
                 layout(u), u.shape, options.eps, first, second, TYPES[dtype], options.tanh, noise_of(options),
                 limits_of(u), sm90_takes(u, dtype, sm90), pointer(mean), pointer(rstd), pointer(a), pointer(z),
                 a.stride(0), pointer(y), stream_of(u),
             )  # fmt: skip
-            del packed  # its memory is read until here
     return y, mean, rstd, z
 
 

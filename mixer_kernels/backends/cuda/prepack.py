@@ -3,9 +3,8 @@
 They are made in the call that uses them, by one launch, into one piece of memory, and go with it: nothing is kept that
 a later write to a parameter could make stale. A weight that is already what a kernel takes is passed on as it is.
 
-Kernels take addresses. Beside them each function returns the memory, to be held until the kernels that read it are
-launched: it is freed in the order of the stream. ``Packing`` makes tensors, for an owner who promises that weights
-stay.
+Kernels take addresses. What gives them holds the memory too, until the kernels that read it are launched: it is freed
+in the order of the stream. ``Packing`` makes tensors of it, for an owner who promises that weights stay.
 """
 
 from __future__ import annotations
@@ -87,24 +86,6 @@ class ChannelBackward(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- forward pass
 
 
-def token_weights(half: Half, dtype: torch.dtype, sm90: bool) -> tuple[TokenWeights, Packed]:
-    """All that the forward pass of the token half takes, in ``dtype``; ``sm90``: for the kernel of csrc/sm90."""
-    sizes, wanted = _token(half, dtype, sm90)
-    packed = pack(wanted, None, half.w_in)
-    return TokenWeights(*sizes, *packed.addresses, sm90), packed
-
-
-def channel_weights(half: Half, dtype: torch.dtype, folded: bool) -> tuple[FirstWeights, SecondWeights, Packed]:
-    """All that the forward pass of the channel half takes, in ``dtype``."""
-    wanted, fold = _channel(half, dtype, folded)
-    packed = pack(wanted, fold, half.w_in)
-    return (
-        _first_weights(half.w_in.shape[0], packed.addresses, packed.folds),
-        SecondWeights(*packed.addresses[-2:]),
-        packed,
-    )
-
-
 class BlockPacks(NamedTuple):
     """The packs of the forward pass of a whole block, for one launch."""
 
@@ -122,57 +103,64 @@ class BlockPacks(NamedTuple):
 
 
 def block_packs(tokens: Half, channels: Half, dtype: torch.dtype, folded: bool, sm90: bool) -> BlockPacks:
-    """As ``token_weights`` and ``channel_weights`` for both halves."""
+    """As ``Packing`` for both halves, but by one launch; ``folded``, ``sm90``: as there."""
     sizes, of_tokens = _token(tokens, dtype, sm90)
     of_channels, fold = _channel(channels, dtype, folded)
     return BlockPacks(lay_out([*of_tokens, *of_channels], fold), sizes, channels.w_in.shape[0], sm90)
 
 
 class Packing:
-    """Packs of weights that their owner promises to leave as they are: made once, then ``kept``, by their names.
+    """The weights of one forward pass in ``dtype``, to be held until the kernels that read them are launched.
 
-    What is not among ``kept``, for another dtype or other kernels, is packed as in any call, and put into ``made``.
-    Weights that need nothing are in neither.
+    What is in ``kept``, by name, was packed before for an owner who promises that weights stay, and is taken as it is;
+    all else is packed in the call.
     """
 
     def __init__(self, dtype: torch.dtype, kept: Mapping[str, Tensor] | None = None) -> None:
         self.dtype = dtype
-        self.made: dict[str, Tensor] = {}
-        self._kept = kept or {}
+        self._kept = kept
+        self._packed: list[tuple[str, Sequence[str], Sequence[Wanted], Packed]] = []
 
     def token(self, half: Half, sm90: bool) -> TokenWeights:
-        """As ``token_weights``."""
+        """All that the token half takes; ``sm90``: for the kernel of csrc/sm90."""
         sizes, wanted = _token(half, self.dtype, sm90)
         names = ("w1", "b1", "w2", "b2", "gamma", "beta")
-        kind = f"token {self.dtype}{' sm90' if sm90 else ''}"
-        return TokenWeights(*sizes, *self._addresses(kind, names, wanted, None), sm90)
+        return TokenWeights(*sizes, *self._addresses("token sm90" if sm90 else "token", names, wanted, None), sm90)
 
     def channel(self, half: Half, folded: bool) -> tuple[FirstWeights, SecondWeights]:
-        """As ``channel_weights``."""
+        """All that the channel half takes."""
         wanted, fold = _channel(half, self.dtype, folded)
         if fold is None:
             names = ("w3", "b3", "gamma", "beta", "w4", "b4")
-            addresses = self._addresses(f"channel {self.dtype}", names, wanted, None)
+            addresses = self._addresses("channel", names, wanted, None)
             return _first_weights(half.w_in.shape[0], addresses, ()), SecondWeights(*addresses[4:])
         names = ("w4", "b4", "w3", "wg", "wb", "scale")
-        addresses = self._addresses(f"channel {self.dtype} folded", names, wanted, fold)
+        addresses = self._addresses("channel folded", names, wanted, fold)
         return _first_weights(half.w_in.shape[0], (), addresses[2:]), SecondWeights(*addresses[:2])
+
+    @property
+    def made(self) -> dict[str, Tensor]:
+        """What was packed now, by name. A weight that needs nothing is no pack: its owner keeps it."""
+        made = {}
+        for kind, names, wanted, packed in self._packed:
+            for name, each, address in zip(names, wanted, packed.addresses + packed.folds, strict=True):
+                t = _as_tensor(each, address, packed)
+                if t is not None and (each.w is None or address != each.w.data_ptr()):
+                    made[self._name(kind, name)] = t
+        return made
 
     def _addresses(self, kind: str, names: Sequence[str], wanted: Sequence[Wanted], fold: Fold | None) -> list[int]:
         """Of ``wanted``, and of the four results of ``fold`` behind them."""
-        full = [f"{kind} {name}" for name in names]
-        tensors = [self._kept.get(name) for name in full]
+        tensors = [self._kept.get(self._name(kind, name)) for name in names] if self._kept else ()
         if any(t is not None for t in tensors):  # they were made together: the others need nothing
             sources = [each.w for each in wanted] + [None] * 4
             return [pointer(source if t is None else t) for t, source in zip(tensors, sources, strict=False)]
         packed = pack(wanted, fold, wanted[0].w)
-        results = zip(full, (*wanted, *(fold.results() if fold else ())), strict=True)
-        addresses = packed.addresses + packed.folds
-        for (name, each), address in zip(results, addresses, strict=True):
-            t = _as_tensor(each, address, packed)
-            if t is not None and (each.w is None or address != each.w.data_ptr()):
-                self.made[name] = t
-        return addresses
+        self._packed.append((kind, names, (*wanted, *(fold.results() if fold else ())), packed))
+        return packed.addresses + packed.folds
+
+    def _name(self, kind: str, name: str) -> str:
+        return f"{kind} {self.dtype} {name}"
 
 
 # ------------------------------------------------------------------------------------------------------ backward pass
