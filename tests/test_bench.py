@@ -26,7 +26,7 @@ from mixer_kernels.bench.progress import no_progress, progress_line
 from mixer_kernels.bench.providers import EAGER, PROVIDERS, CannotRun, Provider, Weights, function_providers
 from mixer_kernels.bench.report import Row, closing_lines, group_lines, group_rows, table
 from mixer_kernels.bench.run import is_defect, run_group
-from mixer_kernels.bench.timing import DeviceClock, HostClock, Samples, _measure, measure, rotated_inputs
+from mixer_kernels.bench.timing import DeviceClock, Samples, measure, rotated_inputs
 from mixer_kernels.bench.whole_model import EagerMixer, randomize_
 from mixer_kernels.shapes import SPECS, MixerShape
 
@@ -253,7 +253,7 @@ def test_event_pairs_leave_the_wait_out_and_keep_candidates_apart():
     device = FakeDevice()
     clock = DeviceClock(CPU, new_event=device.event, synchronize=lambda _: None, wait=device.wait)
     candidates = {"a": device.call(2.0), "b": device.call(0.5)}
-    samples = _measure(clock, candidates, small_inputs(small_case()), 1.0, 3, 6, no_progress)
+    samples = measure(candidates, small_inputs(small_case()), seconds=1.0, min_rounds=3, max_rounds=6, clock=clock)
     assert 3 <= len(samples["a"].seconds) == len(samples["b"].seconds) <= 6
     assert samples["a"].seconds == pytest.approx([2.0] * len(samples["a"].seconds))
     assert samples["b"].seconds == pytest.approx([0.5] * len(samples["b"].seconds))
@@ -264,7 +264,7 @@ def test_rounds_are_interleaved_and_inputs_rotated():
     inputs = list(torch.arange(3.0).unbind())
     log: list[tuple[str, float]] = []
     candidates = {name: (lambda x, name=name: log.append((name, x.item()))) for name in "ab"}
-    samples = _measure(HostClock(), candidates, inputs, 1.0, 4, 4, no_progress)
+    samples = measure(candidates, inputs, seconds=1.0, min_rounds=4, max_rounds=4)
     rounds = log[-8:]
     assert [name for name, _ in rounds] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert [x for _, x in rounds] == [0, 0, 1, 1, 2, 2, 0, 0]

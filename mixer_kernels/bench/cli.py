@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if device.type != "cpu":
                 raise ValueError("--threads is of the CPU: it goes with --device cpu")
             torch.set_num_threads(arguments.threads)
+        for path in filter(None, (arguments.json, arguments.plot)):
+            if not Path(path).parent.is_dir():
+                raise ValueError(f"there is no directory {str(Path(path).parent)!r} to write {path!r} into")
         if arguments.dtype == "tf32" and device.type != "cuda":
             raise ValueError("--dtype tf32 is a mode of CUDA devices; on a CPU use fp32")
         if arguments.model in SERIES_MODELS:
@@ -54,9 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_alone(arguments, parser, "saved_bytes", ("model", "img_size", "dtype", "json"))
         if arguments.host:
             _check_alone(arguments, parser, "host", ("seconds",))
-        for path in filter(None, (arguments.json, arguments.plot)):
-            if not Path(path).parent.is_dir():
-                raise ValueError(f"there is no directory {str(Path(path).parent)!r} to write {path!r} into")
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     if arguments.saved_bytes:
@@ -101,8 +101,6 @@ def _series(arguments: argparse.Namespace, parser: argparse.ArgumentParser, devi
         raise ValueError(f"--model {arguments.model} is measured on the CPU: add --device cpu")
     takes = ("device", "batch_size", "mode", "threads", "dtype", "baseline", "seconds", "json")
     _check_alone(arguments, parser, "model", takes)
-    if arguments.json and not Path(arguments.json).parent.is_dir():
-        raise ValueError(f"there is no directory {str(Path(arguments.json).parent)!r} to write {arguments.json!r} into")
     dtype = arguments.dtype or "fp32"
     if dtype not in SERIES_DTYPES:
         raise ValueError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import statistics
 import tempfile
 import time
@@ -28,16 +27,17 @@ from ..patch import fuse_
 from .cases import DTYPES
 from .run import describe
 from .series_models import CHANNELS, CONTEXT, PREDICTION, Forecast, series_model
+from .timing import HostClock, measure
 
 OURS = "mixer_kernels"
 SERIES_BASELINES = ("compile", "ort", "openvino")
 SAMPLE_SECONDS = 0.02  # at least, by as many calls
-MIN_ROUNDS, MAX_ROUNDS = 9, 200
+MIN_ROUNDS = 9
 # RMS, of a result or a gradient, beside eager's in the same dtype.
 MOST_RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 5e-2}
 SERIES_DTYPES = tuple(MOST_RELATIVE_ERROR)
 
-Function = Callable[[], Any]
+Function = Callable[[Tensor], Any]  # of past values
 logger = logging.getLogger("mixer_kernels")
 
 
@@ -83,10 +83,10 @@ def series_rows(
             say(f"preparing {provider}")
             try:
                 if mode == "train":
-                    function, check = _step(provider, model, past, future)
+                    function, check = _step(provider, model, future)
                 else:
                     function = check = _forecast(provider, model, past, threads, Path(folder))
-                result = check()
+                result = check(past)
                 expected = result if expected is None else expected
                 error = max(map(_relative_error, result, expected))
                 if not error <= MOST_RELATIVE_ERROR[dtype]:
@@ -99,17 +99,18 @@ def series_rows(
                     raise
                 logger.debug("%s failed", provider, exc_info=True)
                 reasons[provider] = describe(error)
-        say("measuring")
-        times = _measure(functions, seconds, time.process_time if threads == 1 else time.perf_counter)
+        clock = HostClock(time.process_time if threads == 1 else time.perf_counter, SAMPLE_SECONDS)
+        samples = measure(functions, [past], seconds=seconds, min_rounds=MIN_ROUNDS, progress=say, clock=clock)
     head = (name, mode, batch_size, threads, dtype)
     rows = []
     for provider in [*functions, *reasons]:
         if provider in reasons:
             rows.append(SeriesRow(*head, provider, reason=reasons[provider]))
             continue
-        ratios = sorted(e / t for e, t in zip(times["eager"], times[provider], strict=True))
+        own = samples[provider]
+        ratios = sorted(e / t for e, t in zip(samples["eager"].seconds, own.seconds, strict=True))
         figures = (statistics.median(ratios), _percentile(ratios, 0.2), _percentile(ratios, 0.8))
-        rows.append(SeriesRow(*head, provider, statistics.median(times[provider]) * 1e3, *figures, len(ratios)))
+        rows.append(SeriesRow(*head, provider, own.median * 1e3, *figures, len(ratios)))
     return rows
 
 
@@ -127,7 +128,7 @@ def _forecast(provider: str, model: nn.Module, past: Tensor, threads: int, folde
             _exported(model, past, folder), options, providers=["CPUExecutionProvider"]
         )
         feed = {session.get_inputs()[0].name: past.numpy()}
-        return lambda: [torch.from_numpy(session.run(None, feed)[0])]
+        return lambda _: [torch.from_numpy(session.run(None, feed)[0])]
     if provider == "openvino":
         import openvino
 
@@ -136,10 +137,10 @@ def _forecast(provider: str, model: nn.Module, past: Tensor, threads: int, folde
         request = core.compile_model(core.read_model(_exported(model, past, folder)), "CPU", hints)
         request = request.create_infer_request()
         feed = {0: past.numpy()}
-        return lambda: [torch.from_numpy(next(iter(request.infer(feed).values())))]
+        return lambda _: [torch.from_numpy(next(iter(request.infer(feed).values())))]
     run = _of_pytorch(provider, model)
 
-    def forecast() -> list[Tensor]:
+    def forecast(past: Tensor) -> list[Tensor]:
         with torch.no_grad():
             return [run(past)]
 
@@ -154,7 +155,7 @@ def _exported(model: nn.Module, past: Tensor, folder: Path) -> str:
     return str(path)
 
 
-def _step(provider: str, model: nn.Module, past: Tensor, future: Tensor) -> tuple[Function, Function]:
+def _step(provider: str, model: nn.Module, future: Tensor) -> tuple[Function, Function]:
     """Forward with dropout, loss, backward; and the gradients without dropout, to be checked."""
     if provider in ("ort", "openvino"):
         raise ValueError("it does not train")
@@ -162,12 +163,12 @@ def _step(provider: str, model: nn.Module, past: Tensor, future: Tensor) -> tupl
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     run = _of_pytorch(provider, model)
 
-    def step() -> None:
+    def step(past: Tensor) -> None:
         run(past_values=past, future_values=future).loss.backward()
         for parameter in parameters:
             parameter.grad = None
 
-    def gradients() -> list[Tensor]:
+    def gradients(past: Tensor) -> list[Tensor]:
         model.eval()
         loss = run(past_values=past, future_values=future).loss
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -189,32 +190,6 @@ def _of_pytorch(provider: str, model: nn.Module) -> Callable[..., Any]:
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm()).item()
-
-
-def _measure(functions: dict[str, Function], seconds: float, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of a call, round by round, about ``seconds`` for each function."""
-    repeats = {}
-    for name, function in functions.items():
-        function()
-        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(_seconds(function, 1, clock), 1e-6)))
-    round_seconds = sum(
-        _seconds(function, repeats[name], clock) * repeats[name] for name, function in functions.items()
-    )
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds * len(functions) / round_seconds)))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(_seconds(functions[name], repeats[name], clock))
-    return times
-
-
-def _seconds(function: Function, repeats: int, clock: Callable[[], float]) -> float:
-    start = clock()
-    for _ in range(repeats):
-        function()
-    return (clock() - start) / repeats
 
 
 def _percentile(ordered: list[float], share: float) -> float:

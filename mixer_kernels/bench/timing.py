@@ -15,6 +15,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,8 @@ WARMUP_SECONDS = 0.2  # at least, on a GPU, for the clocks to leave idle; at mos
 CALL_ROUNDS = 20
 MAX_WAIT_SECONDS = 0.05
 WAIT_CLOCK_HZ = 2e9  # at a lower clock the wait is longer, never too short
+
+Function = Callable[[Tensor], object]
 
 
 @dataclass
@@ -62,81 +66,75 @@ def rotated_inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.devic
 
 
 def measure(
-    candidates: dict[str, Callable[[Tensor], object]],
+    candidates: dict[str, Function],
     inputs: Sequence[Tensor],
     *,
     seconds: float = 0.5,
     min_rounds: int = 3,
     max_rounds: int = 200,
     progress: Callable[[str], None] = lambda text: None,
+    clock: HostClock | DeviceClock | None = None,
 ) -> dict[str, Samples]:
-    """Time every candidate on ``inputs``, about ``seconds`` for each of them.
+    """Time every candidate on ``inputs``, about ``seconds`` for each of them, by default by their device's clock.
 
     Returns one ``Samples`` a candidate, all with the same number of rounds, between ``min_rounds`` and ``max_rounds``.
     """
-    device = inputs[0].device
-    if device.type != "cuda":
-        return _measure(HostClock(), candidates, inputs, seconds, min_rounds, max_rounds, progress)
-    with torch.cuda.device(device):  # events belong to the current device
-        return _measure(DeviceClock(device), candidates, inputs, seconds, min_rounds, max_rounds, progress)
-
-
-def _measure(
-    clock: HostClock | DeviceClock,
-    candidates: dict[str, Callable[[Tensor], object]],
-    inputs: Sequence[Tensor],
-    seconds: float,
-    min_rounds: int,
-    max_rounds: int,
-    progress: Callable[[str], None],
-) -> dict[str, Samples]:
-    for name, function in candidates.items():
-        progress(f"warming up {name}")
-        clock.warm_up(function, inputs)
-    round_seconds = sum(clock.estimate(function, inputs[0]) for function in candidates.values())
-    budget = seconds * len(candidates)
-    rounds = max(min_rounds, min(max_rounds, int(budget / round_seconds) if round_seconds else max_rounds))
-    samples = {name: Samples() for name in candidates}
-    names = list(candidates)
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            clock.queue(name, candidates[name], inputs[index % len(inputs)])
-        for name, elapsed in clock.read():
-            samples[name].seconds.append(elapsed)
-        if index % max(1, rounds // 20) == 0:
-            progress(f"round {index + 1} of {rounds}")
-    for name, function in candidates.items():
-        samples[name].call_seconds = clock.call_seconds(function, inputs, min(rounds, CALL_ROUNDS))
+    device, current_device = inputs[0].device, contextlib.nullcontext()
+    if device.type == "cuda":
+        clock, current_device = clock or DeviceClock(device), torch.cuda.device(device)  # which events belong to
+    clock = clock or HostClock()
+    with current_device:
+        for name, function in candidates.items():
+            progress(f"warming up {name}")
+            clock.warm_up(function, inputs)
+        round_seconds = sum(clock.estimate(function, inputs[0]) for function in candidates.values())
+        budget = seconds * len(candidates)
+        rounds = max(min_rounds, min(max_rounds, int(budget / round_seconds) if round_seconds else max_rounds))
+        samples = {name: Samples() for name in candidates}
+        names = list(candidates)
+        for index in range(rounds):
+            first = index % len(names)
+            for name in names[first:] + names[:first]:
+                clock.queue(name, candidates[name], inputs[index % len(inputs)])
+            for name, elapsed in clock.read():
+                samples[name].seconds.append(elapsed)
+            if index % max(1, rounds // 20) == 0:
+                progress(f"round {index + 1} of {rounds}")
+        for name, function in candidates.items():
+            samples[name].call_seconds = clock.call_seconds(function, inputs, min(rounds, CALL_ROUNDS))
     return samples
 
 
 class HostClock:
-    """Times calls that are over when they return."""
+    """Times calls that are over when they return; short ones again and again, for ``least_seconds`` of ``now``."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter, least_seconds: float = 0.0) -> None:
+        self._now, self._least_seconds = now, least_seconds
+        self._repeats: dict[Function, int] = {}
         self._elapsed: list[tuple[str, float]] = []
 
-    def warm_up(self, function: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> None:
+    def warm_up(self, function: Function, inputs: Sequence[Tensor]) -> None:
         start, index = time.perf_counter(), 0
         while index == 0 or (index < WARMUP_ROUNDS and time.perf_counter() - start < WARMUP_SECONDS):
-            function(inputs[index % len(inputs)])
+            once = self.estimate(function, inputs[index % len(inputs)])
             index += 1
+        self._repeats[function] = max(1, math.ceil(self._least_seconds / max(once, 1e-6)))
 
-    def estimate(self, function: Callable[[Tensor], object], x: Tensor) -> float:
-        start = time.perf_counter()
-        function(x)
-        return time.perf_counter() - start
+    def estimate(self, function: Function, x: Tensor) -> float:
+        start = self._now()
+        for _ in range(self._repeats.get(function, 1)):
+            function(x)
+        return self._now() - start
 
-    def queue(self, name: str, function: Callable[[Tensor], object], x: Tensor) -> None:
-        self._elapsed.append((name, self.estimate(function, x)))
+    def queue(self, name: str, function: Function, x: Tensor) -> None:
+        self._elapsed.append((name, self.estimate(function, x) / self._repeats[function]))
 
     def read(self) -> list[tuple[str, float]]:
         """The calls queued since the last read, as (name, seconds)."""
         elapsed, self._elapsed = self._elapsed, []
         return elapsed
 
-    def call_seconds(self, function: Callable[[Tensor], object], inputs: Sequence[Tensor], rounds: int) -> list[float]:
+    def call_seconds(self, function: Function, inputs: Sequence[Tensor], rounds: int) -> list[float]:
         return []
 
 
@@ -154,17 +152,17 @@ class DeviceClock:
         self._new_event = new_event
         self._synchronize = synchronize
         self._wait = wait or torch.cuda._sleep
-        self._wait_cycles: dict[Callable[[Tensor], object], int] = {}
+        self._wait_cycles: dict[Function, int] = {}
         self._pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def warm_up(self, function: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> None:
+    def warm_up(self, function: Function, inputs: Sequence[Tensor]) -> None:
         start, index = time.perf_counter(), 0
         while index < WARMUP_ROUNDS or time.perf_counter() - start < WARMUP_SECONDS:
             function(inputs[index % len(inputs)])
             self._synchronize(self._device)
             index += 1
 
-    def estimate(self, function: Callable[[Tensor], object], x: Tensor) -> float:
+    def estimate(self, function: Function, x: Tensor) -> float:
         """Seconds from call to end on the device; also learns how long the host needs to queue the call."""
         self._synchronize(self._device)
         start = time.perf_counter()
@@ -175,7 +173,7 @@ class DeviceClock:
         self._wait_cycles[function] = int(wait * WAIT_CLOCK_HZ)
         return time.perf_counter() - start + wait
 
-    def queue(self, name: str, function: Callable[[Tensor], object], x: Tensor) -> None:
+    def queue(self, name: str, function: Function, x: Tensor) -> None:
         start, end = self._new_event(), self._new_event()
         self._wait(self._wait_cycles[function])
         start.record()
@@ -189,7 +187,7 @@ class DeviceClock:
         pairs, self._pairs = self._pairs, []
         return [(name, start.elapsed_time(end) * 1e-3) for name, start, end in pairs]
 
-    def call_seconds(self, function: Callable[[Tensor], object], inputs: Sequence[Tensor], rounds: int) -> list[float]:
+    def call_seconds(self, function: Function, inputs: Sequence[Tensor], rounds: int) -> list[float]:
         """Seconds of single calls by the host's clock, the device idle before and after."""
         elapsed = []
         for index in range(rounds):
