@@ -197,26 +197,17 @@ def is_autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def check_token_shapes(x: Tensor, parameters: dict[str, Tensor | None], activation: str, half: str = "") -> None:
-    """Shapes of the parameters of token mixing, named ``gamma<half>`` and so on."""
-    tokens, w1 = x.shape[1], parameters["w1"]
-    check_columns("w1", w1, ("D_S", "tokens"), x, second=parameters["w2"])
-    rows = w1.shape[0]
-    check_norm(x, parameters, half)
-    check_shape("w2", parameters["w2"], (tokens, _hidden_units("w1", rows, activation)))
-    check_shape("b1", parameters["b1"], (rows,))
-    check_shape("b2", parameters["b2"], (tokens,))
-
-
-def check_channel_shapes(u: Tensor, parameters: dict[str, Tensor | None], activation: str, half: str = "") -> None:
-    """Shapes of the parameters of channel mixing, named ``gamma<half>`` and so on."""
-    channels, w3, name = u.shape[2], parameters["w3"], "x" if half else "u"
-    check_columns("w3", w3, ("D_C", "channels"), u, name, parameters["w4"])
-    rows = w3.shape[0]
-    check_norm(u, parameters, half, name)
-    check_shape("w4", parameters["w4"], (channels, _hidden_units("w3", rows, activation)))
-    check_shape("b3", parameters["b3"], (rows,))
-    check_shape("b4", parameters["b4"], (channels,))
+def check_half(x: Tensor, parameters: dict[str, Tensor | None], along: str, activation: str, x_name: str = "x") -> None:
+    """Shapes of the parameters of the half that mixes ``along`` "tokens" or "channels": gamma, beta, and both layers'
+    weights and biases, in this order, by their names."""
+    axis, units = (1, "D_S") if along == "tokens" else (2, "D_C")
+    _, _, w_in, b_in, w_out, b_out = parameters
+    check_columns(w_in, parameters[w_in], (units, along), x, x_name, parameters[w_out])
+    rows, extent = parameters[w_in].shape[0], x.shape[axis]
+    check_norm(x, parameters, x_name)
+    check_shape(w_out, parameters[w_out], (extent, _hidden_units(w_in, rows, activation)))
+    check_shape(b_in, parameters[b_in], (rows,))
+    check_shape(b_out, parameters[b_out], (extent,))
 
 
 def check_columns(
@@ -240,10 +231,9 @@ def check_columns(
     )
 
 
-def check_norm(x: Tensor, parameters: dict[str, Tensor | None], half: str = "", x_name: str = "x") -> None:
-    """Shapes of gamma and beta."""
-    for name in (f"gamma{half}", f"beta{half}"):
-        parameter = parameters[name]
+def check_norm(x: Tensor, parameters: dict[str, Tensor | None], x_name: str = "x") -> None:
+    """Shapes of gamma and beta, the first two."""
+    for name, parameter in [*parameters.items()][:2]:
         if parameter is not None and tuple(parameter.shape) != (x.shape[-1],):
             shape, channels = tuple(parameter.shape), x.shape[-1]
             raise ValueError(f"{name} has shape {shape}, expected ({channels},): {x_name} has {channels} channels")

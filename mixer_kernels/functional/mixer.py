@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backends import torch as torch_backend
 from ..backends.arguments import Half, Options
-from .checks import check, check_channel_shapes, check_token_shapes, choose, needs_grad, seeded
+from .checks import check, check_half, choose, needs_grad, seeded
 from .direct import Packs, key_of, known_call, run
 
 
@@ -70,7 +70,7 @@ def token_mixing(
         eps=eps, activation=activation, approximate=approximate, dropout_p=dropout_p, drop_path_p=drop_path_p
     )
     x, options = check(x, parameters, options)
-    check_token_shapes(x, parameters, activation)
+    check_half(x, parameters, "tokens", activation)
     name = _choose(backend, x, options, "token_mixing", half)
     return _token_mixing(x, half, options, name, key, packs)
 
@@ -129,7 +129,7 @@ def channel_mixing(
         drop_path_p=drop_path_p,
     )  # fmt: skip
     u, options = check(u, parameters, options, memory, name="u")
-    check_channel_shapes(u, parameters, activation)
+    check_half(u, parameters, "channels", activation, "u")
     return _channel_mixing(u, half, options, choose(backend, u, options, "channel_mixing"), memory, key, packs)
 
 
@@ -178,16 +178,14 @@ def mixer_block(
     known = known_call(key, packs)
     if known is not None:
         return known(x, both, packs)
-    parameters = {
-        "gamma1": gamma1, "beta1": beta1, "w1": w1, "b1": b1, "w2": w2, "b2": b2,
-        "gamma2": gamma2, "beta2": beta2, "w3": w3, "b3": b3, "w4": w4, "b4": b4,
-    }  # fmt: skip
+    of_tokens = {"gamma1": gamma1, "beta1": beta1, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    of_channels = {"gamma2": gamma2, "beta2": beta2, "w3": w3, "b3": b3, "w4": w4, "b4": b4}
     options = Options(
         eps=eps1, activation=activation, approximate=approximate, dropout_p=dropout_p, drop_path_p=drop_path_p
     )
-    x, options = check(x, parameters, options, memory, eps2)
-    check_token_shapes(x, parameters, activation, half="1")
-    check_channel_shapes(x, parameters, activation, half="2")
+    x, options = check(x, of_tokens | of_channels, options, memory, eps2)
+    check_half(x, of_tokens, "tokens", activation)
+    check_half(x, of_channels, "channels", activation)
     name = _choose(backend, x, options, "mixer_block", both if memory is not None else ())
     tokens, channels = Half(*both[:6]), Half(*both[6:])
     if name != "torch" and not options.noise and (memory is None or not needs_grad(x, *both)):

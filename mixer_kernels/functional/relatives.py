@@ -37,9 +37,8 @@ def token_linear(
         alpha, beta: of the affine map, ``[C]`` or None for 1 and 0.
         w, b: ``[S, S]`` and ``[S]`` or None.
         scale: LayerScale, ``[C]`` or None for 1.
-        drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
+        drop_path_p, packs: as for ``token_mixing``.
         backend: "auto", "triton" or "torch"; the cuda backend does not have it.
-        packs: as for ``token_mixing``.
 
     Returns:
         ``u [B, S, C]`` in ``x``'s dtype.
@@ -84,7 +83,7 @@ def spatial_gating(
         gamma, beta: LayerNorm's weight and bias, ``[C]`` or None.
         w, b: ``[S, S]`` and ``[S]`` or None.
         eps: added to the variance; > 0.
-        backend: "auto", "triton" or "torch"; the cuda backend does not have it.
+        backend: as for ``token_linear``.
 
     Returns:
         ``s [B, S, C]`` in ``h``'s dtype.
@@ -143,13 +142,10 @@ def gated_channel_mixing(
         w_gate, b_gate: ``[S, S]`` and ``[S]`` or None.
         w2, b2: ``[C, F / 2]`` and ``[C]`` or None.
         eps, gate_eps: added to the variances; > 0.
-        approximate: "none" for the erf form of GELU (timm), "tanh" for the tanh form (Flax).
-        dropout_p: probability of dropping an element after GELU and after the second product, in [0, 1].
-        drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
+        approximate, dropout_p, drop_path_p, packs: as for ``token_mixing``.
         memory: "fast" or "min", what training keeps: x, its row statistics and, "fast", the hidden units z;
             None for nothing, where no gradient will be asked for.
-        backend: "auto", "triton" or "torch"; the cuda backend does not have it.
-        packs: as for ``token_mixing``.
+        backend: as for ``token_linear``.
 
     Returns:
         ``y [B, S, C]`` in ``x``'s dtype.

@@ -124,21 +124,13 @@ def gated_mixer_layer(
 
     Args:
         x: ``[..., P, F]``, patches by features, any strides.
-        gamma1, beta1: LayerNorm's weight and bias before patches are mixed, ``[F]`` or None.
-        w1, b1: ``[H_P, P]`` and ``[H_P]`` or None.
-        w2, b2: ``[P, H_P]`` and ``[P]`` or None.
-        w_gate1, b_gate1: ``[P, P]`` and ``[P]``, or None: ``w_gate1`` None for no gate.
-        gamma2, beta2: LayerNorm's weight and bias before features are mixed, ``[F]`` or None.
-        w3, b3: ``[H_F, F]`` and ``[H_F]`` or None.
-        w4, b4: ``[F, H_F]`` and ``[F]`` or None.
-        w_gate2, b_gate2: ``[F, F]`` and ``[F]``, or None: ``w_gate2`` None for no gate.
-        eps: added to the variance; > 0; one, or one for each LayerNorm.
-        approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
-        dropout_p: probability of dropping an element after each GELU and each MLP, in [0, 1].
+        gamma1, beta1, w1, b1, w2, b2, w_gate1, b_gate1: as for ``gated_mixing`` of the patches, where K is P.
+        gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2: as for ``gated_mixing`` of the features, where K is F.
+        eps: of both LayerNorms, or of the first and the second.
+        approximate, dropout_p, packs: as for ``gated_mixing``.
         memory: what training keeps: "fast" ``x`` and u, "min" ``x`` alone; None where no gradient will be asked for.
         backend: "auto", "cpu", "triton" or "torch"; the cuda backend does not have it; triton takes a P and an F up
             to 256.
-        packs: as for ``token_mixing``.
 
     Returns:
         ``y`` in ``x``'s shape and dtype.
@@ -166,8 +158,8 @@ def gated_mixer_layer(
     }  # fmt: skip
     options = Options(eps=eps1, approximate=approximate, dropout_p=dropout_p)
     x, options = check(x, of_patches | of_features, options, memory, eps2, dim=4)
-    _check_mixer(x, of_patches, axis=-2, half="1")
-    _check_mixer(x, of_features, axis=-1, half="2")
+    _check_mixer(x, of_patches, axis=-2)
+    _check_mixer(x, of_features, axis=-1)
     name = choose(backend, x, options, "gated_mixer_layer", *_too_long(max(x.shape[2:])), parameters=both)
     patches, features = GatedHalf(*both[:8]), GatedHalf(*both[8:])
     if name == "torch":
@@ -191,7 +183,7 @@ def _in_shape(y: Tensor, shape: torch.Size) -> Tensor:
     return y if y.shape == shape else y.view(shape)
 
 
-def _check_mixer(x: Tensor, parameters: dict[str, Tensor | None], axis: int, half: str = "") -> None:
+def _check_mixer(x: Tensor, parameters: dict[str, Tensor | None], axis: int) -> None:
     """Shapes of the parameters of what mixes ``axis``, in the order of the signatures above."""
     extent, weight = x.shape[axis], list(parameters.values())[2]
     _, _, w1, b1, w2, b2, w_gate, b_gate = parameters
@@ -202,7 +194,7 @@ def _check_mixer(x: Tensor, parameters: dict[str, Tensor | None], axis: int, hal
         raise ValueError(
             f"{w1} has shape {tuple(weight.shape)}: built for {weight.shape[1]} along axis {axis}, x has {extent}"
         )
-    check_norm(x, parameters, half)
+    check_norm(x, parameters)
     for name, expected in (
         (b1, (hidden,)), (w2, (extent, hidden)), (b2, (extent,)), (w_gate, (extent, extent)), (b_gate, (extent,)),
     ):  # fmt: skip
