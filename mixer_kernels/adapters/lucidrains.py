@@ -74,24 +74,18 @@ class _FusedPreNormResidual(Fused):
     def compute(self, x: Tensor, options: Options) -> Tensor:
         norm = self.norm
         dense1, act, drop, dense2, _ = self.fn
-        noise = {"approximate": approximate_of(act), "dropout_p": dropout_p_of(drop), "packs": self.packs()}
+        arguments = {
+            "eps": norm.eps,
+            "approximate": approximate_of(act),
+            "dropout_p": dropout_p_of(drop),
+            "backend": options.backend,
+            "packs": self.packs(),
+        }
         if type(dense1) is nn.Linear:
-            return functional.channel_mixing(
-                x,
-                *(norm.weight, norm.bias, dense1.weight, dense1.bias, dense2.weight, dense2.bias),
-                eps=norm.eps,
-                memory=options.memory,
-                backend=options.backend,
-                **noise,
-            )
+            layers = (norm.weight, norm.bias, dense1.weight, dense1.bias, dense2.weight, dense2.bias)
+            return functional.channel_mixing(x, *layers, memory=options.memory, **arguments)
         w1, w2 = dense1.weight.squeeze(2), dense2.weight.squeeze(2)  # a pointwise Conv1d's are [out, in, 1]
-        return functional.token_mixing(
-            x,
-            *(norm.weight, norm.bias, w1, dense1.bias, w2, dense2.bias),
-            eps=norm.eps,
-            backend=options.backend,
-            **noise,
-        )
+        return functional.token_mixing(x, norm.weight, norm.bias, w1, dense1.bias, w2, dense2.bias, **arguments)
 
 
 class FusedPreNormResidual(_FusedPreNormResidual, mlp_mixer_pytorch.PreNormResidual):

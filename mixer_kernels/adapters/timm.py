@@ -49,6 +49,12 @@ class FusedMixerBlock(Fused, MixerBlock):
         return modules.fused(self, x, memory=memory, backend=backend, packs=self.packs(), options=self._fused_options)
 
 
+def _why_not_this_noise(block: nn.Module) -> str | None:
+    """Of a block with one MLP."""
+    mlp = block.mlp_channels
+    return why_not_same_dropout(mlp.drop1, mlp.drop2) or why_not_rescaled(block.drop_path)
+
+
 class FusedResBlock(Fused, ResBlock):
     """ResMLP's block: affine maps for norms, one linear layer along the tokens, LayerScale."""
 
@@ -74,10 +80,7 @@ class FusedResBlock(Fused, ResBlock):
             or why_not_drop_path(parts["drop_path"])
         )
 
-    @staticmethod
-    def why_not_this_noise(block: nn.Module) -> str | None:
-        mlp = block.mlp_channels
-        return why_not_same_dropout(mlp.drop1, mlp.drop2) or why_not_rescaled(block.drop_path)
+    why_not_this_noise = staticmethod(_why_not_this_noise)
 
     @staticmethod
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
@@ -141,10 +144,7 @@ class FusedSpatialGatingBlock(Fused, SpatialGatingBlock):
             or why_not_drop_path(parts["drop_path"])
         )
 
-    @staticmethod
-    def why_not_this_noise(block: nn.Module) -> str | None:
-        mlp = block.mlp_channels
-        return why_not_same_dropout(mlp.drop1, mlp.drop2) or why_not_rescaled(block.drop_path)
+    why_not_this_noise = staticmethod(_why_not_this_noise)
 
     @staticmethod
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
