@@ -124,7 +124,7 @@ class Freezable(Repeatable):
         try:
             return super()._apply(fn, *args, **kwargs)
         finally:
-            device = frozen.first().device
+            device = _parameter(frozen.sources[0]).device
             self._buffers.update((name, pack.to(device)) for name, pack in kept.items())
             if was_intact and frozen.dtypes() == before:
                 frozen.look()
@@ -182,10 +182,6 @@ class Frozen:
     def identities(self) -> list[Any]:
         """What the parameters are now, the number of writes to them included."""
         return [_identity(_parameter(source)) for source in self.sources]
-
-    def first(self) -> Tensor:
-        """One of the parameters."""
-        return _parameter(self.sources[0])
 
     def dtypes(self) -> list[torch.dtype | None]:
         """Of the parameters."""

@@ -9,18 +9,7 @@ from __future__ import annotations
 from mlp_mixer_pytorch import mlp_mixer_3d_pytorch, mlp_mixer_pytorch
 from torch import Tensor, nn
 
-from .. import functional
-from ..coverage import (
-    approximate_of,
-    dropout_p_of,
-    is_hooked,
-    is_special,
-    why_not_dropout,
-    why_not_global_hooks,
-    why_not_linear,
-    why_not_norm,
-    why_not_same_dropout,
-)
+from .. import coverage, functional
 from ..functional import checks
 from .base import Fused, Options
 
@@ -42,25 +31,25 @@ class _FusedPreNormResidual(Fused):
         if type(feed_forward) is not nn.Sequential or len(feed_forward) != 5:
             return f"fn is {type(feed_forward).__name__}, not a FeedForward"
         dense1, act, drop1, dense2, drop2 = feed_forward._modules.values()
-        if approximate_of(act) is None:
+        if coverage.approximate_of(act) is None:
             return f"fn has {type(act).__name__}, not GELU"
         for part in (feed_forward, act):
-            if is_hooked(part):
+            if coverage.is_hooked(part):
                 return "fn or a part of it has hooks or a replaced forward"
         if type(dense1) is nn.Conv1d:
             reason, channels = _why_not_pointwise(dense1, dense2), norm.normalized_shape[-1]
         else:
-            reason, channels = why_not_linear("fn", dense1, dense2), dense1.in_features
+            reason, channels = coverage.why_not_linear("fn", dense1, dense2), dense1.in_features
         return (
-            why_not_global_hooks()
+            coverage.why_not_global_hooks()
             or reason
-            or why_not_dropout("fn", drop1, drop2)
-            or why_not_norm("norm", norm, channels)
+            or coverage.why_not_dropout("fn", drop1, drop2)
+            or coverage.why_not_norm("norm", norm, channels)
         )
 
     @staticmethod
     def why_not_this_noise(block: nn.Module) -> str | None:
-        return why_not_same_dropout(block.fn[2], block.fn[4])
+        return coverage.why_not_same_dropout(block.fn[2], block.fn[4])
 
     @staticmethod
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
@@ -76,8 +65,8 @@ class _FusedPreNormResidual(Fused):
         dense1, act, drop, dense2, _ = self.fn
         arguments = {
             "eps": norm.eps,
-            "approximate": approximate_of(act),
-            "dropout_p": dropout_p_of(drop),
+            "approximate": coverage.approximate_of(act),
+            "dropout_p": coverage.dropout_p_of(drop),
             "backend": options.backend,
             "packs": self.packs(),
         }
@@ -105,8 +94,8 @@ def _why_not_pointwise(*layers: nn.Module) -> str | None:
             return f"fn has {type(layer).__name__} beside Conv1d"
         if (layer.kernel_size, layer.stride, layer.padding, layer.groups) != ((1,), (1,), (0,), 1):
             return "fn has a Conv1d that is not pointwise"
-        if is_special(layer.weight):
+        if coverage.is_special(layer.weight):
             return "fn has weights of a tensor subclass"
-        if is_hooked(layer):
+        if coverage.is_hooked(layer):
             return "fn has hooks or a replaced forward on a Conv1d"
     return None

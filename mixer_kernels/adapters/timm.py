@@ -7,20 +7,6 @@ from timm.models.mlp_mixer import Affine, MixerBlock, ResBlock, SpatialGatingBlo
 from torch import Tensor, nn
 
 from .. import coverage, functional, modules
-from ..coverage import (
-    activation_of,
-    drop_path_p_of,
-    dropout_p_of,
-    is_hooked,
-    why_not_drop_path,
-    why_not_global_hooks,
-    why_not_layers,
-    why_not_linear,
-    why_not_mlp,
-    why_not_norm,
-    why_not_rescaled,
-    why_not_same_dropout,
-)
 from ..freeze import kept
 from .base import Fused, Options
 
@@ -52,7 +38,7 @@ class FusedMixerBlock(Fused, MixerBlock):
 def _why_not_this_noise(block: nn.Module) -> str | None:
     """Of a block with one MLP."""
     mlp = block.mlp_channels
-    return why_not_same_dropout(mlp.drop1, mlp.drop2) or why_not_rescaled(block.drop_path)
+    return coverage.why_not_same_dropout(mlp.drop1, mlp.drop2) or coverage.why_not_rescaled(block.drop_path)
 
 
 class FusedResBlock(Fused, ResBlock):
@@ -71,13 +57,13 @@ class FusedResBlock(Fused, ResBlock):
         for name in ("norm1", "norm2"):
             if type(parts[name]) is not Affine:
                 return f"{name} is {type(parts[name]).__name__}, not Affine"
-            if is_hooked(parts[name]):
+            if coverage.is_hooked(parts[name]):
                 return f"{name} has hooks or a replaced forward"
         return (
-            why_not_global_hooks()
-            or why_not_linear("linear_tokens", parts["linear_tokens"])
-            or why_not_mlp("mlp_channels", parts["mlp_channels"])
-            or why_not_drop_path(parts["drop_path"])
+            coverage.why_not_global_hooks()
+            or coverage.why_not_linear("linear_tokens", parts["linear_tokens"])
+            or coverage.why_not_mlp("mlp_channels", parts["mlp_channels"])
+            or coverage.why_not_drop_path(parts["drop_path"])
         )
 
     why_not_this_noise = staticmethod(_why_not_this_noise)
@@ -91,7 +77,7 @@ class FusedResBlock(Fused, ResBlock):
 
     def compute(self, x: Tensor, options: Options) -> Tensor:
         norm1, linear, norm2, mlp = self.norm1, self.linear_tokens, self.norm2, self.mlp_channels
-        drop_path_p, packs = drop_path_p_of(self.drop_path), self.packs()
+        drop_path_p, packs = coverage.drop_path_p_of(self.drop_path), self.packs()
         u = functional.token_linear(
             x,
             *(norm1.alpha.flatten(), norm1.beta.flatten(), linear.weight, linear.bias, self.ls1),
@@ -106,12 +92,12 @@ class FusedResBlock(Fused, ResBlock):
             u,
             *(norm2.alpha.flatten(), norm2.beta.flatten(), mlp.fc1.weight, mlp.fc1.bias, scaled_w4, scaled_b4),
             norm="affine",
-            dropout_p=dropout_p_of(mlp.drop1),
+            dropout_p=coverage.dropout_p_of(mlp.drop1),
             drop_path_p=drop_path_p,
             memory=options.memory,
             backend=options.backend,
             packs=packs,
-            **activation_of(mlp),
+            **coverage.activation_of(mlp),
         )
 
 
@@ -133,15 +119,15 @@ class FusedSpatialGatingBlock(Fused, SpatialGatingBlock):
         gate = mlp._modules["gate"]
         if type(gate) is not SpatialGatingUnit:
             return f"mlp_channels has {type(gate).__name__}, not SpatialGatingUnit"
-        if is_hooked(gate):
+        if coverage.is_hooked(gate):
             return "mlp_channels.gate has hooks or a replaced forward"
         return (
-            why_not_global_hooks()
-            or why_not_layers("mlp_channels", mlp)
-            or why_not_norm("norm", parts["norm"], mlp.fc1.in_features)
-            or why_not_norm("mlp_channels.gate.norm", gate.norm, mlp.fc1.out_features // 2)
-            or why_not_linear("mlp_channels.gate", gate.proj)
-            or why_not_drop_path(parts["drop_path"])
+            coverage.why_not_global_hooks()
+            or coverage.why_not_layers("mlp_channels", mlp)
+            or coverage.why_not_norm("norm", parts["norm"], mlp.fc1.in_features)
+            or coverage.why_not_norm("mlp_channels.gate.norm", gate.norm, mlp.fc1.out_features // 2)
+            or coverage.why_not_linear("mlp_channels.gate", gate.proj)
+            or coverage.why_not_drop_path(parts["drop_path"])
         )
 
     why_not_this_noise = staticmethod(_why_not_this_noise)
@@ -164,9 +150,9 @@ class FusedSpatialGatingBlock(Fused, SpatialGatingBlock):
             *(mlp.fc2.weight, mlp.fc2.bias),
             eps=norm.eps,
             gate_eps=gate.norm.eps,
-            approximate=activation_of(mlp)["approximate"],
-            dropout_p=dropout_p_of(mlp.drop1),
-            drop_path_p=drop_path_p_of(self.drop_path),
+            approximate=coverage.activation_of(mlp)["approximate"],
+            dropout_p=coverage.dropout_p_of(mlp.drop1),
+            drop_path_p=coverage.drop_path_p_of(self.drop_path),
             memory=options.memory,
             backend=options.backend,
             packs=self.packs(),

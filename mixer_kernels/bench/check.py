@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ..accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, Reference, reference, why_inaccurate
-
-DRAWS = 2  # results are large here: the draws of a reference agree
-
-
-def judged_by(compute: Callable[[], Any], dtype: torch.dtype) -> Any:
-    """The result of ``compute``, in float64, as ``Reference`` for results in ``dtype``."""
-    return reference(compute, dtype, draws=DRAWS)
+from ..accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, Reference, why_inaccurate
 
 
 def why_wrong(result: Tensor, eager: Tensor, exact: Reference, images: list[int]) -> str | None:

@@ -115,24 +115,6 @@ def channel_products_backward(
     """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]``; ``z`` None: recompute it."""
     if z is None:
         z = channel_hidden(u, norm, weights, options)
-    return channel_gelu_backward(g, z, weights, options, want_a)
-
-
-def channel_hidden(u: Tensor, norm: Norm, weights: ChannelBackward, options: Options) -> Tensor:
-    """z ``[B * S, D_C]``, recomputed for the backward pass."""
-    z = new_z(u, weights.first.hidden, options)
-    loaded().channel_hidden(
-        u=layout(u), size=u.shape, weights=weights.first, type=TYPES[z.dtype], device=limits_of(u),
-        sm90=sm90_takes(u, z.dtype, weights.sm90), mean=norm.mean, rstd=norm.rstd, row=z.stride(0), z=pointer(z),
-        stream=stream_of(u),
-    )  # fmt: skip
-    return z
-
-
-def channel_gelu_backward(
-    g: Tensor, z: Tensor, weights: ChannelBackward, options: Options, want_a: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(dz [M, D_C], a [M, D_C] or None, db3 [D_C] in float32)`` from ``g [B, S, C]`` and ``z [M, D_C]``."""
     rows, hidden = z.shape
     z = _aligned_rows(z)
     dz = torch.empty(rows, hidden, dtype=g.dtype, device=g.device)
@@ -146,6 +128,17 @@ def channel_gelu_backward(
         sums=pointer(sums), stream=stream_of(g),
     )  # fmt: skip
     return dz, a, sums.sum(0)
+
+
+def channel_hidden(u: Tensor, norm: Norm, weights: ChannelBackward, options: Options) -> Tensor:
+    """z ``[B * S, D_C]``, recomputed for the backward pass."""
+    z = new_z(u, weights.first.hidden, options)
+    loaded().channel_hidden(
+        u=layout(u), size=u.shape, weights=weights.first, type=TYPES[z.dtype], device=limits_of(u),
+        sm90=sm90_takes(u, z.dtype, weights.sm90), mean=norm.mean, rstd=norm.rstd, row=z.stride(0), z=pointer(z),
+        stream=stream_of(u),
+    )  # fmt: skip
+    return z
 
 
 def norm_backward(x: Tensor, dn: Tensor, dy: Tensor, norm: Norm, n_dtype: torch.dtype | None = None) -> NormGradients:

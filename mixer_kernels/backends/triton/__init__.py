@@ -12,12 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ...tuning.configs import are_fused
+from ...tuning.configs import MAX_FUSED_TOKENS, are_fused
 from ..arguments import AffineLinear, GatedHalf, Half, Norm, Options, SpatialGate
 from ..devices import device_of
 from ..new_tensors import aligned_rows, new_like, new_statistics, new_z
 from .activation import ACTIVATIONS
-from .backward import channel_backward_weights, token_backward_weights, token_products_backward
 from .branch_gradient import branch_gradient
 from .channel_backward import channel_products_backward
 from .channel_backward import recomputed_hidden as channel_hidden
@@ -30,9 +29,11 @@ from .norm_backward import norm_backward
 from .pack import Packing
 from .prepack import fc1_weights, product_weight, token_weights
 from .row_statistics import _row_statistics_kernel, row_statistics
+from .token_data_gradient import token_data_gradient
 from .token_linear import spatial_gate, spatial_gate_backward, token_linear, token_linear_data_gradient
 from .token_mixing import token_mixing_fused, token_tile
 from .token_products import padded_sizes, token_mixing_products
+from .token_products_backward import token_gradients_by_products
 from .token_weight_gradients import weight_gradient
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -193,6 +194,27 @@ def gated_mixer_layer_forward(
         return new_like(x), new_like(x) if keep_u else None
     with device_of(x):
         return gated_mixer_layer(x, patches, features, options, eps2, keep_u, packing or Packing(options.dtype))
+
+
+def token_backward_weights(x: Tensor, g: Tensor, norm: Norm, half: Half, options: Options) -> tuple[Tensor, Norm, Half]:
+    """Each kernel has its weights packed by itself, from the half."""
+    return half.w_in, norm, half
+
+
+def channel_backward_weights(
+    u: Tensor, z: Tensor | None, norm: Norm, half: Half, options: Options, want_n: bool
+) -> tuple[Tensor, Norm, Half]:
+    """The same of the channel half."""
+    return half.w_in, norm, half
+
+
+def token_products_backward(
+    g: Tensor, x: Tensor, norm: Norm, half: Half, options: Options, want_a: bool, want_dz: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dn, a and dz by one kernel; SwiGLU's values, gates and gradients do not fit one, nor do many tokens: a and dz."""
+    if x.shape[1] <= MAX_FUSED_TOKENS and not options.glu:
+        return token_data_gradient(g, x, norm, half, options, want_a, want_dz)
+    return None, *token_gradients_by_products(g, x, norm, half, options)
 
 
 def _token_half(packing: Packing, x: Tensor, half: Half, options: Options) -> Callable[[Norm], Tensor]:
