@@ -23,11 +23,7 @@ def _branch_gradient_kernel(
     rows,
     S,
     C,
-    seed_ptr,
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -41,9 +37,9 @@ def _branch_gradient_kernel(
     offs = offs_r[:, None] * C + offs_c[None, :]
     g = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
-        g *= kept_branch(seed_ptr, offs_c[None, :], s[:, None], image[:, None], dropout_p, dropout_scale)
+        g *= kept_branch(noise, offs_c[None, :], s[:, None], image[:, None])
     if DROP_PATH:
-        g *= kept_image(seed_ptr, image, path_p, path_scale)[:, None]
+        g *= kept_image(noise, image)[:, None]
     tl.store(g_ptr + offs, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 

@@ -44,11 +44,7 @@ def _channel_gelu_bwd_kernel(
     D_PAD,
     S,  # rows to an image
     stride_z,
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -94,8 +90,8 @@ def _channel_gelu_bwd_kernel(
     else:
         a, slope = SLOPE(z)
     if DROPOUT:
-        a = hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
-        da = hidden_dropout(da, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
+        a = hidden_dropout(a, offs_m, offs_n, S, noise)
+        da = hidden_dropout(da, offs_m, offs_n, S, noise)
     dz = tl.where(mask, da * slope, 0.0)
     offs = offs_m.to(tl.int64)[:, None] * D_C + offs_n[None, :]
     if GLU:

@@ -54,11 +54,7 @@ def _channel_product_descriptor_kernel(
     N,
     K,
     S,  # rows to an image
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     FC1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,7 +80,7 @@ def _channel_product_descriptor_kernel(
         if DROP_PATH:
             # A tile of dropped images takes no turn; fc1's garbage is multiplied by 0 in fc2, or not read.
             row = tl.minimum(m0 + tl.arange(0, BLOCK_M), M - 1)
-            kept = kept_image(seed_ptr, row // S, path_p, path_scale)
+            kept = kept_image(noise, row // S)
             steps = tl.where(tl.max(kept, 0) > 0, steps, 0)
         for k in range(0, steps):
             if GLU:
@@ -122,12 +118,11 @@ def _channel_product_descriptor_kernel(
                     else:
                         v = ACT(v)
                     if DROPOUT:
-                        v = hidden_dropout(v, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
+                        v = hidden_dropout(v, offs_m, offs_n, S, noise)
                     out.store([m0, first], v.to(out.dtype))
             else:
                 v = fc2_epilogue(
-                    parts[i], u.load([m0, first]), bias_ptr, offs_m, offs_n, mask_n, S, seed_ptr, dropout_p,
-                    dropout_scale, path_p, path_scale, DROPOUT, DROP_PATH,
+                    parts[i], u.load([m0, first]), bias_ptr, offs_m, offs_n, mask_n, S, noise, DROPOUT, DROP_PATH,
                 )  # fmt: skip
                 out.store([m0, first], v.to(out.dtype))
 

@@ -97,24 +97,19 @@ def fc1_epilogue(
 
 @triton.jit
 def fc2_epilogue(
-    acc, u, bias_ptr, offs_m, offs_n, mask_n, S, seed_ptr, dropout_p, dropout_scale, path_p, path_scale,
-    DROPOUT: tl.constexpr, DROP_PATH: tl.constexpr,
+    acc, u, bias_ptr, offs_m, offs_n, mask_n, S, noise, DROPOUT: tl.constexpr, DROP_PATH: tl.constexpr,
 ):  # fmt: skip
     """u + the branch, acc + b4, with its dropout and stochastic depth: equation (7)."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if DROPOUT:
-        acc *= kept_branch(
-            seed_ptr, offs_n[None, :], (offs_m % S)[:, None], (offs_m // S)[:, None], dropout_p, dropout_scale
-        )
+        acc *= kept_branch(noise, offs_n[None, :], (offs_m % S)[:, None], (offs_m // S)[:, None])
     if DROP_PATH:
-        acc *= kept_image(seed_ptr, offs_m // S, path_p, path_scale)[:, None]
+        acc *= kept_image(noise, offs_m // S)[:, None]
     return u.to(tl.float32) + acc
 
 
 @triton.jit
-def hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale):
+def hidden_dropout(a, offs_m, offs_n, S, noise):
     """Dropout after the activation."""
-    return a * kept_hidden(
-        seed_ptr, offs_n[None, :], (offs_m % S)[:, None], (offs_m // S)[:, None], dropout_p, dropout_scale
-    )
+    return a * kept_hidden(noise, offs_n[None, :], (offs_m % S)[:, None], (offs_m // S)[:, None])

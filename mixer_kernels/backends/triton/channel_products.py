@@ -38,11 +38,7 @@ def _channel_product_kernel(
     stride_c,
     stride_a,  # row stride of a
     stride_out,
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     FC1: tl.constexpr,
     FOLD: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -88,7 +84,7 @@ def _channel_product_kernel(
     depth = K
     if DROP_PATH:
         # A tile of dropped images takes no turn of the loop; fc1's garbage is multiplied by 0 in fc2, or not read.
-        kept = kept_image(seed_ptr, row // S, path_p, path_scale)
+        kept = kept_image(noise, row // S)
         depth = tl.where(tl.max(kept, 0) > 0, K, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GLU:
@@ -136,13 +132,12 @@ def _channel_product_kernel(
             else:
                 a = ACT(z)
             if DROPOUT:
-                a = hidden_dropout(a, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
+                a = hidden_dropout(a, offs_m, offs_n, S, noise)
             tl.store(out_ptr + offs_out, a.to(DTYPE), mask=mask)
     else:
         u = tl.load(u_ptr + offs_row[:, None] + offs_n[None, :] * stride_c, mask=mask, other=0.0)
         y = fc2_epilogue(
-            acc, u, bias_ptr, offs_m, offs_n, mask_n, S, seed_ptr, dropout_p, dropout_scale, path_p, path_scale,
-            DROPOUT, DROP_PATH,
+            acc, u, bias_ptr, offs_m, offs_n, mask_n, S, noise, DROPOUT, DROP_PATH,
         )  # fmt: skip
         tl.store(out_ptr + offs_out, y.to(out_ptr.dtype.element_ty), mask=mask)
 

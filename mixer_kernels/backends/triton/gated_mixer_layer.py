@@ -25,7 +25,7 @@ from ..rounding import round_up
 from .activation import activation_of
 from .gated_mixing import gated_mixing, mlp_of_rows, normalised_rows, pack_gated_mixing, softmax_gate
 from .launch import launch, needs_int64
-from .noise import dropout_arguments
+from .noise import dropout_arguments, with_next_seed
 from .pack import Packing
 from .prepack import GatedMixingWeights, gated_mixing_weights
 
@@ -60,9 +60,7 @@ def _gated_mixer_layer_kernel(
     stride_feature,
     eps1,
     eps2,
-    seed_ptr,  # [2] int64, one to a mixer, or None without dropout
-    dropout_p,
-    dropout_scale,
+    noise,  # noise.dropout_arguments, with a seed to each mixer
     PATCHES: tl.constexpr,
     FEATURES: tl.constexpr,
     HIDDEN1: tl.constexpr,
@@ -89,8 +87,8 @@ def _gated_mixer_layer_kernel(
     n = tl.trans(normalised_rows(x, gamma1_ptr, beta1_ptr, mask, features, eps1, FEATURES))
     # Rows and images of the random numbers as gated_mixing counts them, whose backward draws them again.
     v = mlp_of_rows(
-        n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_f, series, seed_ptr, dropout_p, dropout_scale, FEATURES, PATCHES,
-        HIDDEN1, BLOCK_D, STAGES, ACT, PRECISION, DROPOUT,
+        n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_f, series, noise, FEATURES, PATCHES, HIDDEN1, BLOCK_D, STAGES, ACT,
+        PRECISION, DROPOUT,
     )  # fmt: skip
     if gate1_ptr is not None:
         v *= softmax_gate(v, gate1_ptr, gate1_bias_ptr, patches, FEATURES, PATCHES, PRECISION)
@@ -98,10 +96,10 @@ def _gated_mixer_layer_kernel(
     if u_ptr is not None:
         tl.store(u_ptr + offs_y, u.to(u_ptr.dtype.element_ty), mask=mask)
 
-    seed2_ptr = seed_ptr + 1 if DROPOUT else seed_ptr
+    noise2 = with_next_seed(noise) if DROPOUT else noise
     n = normalised_rows(u, gamma2_ptr, beta2_ptr, mask, features, eps2, FEATURES)
     v = mlp_of_rows(
-        n, w3_ptr, b3_ptr, w4_ptr, b4_ptr, series * patches + offs_p, 0 * series, seed2_ptr, dropout_p, dropout_scale,
+        n, w3_ptr, b3_ptr, w4_ptr, b4_ptr, series * patches + offs_p, 0 * series, noise2,
         PATCHES, FEATURES, HIDDEN2, BLOCK_D, STAGES, ACT, PRECISION, DROPOUT,
     )  # fmt: skip
     if gate2_ptr is not None:

@@ -127,9 +127,8 @@ def softmax_gate(v, w_ptr, b_ptr, extent, ROWS: tl.constexpr, K: tl.constexpr, P
 
 @triton.jit
 def mlp_of_rows(
-    n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_r, image, seed_ptr, dropout_p, dropout_scale, ROWS: tl.constexpr,
-    K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ACT: tl.constexpr,
-    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
+    n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_r, image, noise, ROWS: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """fc2(GELU(fc1(n))) of each row of ``n [ROWS, K]``, with dropout; the hidden units never leave the chip."""
     DTYPE: tl.constexpr = w1_ptr.dtype.element_ty
@@ -142,12 +141,12 @@ def mlp_of_rows(
         z = tl.dot(n, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
         a = ACT(z + tl.load(b1_ptr + offs_d)[None, :])
         if DROPOUT:
-            a *= kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+            a *= kept_hidden(noise, offs_d[None, :], offs_r[:, None], image)
         w2 = tl.load(w2_ptr + offs_k[:, None] * HIDDEN + offs_d[None, :])
         v = tl.dot(a.to(DTYPE), tl.trans(w2), v, input_precision=PRECISION)
     v += tl.load(b2_ptr + offs_k)[None, :]
     if DROPOUT:
-        v *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+        v *= kept_branch(noise, offs_k[None, :], offs_r[:, None], image)
     return v
 
 
@@ -175,9 +174,7 @@ def _gated_mixing_kernel(
     y_stride_row,
     y_stride_k,
     eps,
-    seed_ptr,  # [1] int64, or None without dropout
-    dropout_p,
-    dropout_scale,
+    noise,  # noise.dropout_arguments
     NORM_ROWS: tl.constexpr,  # LayerNorm along the rows, else along the mixed axis
     GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -214,8 +211,8 @@ def _gated_mixing_kernel(
     if GATE_FIRST and gate_ptr is not None:
         n *= softmax_gate(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
     v = mlp_of_rows(
-        n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_r, image, seed_ptr, dropout_p, dropout_scale, ROWS, K, HIDDEN, BLOCK_D,
-        STAGES, ACT, PRECISION, DROPOUT,
+        n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_r, image, noise, ROWS, K, HIDDEN, BLOCK_D, STAGES, ACT, PRECISION,
+        DROPOUT,
     )  # fmt: skip
     if not GATE_FIRST and gate_ptr is not None:
         v *= softmax_gate(v, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)

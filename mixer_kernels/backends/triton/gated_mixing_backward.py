@@ -85,9 +85,7 @@ def _gated_mixing_bwd_kernel(
     mean_stride,  # along the mixed axis, or along the rows if those are no features
     extent_stride,  # between rows of v, g, gated, dlogits
     hidden_stride,  # between rows of a, dz
-    seed_ptr,  # [1] int64, or None without dropout
-    dropout_p,
-    dropout_scale,
+    noise,  # noise.dropout_arguments
     NORM_ROWS: tl.constexpr,  # LayerNorm along the rows, else along the mixed axis
     GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -146,7 +144,7 @@ def _gated_mixing_bwd_kernel(
         z = tl.dot(v, tl.trans(w1), tl.zeros((ROWS, BLOCK_D), tl.float32), input_precision=PRECISION)
         a, slope = SLOPE(z + tl.load(b1_ptr + offs_d)[None, :])
         if DROPOUT:
-            kept = kept_hidden(seed_ptr, offs_d[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+            kept = kept_hidden(noise, offs_d[None, :], offs_r[:, None], image)
             a *= kept
             slope *= kept
         _store_rows(dz_ptr, slope, row, mask_r, offs_d, hidden, hidden_stride)
@@ -162,7 +160,7 @@ def _gated_mixing_bwd_kernel(
     if GATED and not GATE_FIRST:
         out += tl.load(b2_ptr + offs_k)[None, :]
         if DROPOUT:
-            out *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+            out *= kept_branch(noise, offs_k[None, :], offs_r[:, None], image)
         gate = softmax_gate(out, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
         g, dlogits = _gate_backward(g, out, gate, gate_ptr, ROWS, K, PRECISION)
         if sums_ptr is not None:
@@ -170,7 +168,7 @@ def _gated_mixing_bwd_kernel(
             _store_rows(dlogits_ptr, dlogits, row, mask_r, offs_k, extent, extent_stride)
             tl.store(sums_ptr + HIDDEN + K + offs_k, tl.sum(dlogits, 0))
     if DROPOUT:
-        g *= kept_branch(seed_ptr, offs_k[None, :], offs_r[:, None], image, dropout_p, dropout_scale)
+        g *= kept_branch(noise, offs_k[None, :], offs_r[:, None], image)
     if sums_ptr is not None:
         _store_rows(g_ptr, g, row, mask_r, offs_k, extent, extent_stride)
         tl.store(sums_ptr + HIDDEN + offs_k, tl.sum(g, 0))

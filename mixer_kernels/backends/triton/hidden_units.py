@@ -29,11 +29,7 @@ def _hidden_gelu_kernel(
     F,
     S,  # rows to an image
     stride_z,
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ACT: tl.constexpr,
@@ -56,7 +52,7 @@ def _hidden_gelu_kernel(
         _, slope = SLOPE(z)
         out = slope * tl.load(da_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
-        out = hidden_dropout(out, offs_m, offs_n, S, seed_ptr, dropout_p, dropout_scale)
+        out = hidden_dropout(out, offs_m, offs_n, S, noise)
     if sums_ptr is not None:
         tl.store(sums_ptr + m_tile * F + offs_n, tl.sum(out, 0), mask=mask_n)
     tl.store(out_ptr + offs, out.to(DTYPE), mask=mask)

@@ -23,21 +23,17 @@ SITE_IMAGE = tl.constexpr(2)
 
 def noise_arguments(options: Options) -> dict[str, Any]:
     """What a kernel with both takes."""
-    return dropout_arguments(options) | {
-        "path_p": options.drop_path_p,
-        "path_scale": _scale(options.drop_path_p),
-        "DROP_PATH": options.drop_path_p > 0,
-    }
+    return dropout_arguments(options) | {"DROP_PATH": options.drop_path_p > 0}
 
 
 def dropout_arguments(options: Options) -> dict[str, Any]:
-    """What a kernel without stochastic depth takes."""
-    return {
-        "seed_ptr": options.seed,
-        "dropout_p": options.dropout_p,
-        "dropout_scale": _scale(options.dropout_p),
-        "DROPOUT": options.dropout_p > 0,
-    }
+    """What a kernel without stochastic depth takes: as ``noise`` the seed and both probabilities with their scales, or
+    None, which spares a launch the arguments."""
+    noise = None
+    if options.noise:
+        dropout_p, path_p = options.dropout_p, options.drop_path_p
+        noise = (options.seed, dropout_p, _scale(dropout_p), path_p, _scale(path_p))
+    return {"noise": noise, "DROPOUT": options.dropout_p > 0}
 
 
 def _scale(p: float) -> float:
@@ -55,18 +51,28 @@ def _kept(seed_ptr, i, j, image, p, scale, SITE: tl.constexpr):
 
 
 @triton.jit
-def kept_hidden(seed_ptr, d, position, image, p, scale):
+def kept_hidden(noise, d, position, image):
     """Dropout's factor of hidden unit ``d`` of a channel (token mixing) or of a token (channel mixing)."""
+    seed_ptr, p, scale, _, _ = noise
     return _kept(seed_ptr, d, position, image, p, scale, SITE_HIDDEN)
 
 
 @triton.jit
-def kept_branch(seed_ptr, c, s, image, p, scale):
+def kept_branch(noise, c, s, image):
     """Dropout's factor of channel ``c`` of token ``s`` in the branch's output."""
+    seed_ptr, p, scale, _, _ = noise
     return _kept(seed_ptr, c, s, image, p, scale, SITE_BRANCH)
 
 
 @triton.jit
-def kept_image(seed_ptr, image, p, scale):
+def kept_image(noise, image):
     """Stochastic depth's factor of the whole branch of ``image``."""
+    seed_ptr, _, _, p, scale = noise
     return _kept(seed_ptr, 0 * image, 0 * image, image, p, scale, SITE_IMAGE)
+
+
+@triton.jit
+def with_next_seed(noise):
+    """The noise of a layer's second mixer."""
+    seed_ptr, dropout_p, dropout_scale, path_p, path_scale = noise
+    return seed_ptr + 1, dropout_p, dropout_scale, path_p, path_scale

@@ -80,11 +80,7 @@ def _token_mixing_bwd_kernel(
     stride_b,
     stride_s,
     stride_c,
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     N0: tl.constexpr,  # the token segments; all but the first may be 0
     N1: tl.constexpr,
     N2: tl.constexpr,
@@ -107,7 +103,7 @@ def _token_mixing_bwd_kernel(
     depth = D
     if DROP_PATH:
         # A dropped image takes no turn of the loop: its dn is 0, and the weight gradients do not read its a and dz.
-        keep = kept_image(seed_ptr, image, path_p, path_scale)
+        keep = kept_image(noise, image)
         depth = tl.where(keep > 0, D, 0)
         steps = tl.where(keep > 0, steps, 0)
     x_ptr += image * stride_b
@@ -152,7 +148,7 @@ def _token_mixing_bwd_kernel(
             da = _backward(da, g3, w2_ptr, offs_d, D, S3, N3, PRECISION)
         a, slope = SLOPE(z + tl.load(b1_ptr + offs_d)[None, :])
         if DROPOUT:
-            kept = kept_hidden(seed_ptr, offs_d[None, :], offs_c[:, None], image, dropout_p, dropout_scale)
+            kept = kept_hidden(noise, offs_d[None, :], offs_c[:, None], image)
             a *= kept
             da *= kept
         dz = (da * slope).to(DTYPE)

@@ -63,11 +63,7 @@ def _token_linear_kernel(
     x_stride_c,
     out_stride_b,
     out_stride_s,
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     GATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -88,7 +84,7 @@ def _token_linear_kernel(
     keep = 1.0
     depth = S
     if DROP_PATH:
-        keep = kept_image(seed_ptr, image, path_p, path_scale)
+        keep = kept_image(noise, image)
         depth = tl.where(keep > 0, S, 0)  # a dropped image takes no turn of the loop
     offs_m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = c_tile * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -79,7 +79,7 @@ def _mixed(o, a, w2_ptr, offs_d, D, S0: tl.constexpr, N: tl.constexpr, PRECISION
 
 @triton.jit
 def _store_residual(
-    o, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p, dropout_scale,
+    o, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, noise,
     S0: tl.constexpr, N: tl.constexpr, DROPOUT: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """u = x + o' + b2 for tokens S0 to S0 + N; x is read again rather than kept, for its registers."""
@@ -90,7 +90,7 @@ def _store_residual(
     x = tl.load(x_ptr + offs_s[:, None] * stride_s + offs_c[None, :] * stride_c, mask=mask, other=0.0)
     branch = tl.trans(o) + tl.load(b2_ptr + offs_s)[:, None]
     if DROPOUT:
-        branch *= kept_branch(seed_ptr, offs_c[None, :], offs_s[:, None], image, dropout_p, dropout_scale)
+        branch *= kept_branch(noise, offs_c[None, :], offs_s[:, None], image)
     u = x.to(tl.float32) + keep * branch
     tl.store(u_ptr + offs_s[:, None] * C + offs_c[None, :], u.to(u_ptr.dtype.element_ty), mask=mask)
 
@@ -114,11 +114,7 @@ def _token_mixing_fwd_kernel(
     stride_b,
     stride_s,
     stride_c,
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     N0: tl.constexpr,  # the token segments; all but the first may be 0
     N1: tl.constexpr,
     N2: tl.constexpr,
@@ -142,7 +138,7 @@ def _token_mixing_fwd_kernel(
     keep = 1.0
     depth = D
     if DROP_PATH:
-        keep = kept_image(seed_ptr, image, path_p, path_scale)
+        keep = kept_image(noise, image)
         depth = tl.where(keep > 0, D, 0)  # a dropped image takes no turn of the loop
         steps = tl.where(keep > 0, steps, 0)
     x_ptr += image * stride_b
@@ -187,7 +183,7 @@ def _token_mixing_fwd_kernel(
         else:
             a = ACT(z + tl.load(b1_ptr + offs_d)[None, :])
         if DROPOUT:
-            a *= kept_hidden(seed_ptr, offs_d[None, :], offs_c[:, None], image, dropout_p, dropout_scale)
+            a *= kept_hidden(noise, offs_d[None, :], offs_c[:, None], image)
         a = a.to(DTYPE)
         o0 = _mixed(o0, a, w2_ptr, offs_d, D, 0, N0, PRECISION)
         if N1 > 0:
@@ -200,23 +196,23 @@ def _token_mixing_fwd_kernel(
     # late is 0, which the compiler cannot know: it may not keep the first reading's addresses through the loop.
     late = tl.multiple_of(turns - steps, 16)
     _store_residual(
-        o0, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p,
-        dropout_scale, 0, N0, DROPOUT, INT64,
+        o0, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, noise,
+        0, N0, DROPOUT, INT64,
     )  # fmt: skip
     if N1 > 0:
         _store_residual(
-            o1, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p,
-            dropout_scale, S1, N1, DROPOUT, INT64,
+            o1, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, noise,
+            S1, N1, DROPOUT, INT64,
         )  # fmt: skip
     if N2 > 0:
         _store_residual(
-            o2, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p,
-            dropout_scale, S2, N2, DROPOUT, INT64,
+            o2, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, noise,
+            S2, N2, DROPOUT, INT64,
         )  # fmt: skip
     if N3 > 0:
         _store_residual(
-            o3, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, seed_ptr, dropout_p,
-            dropout_scale, S3, N3, DROPOUT, INT64,
+            o3, x_ptr, b2_ptr, u_ptr, S, C, stride_s, stride_c, offs_c, late, image, keep, noise,
+            S3, N3, DROPOUT, INT64,
         )  # fmt: skip
 
 

@@ -44,11 +44,7 @@ def _token_product_kernel(
     stride_b,
     stride_s,
     stride_c,
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     FIRST: tl.constexpr,
     KEEP_Z: tl.constexpr,  # FIRST: store z in place of a, for the backward pass
     BLOCK_M: tl.constexpr,
@@ -74,7 +70,7 @@ def _token_product_kernel(
     image = (tl.program_id(0) // m_tiles // c_tiles).to(tl.int64)
     keep = 1.0
     if DROP_PATH:
-        keep = kept_image(seed_ptr, image, path_p, path_scale)
+        keep = kept_image(noise, image)
         K = tl.where(keep > 0, K, 0)  # a dropped image takes no turn of the loop
     offs_m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = c_tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -128,12 +124,12 @@ def _token_product_kernel(
             else:
                 a = ACT(acc)
             if DROPOUT:
-                a *= kept_hidden(seed_ptr, offs_m[:, None], offs_c[None, :], image, dropout_p, dropout_scale)
+                a *= kept_hidden(noise, offs_m[:, None], offs_c[None, :], image)
         tl.store(a_ptr + offs_out, a.to(DTYPE), mask=mask)
     else:
         x = tl.load(x_ptr + offs_m[:, None] * stride_s + offs_c[None, :] * stride_c, mask=mask, other=0.0)
         if DROPOUT:
-            acc *= kept_branch(seed_ptr, offs_c[None, :], offs_m[:, None], image, dropout_p, dropout_scale)
+            acc *= kept_branch(noise, offs_c[None, :], offs_m[:, None], image)
         u = x.to(tl.float32) + keep * acc
         tl.store(u_ptr + image * S * C + offs_out, u.to(u_ptr.dtype.element_ty), mask=mask)
 

@@ -38,11 +38,7 @@ def _token_gelu_bwd_kernel(
     C,
     D_S,
     S_PAD,
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,7 +81,7 @@ def _token_gelu_bwd_kernel(
     else:
         a, slope = SLOPE(tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32))
     if DROPOUT:
-        kept = kept_hidden(seed_ptr, offs_d[:, None], offs_c[None, :], image, dropout_p, dropout_scale)
+        kept = kept_hidden(noise, offs_d[:, None], offs_c[None, :], image)
         a *= kept
         da *= kept
     tl.store(a_ptr + offs, a.to(DTYPE), mask=mask)

@@ -41,11 +41,7 @@ def _token_weight_gradient_kernel(
     stride_b,  # of right
     stride_s,
     stride_c,
-    seed_ptr,  # [1] int64 or None
-    dropout_p,
-    dropout_scale,
-    path_p,
-    path_scale,
+    noise,  # noise.noise_arguments
     IS_W1: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -81,7 +77,7 @@ def _token_weight_gradient_kernel(
         mask_c = offs_c < C
         if DROP_PATH:
             # what the data kernel left unwritten
-            mask_c = mask_c & (kept_image(seed_ptr, image, path_p, path_scale) > 0)
+            mask_c = mask_c & (kept_image(noise, image) > 0)
         mask_left = mask_d[:, None] & mask_c[None, :]
         mask_right = mask_s[:, None] & mask_c[None, :]
         left = tl.load(
