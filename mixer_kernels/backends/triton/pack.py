@@ -108,40 +108,23 @@ def _fold_rows(
 
 
 @triton.jit
-def _pack_kernel(  # Triton 3.3 knows tuples in part: a line for each matrix, None where there is none
-    w_ptr, b_ptr, gamma_ptr, beta_ptr, out_ptr, wg_ptr, wb_ptr, scale_ptr, rows, columns, sr, sc, out_columns,
-    w0_ptr, b0_ptr, out0_ptr, out_b0_ptr, rows0, columns0, sr0, sc0, out_rows0, out_columns0,
-    w1_ptr, b1_ptr, out1_ptr, out_b1_ptr, rows1, columns1, sr1, sc1, out_rows1, out_columns1,
-    w2_ptr, b2_ptr, out2_ptr, out_b2_ptr, rows2, columns2, sr2, sc2, out_rows2, out_columns2,
-    w3_ptr, b3_ptr, out3_ptr, out_b3_ptr, rows3, columns3, sr3, sc3, out_rows3, out_columns3,
-    w4_ptr, b4_ptr, out4_ptr, out_b4_ptr, rows4, columns4, sr4, sc4, out_rows4, out_columns4,
-    w5_ptr, b5_ptr, out5_ptr, out_b5_ptr, rows5, columns5, sr5, sc5, out_rows5, out_columns5,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _pack_kernel(fold, m0, m1, m2, m3, m4, m5, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What _fold_rows and _pack_rows take, or None: of absent matrices a launch has no arguments to look at."""
     first = 0
-    if w_ptr is not None:
-        first = _fold_rows(
-            w_ptr, b_ptr, gamma_ptr, beta_ptr, out_ptr, wg_ptr, wb_ptr, scale_ptr, rows, columns, sr, sc, out_columns,
-            ROWS, COLUMNS,
-        )  # fmt: skip
-    first = _pack_rows(
-        first, w0_ptr, b0_ptr, out0_ptr, out_b0_ptr, rows0, columns0, sr0, sc0, out_rows0, out_columns0, ROWS, COLUMNS,
-    )  # fmt: skip
-    first = _pack_rows(
-        first, w1_ptr, b1_ptr, out1_ptr, out_b1_ptr, rows1, columns1, sr1, sc1, out_rows1, out_columns1, ROWS, COLUMNS,
-    )  # fmt: skip
-    first = _pack_rows(
-        first, w2_ptr, b2_ptr, out2_ptr, out_b2_ptr, rows2, columns2, sr2, sc2, out_rows2, out_columns2, ROWS, COLUMNS,
-    )  # fmt: skip
-    first = _pack_rows(
-        first, w3_ptr, b3_ptr, out3_ptr, out_b3_ptr, rows3, columns3, sr3, sc3, out_rows3, out_columns3, ROWS, COLUMNS,
-    )  # fmt: skip
-    first = _pack_rows(
-        first, w4_ptr, b4_ptr, out4_ptr, out_b4_ptr, rows4, columns4, sr4, sc4, out_rows4, out_columns4, ROWS, COLUMNS,
-    )  # fmt: skip
-    _pack_rows(
-        first, w5_ptr, b5_ptr, out5_ptr, out_b5_ptr, rows5, columns5, sr5, sc5, out_rows5, out_columns5, ROWS, COLUMNS,
-    )  # fmt: skip
+    if fold is not None:
+        first = _fold_rows(*fold, ROWS, COLUMNS)
+    if m0 is not None:
+        first = _pack_rows(first, *m0, ROWS, COLUMNS)
+    if m1 is not None:
+        first = _pack_rows(first, *m1, ROWS, COLUMNS)
+    if m2 is not None:
+        first = _pack_rows(first, *m2, ROWS, COLUMNS)
+    if m3 is not None:
+        first = _pack_rows(first, *m3, ROWS, COLUMNS)
+    if m4 is not None:
+        first = _pack_rows(first, *m4, ROWS, COLUMNS)
+    if m5 is not None:
+        _pack_rows(first, *m5, ROWS, COLUMNS)
 
 
 class Packing:
@@ -155,7 +138,7 @@ class Packing:
         self.made: dict[str, Tensor] = {}
         self._kept = kept or {}
         self._matrices: list[tuple] = []
-        self._fold: tuple = (None,) * 8 + (0,) * 5
+        self._fold: tuple | None = None
         self._is_transposed = False
 
     def matrix(self, name: str, w: Tensor, rows: int, columns: int) -> Tensor:
@@ -196,19 +179,19 @@ class Packing:
         vectors = [self._new(f"{name}.{part}", (rows,), torch.float32, w3) for part in wanted]
         folded = (out, *(vector for vector, _ in vectors), *(None,) * (3 - len(wanted)))
         if not (is_kept and all(known for _, known in vectors)):
-            self._fold = (w3, b3, gamma, beta, *folded, rows, columns, *w3.stride(), wide)
+            vectors = [None if v is None else v.contiguous() for v in (b3, gamma, beta)]
+            self._fold = (w3, *vectors, *folded, rows, columns, *w3.stride(), wide)
         return folded
 
     def run(self) -> None:
         """Fill all that was asked for."""
-        if not self._matrices and self._fold[0] is None:
+        if not self._matrices and self._fold is None:
             return
-        empty = (None,) * 4 + (0,) * 6
         tile = (TRANSPOSED_ROWS, TRANSPOSED_COLUMNS) if self._is_transposed else (ROWS, COLUMNS)
-        programs = cdiv(self._fold[8], tile[0]) + sum(cdiv(matrix[8], tile[0]) for matrix in self._matrices)
-        matrices = self._matrices + [empty] * (MATRICES - len(self._matrices))
-        arguments = [argument for matrix in matrices for argument in matrix]
-        launch(_pack_kernel, programs, *self._fold, *arguments, ROWS=tile[0], COLUMNS=tile[1], num_warps=4)
+        rows = [matrix[8] for matrix in self._matrices] + ([] if self._fold is None else [self._fold[8]])
+        programs = sum(cdiv(height, tile[0]) for height in rows)
+        matrices = self._matrices + [None] * (MATRICES - len(self._matrices))
+        launch(_pack_kernel, programs, self._fold, *matrices, ROWS=tile[0], COLUMNS=tile[1], num_warps=4)
 
     def _ask(
         self, name: str, w: Tensor, b: Tensor | None, rows: int, columns: int, with_bias: bool
@@ -226,7 +209,7 @@ class Packing:
         return wide, vector
 
     def _add(self, w: Tensor, b: Tensor | None, out: Tensor | None, out_b: Tensor | None, rows: int) -> None:
-        columns = 0 if out is None else out.shape[1]
+        columns, b = 0 if out is None else out.shape[1], None if b is None else b.contiguous()
         self._matrices.append((w, b, out, out_b, *w.shape, *w.stride(), rows, columns))
 
     @staticmethod
