@@ -57,10 +57,10 @@ class AffineLinear(NamedTuple):
 class Norm(NamedTuple):
     """LayerNorm on rows whose statistics are known; without statistics the affine map alone."""
 
-    mean: Tensor | None  # [rows] float32
-    rstd: Tensor | None  # [rows] float32
-    gamma: Tensor | None
-    beta: Tensor | None
+    mean: Tensor | None = None  # [rows] float32
+    rstd: Tensor | None = None  # [rows] float32
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
 
 
 class Options(NamedTuple):

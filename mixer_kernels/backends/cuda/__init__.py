@@ -48,7 +48,9 @@ def token_mixing_forward(
     with device_of(x):
         packing = packing or Packing(dtype)
         weights = packing.token(half, sm90_takes(x, dtype, sm90, tokens=True))
-        a = _token_scratch(x, half, dtype)
+        a = None
+        if not loaded().padded_tokens(x.shape[1]):  # two kernels, with a between them in memory
+            a = torch.empty(x.shape[0], half.w_in.shape[0], round_up(x.shape[2], 8), dtype=dtype, device=x.device)
         loaded().token_mixing_forward(
             layout(x), x.shape, options.eps, weights, TYPES[dtype], options.tanh, noise_of(options), limits_of(x),
             pointer(mean), pointer(rstd), pointer(a), pointer(u), stream_of(x),
@@ -83,10 +85,3 @@ def channel_mixing_forward(
                 a.stride(0), pointer(y), stream_of(u),
             )  # fmt: skip
     return y, mean, rstd, z
-
-
-def _token_scratch(x: Tensor, half: Half, dtype: torch.dtype) -> Tensor | None:
-    """Memory between the two products of token mixing; None where one kernel does both."""
-    if loaded().padded_tokens(x.shape[1]):
-        return None
-    return torch.empty(x.shape[0], half.w_in.shape[0], round_up(x.shape[2], 8), dtype=dtype, device=x.device)

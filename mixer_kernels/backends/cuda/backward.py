@@ -53,8 +53,7 @@ def token_products_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dn, a and dz by one kernel; a and dz for more than 256 tokens."""
     if not loaded().padded_tokens(x.shape[1]):
-        z = token_hidden(x, norm, weights, options)
-        return None, *token_gelu_backward(g, z, weights, options)
+        return None, *_token_gradients_by_products(g, x, norm, weights, options)
     (batch_size, tokens, channels), hidden = x.shape, weights.hidden
     dn, a, dz = (
         torch.empty(batch_size, extent, channels, dtype=options.dtype, device=x.device) if want else None
@@ -72,26 +71,23 @@ def token_products_backward(
     return dn, a, dz
 
 
-def token_hidden(x: Tensor, norm: Norm, weights: TokenBackward, options: Options) -> Tensor:
-    """z ``[B, D_S, C]``, rows padded to 16 bytes, of more than 256 tokens."""
-    batch_size, _, channels = x.shape
-    z = torch.empty(batch_size, weights.hidden, round_up(channels, 8), dtype=options.dtype, device=x.device)
+def _token_gradients_by_products(
+    g: Tensor, x: Tensor, norm: Norm, weights: TokenBackward, options: Options
+) -> tuple[Tensor, Tensor]:
+    """a and dz ``[B, D_S, C]``, rows padded to 16 bytes; dz overwrites z, which is recomputed."""
+    (batch_size, _, channels), hidden = x.shape, weights.hidden
+    a, z = (
+        torch.empty(batch_size, hidden, round_up(channels, 8), dtype=options.dtype, device=x.device) for _ in range(2)
+    )
     loaded().token_hidden(
-        x=layout(x), size=x.shape, norm=norm, type=TYPES[z.dtype], D_S=weights.hidden, w1=weights.w1, b1=weights.b1,
+        x=layout(x), size=x.shape, norm=norm, type=TYPES[z.dtype], D_S=hidden, w1=weights.w1, b1=weights.b1,
         z=pointer(z), stream=stream_of(x),
     )  # fmt: skip
-    return z[..., :channels]
-
-
-def token_gelu_backward(g: Tensor, z: Tensor, weights: TokenBackward, options: Options) -> tuple[Tensor, Tensor]:
-    """``(a, dz)``, strided like ``z``, from ``g [B, S, C]`` and ``z``, which dz overwrites."""
-    batch_size, hidden, channels = z.shape
-    a = torch.empty(batch_size, hidden, z.stride(1), dtype=z.dtype, device=z.device)
     loaded().token_gelu_backward(
         size=g.shape, type=TYPES[g.dtype], D_S=hidden, g=pointer(g), w2t=weights.w2, z=pointer(z),
         noise=noise_of(options), tanh=options.tanh, a=pointer(a), dz=pointer(z), stream=stream_of(g),
     )  # fmt: skip
-    return a[..., :channels], z
+    return a[..., :channels], z[..., :channels]
 
 
 def weight_gradient(left: Tensor, right: Tensor, norm: Norm | None, options: Options) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from .gated_mixing_backward import gated_mixing_gradients
 from .hidden_units import hidden_gelu, hidden_gelu_backward
 from .norm_backward import norm_backward
 from .pack import Packing
-from .prepack import fc1_weights, product_weight, token_weights
+from .prepack import ProductWeights, fc1_weights, product_weight, token_weights
 from .row_statistics import _row_statistics_kernel, row_statistics
 from .token_data_gradient import token_data_gradient
 from .token_linear import spatial_gate, spatial_gate_backward, token_linear, token_linear_data_gradient
@@ -93,11 +93,11 @@ def channel_mixing_forward(
     packing = packing or Packing(options.dtype)
     with device_of(u):
         first = fc1_weights(packing, half, u.dtype)
-        w4 = product_weight(packing, "w4", half.w_out)
+        second = ProductWeights(product_weight(packing, "w4", half.w_out), half.b_out)
         packing.run()
         mean, rstd = (None, None) if options.norm == "affine" else row_statistics(u, options.eps)
         norm = Norm(mean, rstd, half.gamma, half.beta)
-        y, z = channel_mixing_products(u, norm, first, w4, half.b_out, options, keep_z)
+        y, z = channel_mixing_products(u, norm, first, second, options, keep_z)
     return y, mean, rstd, z
 
 
@@ -111,11 +111,11 @@ def mixer_block_forward(
     with device_of(x):
         mix = _token_half(packing, x, tokens, options)
         first = fc1_weights(packing, channels, x.dtype)
-        w4 = product_weight(packing, "w4", channels.w_out)
+        second = ProductWeights(product_weight(packing, "w4", channels.w_out), channels.b_out)
         packing.run()
         u = mix(Norm(*row_statistics(x, options.eps), tokens.gamma, tokens.beta))
         norm = Norm(*row_statistics(u, eps2), channels.gamma, channels.beta)
-        return channel_mixing_products(u, norm, first, w4, channels.b_out, options)[0]
+        return channel_mixing_products(u, norm, first, second, options)[0]
 
 
 def token_linear_forward(x: Tensor, linear: AffineLinear, options: Options, packing: Packing | None = None) -> Tensor:
@@ -158,13 +158,13 @@ def gated_channel_mixing_forward(
     with device_of(x):
         first = fc1_weights(packing, half, x.dtype)
         gate = gate._replace(w=product_weight(packing, "w_gate", gate.w))
-        w2 = product_weight(packing, "w2", half.w_out)
+        second = ProductWeights(product_weight(packing, "w2", half.w_out), half.b_out)
         packing.run()
         mean, rstd = row_statistics(x, options.eps)
         a, z = channel_fc1(x, Norm(mean, rstd, half.gamma, half.beta), first, options, keep_z)
         s = aligned_rows(images.numel(), half.w_out.shape[1], options.dtype, x.device)
         _gate(a.unflatten(0, images), gate, options._replace(eps=gate_eps), s.unflatten(0, images))
-        return channel_fc2(x, s, w2, half.b_out, options), mean, rstd, z
+        return channel_fc2(x, s, second, options), mean, rstd, z
 
 
 def gated_mixing_forward(

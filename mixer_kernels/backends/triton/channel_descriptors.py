@@ -154,7 +154,7 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
     """Write ``product.out`` and ``product.z``; its operands meet ``fits``, and fc1 is folded."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # Triton >= 3.4
 
-    (rows, columns), options, norm = product.shape, product.options, product.norm
+    (rows, columns), options, norm, weights = product.shape, product.options, product.norm, product.weights
     programs = min(
         config.programs_per_sm * target.multiprocessors,
         cdiv(rows, config.block_m) * cdiv(columns, config.block_n),
@@ -169,9 +169,9 @@ def run_product(config: ProductConfig, product: ChannelProduct, target: Target) 
     launch(
         _channel_product_descriptor_kernel, programs,
         descriptor(left, config.block_k),
-        TensorDescriptor.from_tensor(product.right, [config.block_n, config.block_k]),
+        TensorDescriptor.from_tensor(weights.right, [config.block_n, config.block_k]),
         *(descriptor(t, config.block_n // 4) for t in (product.out, z, z_gate, residual)),
-        product.bias, norm.mean, norm.rstd, product.wg, product.wb, product.scale,
+        weights.bias, norm.mean, norm.rstd, weights.wg, weights.wb, weights.scale,
         rows, columns, product.K, product.u.shape[1],
         **noise_arguments(options), **config.launch_options(), GROUP_M=config.group_m, PROGRAMS=programs,
         FC1=product.is_fc1, ACT=activation_of(options).function, GLU=product.is_glu,

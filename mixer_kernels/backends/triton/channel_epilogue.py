@@ -4,37 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Norm, Options
 from .noise import kept_branch, kept_hidden, kept_image
+from .prepack import ProductWeights
 
 
 @dataclass(frozen=True)
 class ChannelProduct:
     """One product of channel mixing with its epilogue: fc1 or fc2.
 
-    fc1: ``out = GELU(LN(left) . right' + bias)``; folded if ``wg`` is given; without ``mean``, LN is the affine map
-    alone; with SwiGLU for GELU the first half of ``right``'s rows are values, the second half gates.
+    fc1: ``out = GELU(LN(left) . right' + bias)``; without ``mean``, LN is the affine map alone; with SwiGLU for GELU
+    the first half of ``right``'s rows are values, the second half gates.
     fc2: ``out = u + left . right' + bias``.
     """
 
     left: Tensor  # fc1: u [B, S, C]; fc2: a [M, D_C]
-    right: Tensor  # [N, K_pad], zero-padded along K
+    weights: ProductWeights
     out: Tensor | None  # [M, N], rows any stride; None where only z is wanted
     u: Tensor  # [B, S, C], any strides
     K: int
-    bias: Tensor | None  # [N]: b3 (applied) or b4
     options: Options
     is_fc1: bool = False
     z: Tensor | None = None  # fc1: [M, N] strided like out, or [M, 2, N], where to keep z for the backward pass
-    norm: Norm = Norm(None, None, None, None)  # gamma and beta where they are applied
-    wg: Tensor | None = None  # [N] float32, folded
-    wb: Tensor | None = None  # [N] float32, folded
-    scale: Tensor | None = None  # [N] float32, folded, or None for 1
+    norm: Norm = Norm()  # of fc1: its statistics
 
     @property
     def is_glu(self) -> bool:
@@ -44,20 +40,12 @@ class ChannelProduct:
     @property
     def shape(self) -> tuple[int, int]:
         """M and N of what the product writes."""
-        return self.u.shape[0] * self.u.shape[1], self.right.shape[0] // (1 + self.is_glu)
+        return self.u.shape[0] * self.u.shape[1], self.weights.right.shape[0] // (1 + self.is_glu)
 
     @property
     def row_stride(self) -> int:
         """Of what the product writes: from a row to the next, and from values of z to their gates."""
         return self.z.stride(-2) if self.out is None else self.out.stride(0)
-
-    @property
-    def is_folded(self) -> bool:
-        return self.wg is not None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.right.dtype
 
 
 @triton.jit

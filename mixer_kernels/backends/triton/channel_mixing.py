@@ -21,57 +21,45 @@ from ..arguments import Norm, Options
 from ..new_tensors import aligned_rows, new_like, new_z
 from . import channel_descriptors, channel_products
 from .channel_epilogue import ChannelProduct
-from .prepack import FirstWeights
+from .prepack import ProductWeights
 
 
 def channel_mixing_products(
-    u: Tensor,
-    norm: Norm,
-    first: FirstWeights,
-    w4: Tensor,
-    b4: Tensor | None,
-    options: Options,
-    keep_z: bool = False,
+    u: Tensor, norm: Norm, first: ProductWeights, second: ProductWeights, options: Options, keep_z: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """``y [B, S, C]``, contiguous, from ``u`` and packed weights; and z if ``keep_z``, as ``channel_hidden``'s."""
     a, z = channel_fc1(u, norm, first, options, keep_z)
-    return channel_fc2(u, a, w4, b4, options), z
+    return channel_fc2(u, a, second, options), z
 
 
 def channel_fc1(
-    u: Tensor, norm: Norm, first: FirstWeights, options: Options, keep_z: bool = False
+    u: Tensor, norm: Norm, first: ProductWeights, options: Options, keep_z: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """a ``[B * S, D_C]``, rows aligned, and z if ``keep_z``, as ``channel_hidden``'s."""
     hidden = first.right.shape[0] // (1 + options.glu)
     a = aligned_rows(u.shape[0] * u.shape[1], hidden, options.dtype, u.device)
     z = new_z(u, first.right.shape[0], options) if keep_z else None
-    _run_fc1(u, norm, first, a, z, options)
+    _run(ChannelProduct(u, first, a, u, u.shape[2], options, is_fc1=True, z=z, norm=norm))
     return a, z
 
 
-def channel_fc2(u: Tensor, a: Tensor, w4: Tensor, b4: Tensor | None, options: Options) -> Tensor:
+def channel_fc2(u: Tensor, a: Tensor, second: ProductWeights, options: Options) -> Tensor:
     """``y [B, S, C]``, contiguous, from ``u``, the residual, and ``a [B * S, D_C]``."""
     y = new_like(u)
-    _run(ChannelProduct(a, w4, y.flatten(0, 1), u, a.shape[1], b4, options))
+    _run(ChannelProduct(a, second, y.flatten(0, 1), u, a.shape[1], options))
     return y
 
 
-def channel_hidden(u: Tensor, norm: Norm, first: FirstWeights, options: Options) -> Tensor:
+def channel_hidden(u: Tensor, norm: Norm, first: ProductWeights, options: Options) -> Tensor:
     """z ``[B * S, D_C]``, with SwiGLU ``[B * S, 2, D_C]``, recomputed for the backward pass."""
     z = new_z(u, first.right.shape[0], options)
-    _run_fc1(u, norm, first, None, z, options.without_noise())
+    _run(ChannelProduct(u, first, None, u, u.shape[2], options.without_noise(), is_fc1=True, z=z, norm=norm))
     return z
-
-
-def _run_fc1(u: Tensor, norm: Norm, first: FirstWeights, a: Tensor | None, z: Tensor | None, options: Options) -> None:
-    right, bias, gamma, beta, *folded = first
-    norm = Norm(norm.mean, norm.rstd, gamma, beta)
-    _run(ChannelProduct(u, right, a, u, u.shape[2], bias, options, True, z, norm, *folded))
 
 
 def _run(product: ChannelProduct) -> None:
     target, options = target_of(product.u.device), product.options
-    descriptors = channel_descriptors.fits(target, product.u, product.right)
+    descriptors = channel_descriptors.fits(target, product.u, product.weights.right)
     config = channel_product_config(
         target, options.dtype, options.exact, product.is_fc1, product.K, descriptors,
         noise=options.noise, glu=product.is_glu,

@@ -144,14 +144,15 @@ def _channel_product_kernel(
 
 def run_product(config: ProductConfig, product: ChannelProduct) -> None:
     """Write ``product.out`` and ``product.z``."""
-    (rows, columns), u, options = product.shape, product.u, product.options
+    (rows, columns), u, weights, options = product.shape, product.u, product.weights, product.options
     launch(
         _channel_product_kernel, cdiv(rows, config.block_m) * cdiv(columns, config.block_n),
-        product.left, product.right, product.out, product.z, product.bias, u, *product.norm,
-        product.wg, product.wb, product.scale, rows, columns, product.K, product.right.shape[1],
+        product.left, weights.right, product.out, product.z, weights.bias, u, product.norm.mean, product.norm.rstd,
+        weights.gamma, weights.beta, weights.wg, weights.wb, weights.scale, rows, columns, product.K,
+        weights.right.shape[1],
         u.shape[1], *u.stride(), product.left.stride(0), product.row_stride,
         **noise_arguments(options), **config.launch_options(), GROUP_M=config.group_m,
-        FC1=product.is_fc1, FOLD=product.is_folded, EVEN_K=product.K % config.block_k == 0,
+        FC1=product.is_fc1, FOLD=weights.wg is not None, EVEN_K=product.K % config.block_k == 0,
         ACT=activation_of(options).function, GLU=product.is_glu, PRECISION=options.precision,
         INT64=needs_int64(u.shape[1:], u.stride()[1:]) or rows + config.block_m >= 2**31,
     )  # fmt: skip

@@ -36,17 +36,17 @@ class GatedMixingWeights(NamedTuple):
     b_gate: Tensor | None  # [K] float32
 
 
-class FirstWeights(NamedTuple):
-    """fc1 of the channel half: ``wg``, ``wb`` where LayerNorm is folded, equation (8) of docs/maths.md, else ``bias``,
-    ``gamma``, ``beta``."""
+class ProductWeights(NamedTuple):
+    """Of a product of the channel half: fc1's ``wg``, ``wb`` where LayerNorm is folded, equation (8) of docs/maths.md,
+    else its ``bias``, ``gamma``, ``beta``; of fc2 a bias alone."""
 
-    right: Tensor  # [D_C, C_pad]
-    bias: Tensor | None = None  # [D_C]
-    gamma: Tensor | None = None  # [C]
+    right: Tensor  # [N, K_pad], zero-padded along K
+    bias: Tensor | None = None  # [N]
+    gamma: Tensor | None = None  # [K]
     beta: Tensor | None = None
-    wg: Tensor | None = None  # [D_C] float32
+    wg: Tensor | None = None  # [N] float32
     wb: Tensor | None = None
-    scale: Tensor | None = None
+    scale: Tensor | None = None  # None for 1
 
 
 def token_weights(packing: Packing, half: Half | GatedHalf, tokens: int, hidden: int, name: str = "") -> TokenWeights:
@@ -79,13 +79,13 @@ def first_token_weights(
     return pack(f"{name}w1", half.w_in, half.b_in, hidden, tokens)
 
 
-def fc1_weights(packing: Packing, half: Half, stream: torch.dtype) -> FirstWeights:
+def fc1_weights(packing: Packing, half: Half, stream: torch.dtype) -> ProductWeights:
     """``w_in [D_C, C]``, for a ``stream`` in which LayerNorm can be folded into it, or to be applied beside it."""
     gamma, beta, w3, b3, _, _ = half
     if stream is packing.dtype and stream.itemsize == 2:
         right, wg, wb, scale = packing.folded("w3", w3, b3, gamma, beta)
-        return FirstWeights(right, wg=wg, wb=wb, scale=scale)
-    return FirstWeights(product_weight(packing, "w3", w3), b3, gamma, beta)
+        return ProductWeights(right, wg=wg, wb=wb, scale=scale)
+    return ProductWeights(product_weight(packing, "w3", w3), b3, gamma, beta)
 
 
 def product_weight(packing: Packing, name: str, w: Tensor) -> Tensor:

@@ -153,9 +153,6 @@ def _token_linear_kernel(
     tl.store(out_ptr + image * out_stride_b + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-_NO_NORM = Norm(None, None, None, None)
-
-
 class _Product(NamedTuple):
     """The operands of the kernel and where its results go, named as there."""
 
@@ -163,7 +160,7 @@ class _Product(NamedTuple):
     right: Tensor
     outer: Tensor
     out: Tensor
-    norm: Norm = _NO_NORM
+    norm: Norm = Norm()
     bias: Tensor | None = None
     scale: Tensor | None = None
     x: Tensor | None = None
@@ -176,7 +173,7 @@ class _Product(NamedTuple):
 def token_linear(x: Tensor, linear: AffineLinear, options: Options) -> Tensor:
     """``x + scale * (w . (alpha * x + beta) + b)``, contiguous, from ``x [B, S, C]`` and a packed ``w``."""
     u = new_like(x)
-    norm = Norm(None, None, linear.alpha, linear.beta)
+    norm = Norm(gamma=linear.alpha, beta=linear.beta)
     _run(_Product(linear.w, x, x, u, norm, linear.b, linear.scale), options)
     return u
 
