@@ -20,6 +20,7 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .files import check_is_file
-from .layout import Rename, StateDict, rename
+from .layout import Rename, StateDict, layer, rename
 
 # Training checkpoints hold more than the parameters: those are under one of these.
 PREFIXES = ("opt/target/", "params/")
@@ -78,16 +79,9 @@ def _table(num_blocks: int, head: bool) -> list[Rename]:
     return table + (_dense("head", "head") if head else [])
 
 
-def _affine(theirs: str, ours: str, dims: int, change) -> list[Rename]:
-    return [Rename(f"{theirs}/kernel", f"{ours}.weight", dims, change), Rename(f"{theirs}/bias", f"{ours}.bias", 1)]
-
-
-def _dense(theirs: str, ours: str) -> list[Rename]:
-    return _affine(theirs, ours, 2, lambda w: w.T)
-
-
-def _norm(theirs: str, ours: str) -> list[Rename]:
-    return [Rename(f"{theirs}/scale", f"{ours}.weight", 1), Rename(f"{theirs}/bias", f"{ours}.bias", 1)]
+_affine = partial(layer, names=("/kernel", "/bias"))
+_dense = partial(_affine, dims=2, change=lambda w: w.T)
+_norm = partial(layer, dims=1, names=("/scale", "/bias"))
 
 
 def _newer_names(tensors: Mapping[str, Tensor]) -> StateDict:

@@ -204,6 +204,14 @@ class Rename:
     change: Callable[[Tensor], Tensor] | None = None
 
 
+def layer(
+    theirs: str, ours: str, dims: int, change: Callable[[Tensor], Tensor] | None = None, *, names=(".weight", ".bias")
+) -> list[Rename]:
+    """The weight, which has so many dimensions there, and the bias of one layer, which have these ``names`` there."""
+    weight, bias = (theirs + name for name in names)
+    return [Rename(weight, f"{ours}.weight", dims, change), Rename(bias, f"{ours}.bias", 1)]
+
+
 def rename(what: str, table: Sequence[Rename], theirs: Mapping[str, Tensor]) -> StateDict:
     """``theirs`` in timm's keys and shapes, checked: new contiguous tensors where they change, else the same ones."""
     check_keys(what, [entry.theirs for entry in table], theirs)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .checkpoints import unwrapped
-from .layout import Rename, StateDict, check_tensor, rename
+from .layout import Rename, StateDict, check_tensor, layer, rename
 
 _BLOCK_PART = re.compile(r"(\d+)\.[01]\.")
 _FIRST_BLOCK = 2  # after the rearrangement and the linear layer that embed the patches
@@ -51,24 +51,17 @@ def _table(num_blocks: int, patch: int, in_chans: int) -> list[Rename]:
     def embedding(weight: Tensor) -> Tensor:  # patches are flattened as (row, column, channel)
         return weight.unflatten(1, (patch, patch, in_chans)).permute(0, 3, 1, 2)
 
-    table = _layer("1", "stem.proj", 2, embedding)
+    table = layer("1", "stem.proj", 2, embedding)
     for i in range(num_blocks):
         theirs, ours = f"{_FIRST_BLOCK + i}", f"blocks.{i}"
-        table += _layer(f"{theirs}.0.norm", f"{ours}.norm1", 1)
-        table += _layer(f"{theirs}.0.fn.0", f"{ours}.mlp_tokens.fc1", 3, _linear)
-        table += _layer(f"{theirs}.0.fn.3", f"{ours}.mlp_tokens.fc2", 3, _linear)
-        table += _layer(f"{theirs}.1.norm", f"{ours}.norm2", 1)
-        table += _layer(f"{theirs}.1.fn.0", f"{ours}.mlp_channels.fc1", 2)
-        table += _layer(f"{theirs}.1.fn.3", f"{ours}.mlp_channels.fc2", 2)
+        table += layer(f"{theirs}.0.norm", f"{ours}.norm1", 1)
+        table += layer(f"{theirs}.0.fn.0", f"{ours}.mlp_tokens.fc1", 3, _linear)
+        table += layer(f"{theirs}.0.fn.3", f"{ours}.mlp_tokens.fc2", 3, _linear)
+        table += layer(f"{theirs}.1.norm", f"{ours}.norm2", 1)
+        table += layer(f"{theirs}.1.fn.0", f"{ours}.mlp_channels.fc1", 2)
+        table += layer(f"{theirs}.1.fn.3", f"{ours}.mlp_channels.fc2", 2)
     last = _FIRST_BLOCK + num_blocks
-    return table + _layer(f"{last}", "norm", 1) + _layer(f"{last + 2}", "head", 2)
-
-
-def _layer(theirs: str, ours: str, dims: int, change=None) -> list[Rename]:
-    return [
-        Rename(f"{theirs}.weight", f"{ours}.weight", dims, change),
-        Rename(f"{theirs}.bias", f"{ours}.bias", 1),
-    ]
+    return table + layer(f"{last}", "norm", 1) + layer(f"{last + 2}", "head", 2)
 
 
 def _linear(weight: Tensor) -> Tensor:
