@@ -110,7 +110,7 @@ def _token_linear_kernel(
         mask = mask_k[:, None] & mask_c[None, :]
         w = tl.load(w_tile_ptr + k0)
         right = tl.load(right_ptr + rows[:, None] * stride_s + offs_c[None, :] * stride_c, mask=mask, other=0.0)
-        if mean_ptr is not None or gamma_ptr is not None or beta_ptr is not None:
+        if (mean_ptr is not None or gamma_ptr is not None) or beta_ptr is not None:  # Triton 3.3 takes no longer chain
             n = right.to(tl.float32)
             if mean_ptr is not None:
                 mean = tl.load(mean_ptr + image * S + rows, mask=mask_k, other=0.0)
