@@ -69,8 +69,8 @@ BUGS = {
         "channel_backward.py", "sums_ptr + (m0 // BLOCK_M) * D_C + offs_n", "sums_ptr + offs_n", BACKWARD,
         "test_matches_eager and 32 and float32-fast"),
     "another mask backward": (
-        "token_data_gradient.py", "kept_hidden(noise, offs_d[None, :], offs_c[:, None], image, ",
-        "kept_hidden(noise, offs_d[None, :] + 1, offs_c[:, None], image, ", "test_noise.py",
+        "token_data_gradient.py", "kept_hidden(noise, offs_d[None, :], offs_c[:, None], image)",
+        "kept_hidden(noise, offs_d[None, :] + 1, offs_c[:, None], image)", "test_noise.py",
         "gradients_see and fused"),
     "rows of the next matrix": (
         "pack.py", "block = tl.program_id(0) - first", "block = tl.program_id(0) - first + 1", KERNELS,
