@@ -44,26 +44,26 @@ def relu_and_slope(z):
 
 
 @triton.jit
-def silu(z):
-    return z / (1.0 + tl.exp(-z))
+def silu(z):  # by exp2, as GELU
+    return z / (1.0 + tl.exp2(-1.4426950408889634 * z))
 
 
 @triton.jit
 def silu_and_slope(z):
-    sigmoid = 1.0 / (1.0 + tl.exp(-z))
+    sigmoid = 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * z))
     return z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
 @triton.jit
 def swiglu(value, gate):
     """value * SiLU(gate), equation (22) of docs/maths.md."""
-    return value * gate / (1.0 + tl.exp(-gate))
+    return value * gate / (1.0 + tl.exp2(-1.4426950408889634 * gate))
 
 
 @triton.jit
 def swiglu_and_slopes(value, gate):
     """The same, and its derivatives by value and by gate, equation (23)."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    sigmoid = 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * gate))
     silu = gate * sigmoid
     return value * silu, silu, value * sigmoid * (1.0 + gate * (1.0 - sigmoid))
 
