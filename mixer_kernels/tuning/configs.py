@@ -147,10 +147,11 @@ def token_config(
     if hopper:
         # 128 channels halve the traffic of the weights from L2, which at 64 limits the rate of the products.
         # On sm_100 four segments, or gates, leave no tensor memory for 64 hidden units.
-        block_d = 32 if target.capability == 90 or segments[3] or glu else 64
+        block_d = 32 if segments[3] or glu else 64
         fits = lean and (sum(segments) <= 224 or target.capability > 90)
         if fits:
-            return TokenConfig(128, block_d, num_warps=8, num_stages=2)
+            stages = 3 if target.capability == 90 and block_d == 64 else 2
+            return TokenConfig(128, block_d, num_warps=8, num_stages=stages)
         return TokenConfig(64, 32 if glu else 64, num_warps=8, num_stages=2)
     if noise:
         return TokenConfig(16, 16, 4, 2) if glu else TokenConfig(32, 16, num_warps=8, num_stages=2)
@@ -327,9 +328,14 @@ def norm_backward_config(channels: int, affine: bool = False) -> StatisticsConfi
 
 
 def token_backward_config(
-    target: Target, dtype: torch.dtype, segments: tuple[int, int, int, int], vectorised: bool
+    target: Target, dtype: torch.dtype, segments: tuple[int, int, int, int], vectorised: bool, noise: bool
 ) -> TokenConfig:
-    """The tile of token mixing backward: n and g (in ``dtype``) and dn (float32) share the registers."""
+    """The tile of token mixing backward: n and g (in ``dtype``) and dn (float32) share the registers, with the counters
+    of ``noise``, dropout or stochastic depth.
+
+    On sm_90 a pipeline of two stages makes ptxas wait for each product (its warning C7515); one stage leaves them
+    asynchronous and room for a second block, but no registers for noise.
+    """
     if not target.is_nvidia:
         return TokenConfig(16, 16, 4, 1) if dtype is torch.float32 else TokenConfig(32, 16, 4, 1)
     hopper = target.capability in (90, 100, 103)
@@ -339,7 +345,8 @@ def token_backward_config(
         return TokenConfig(16, 16, num_warps=8, num_stages=1, tf32=False)
     if hopper:
         few_warps = target.capability == 90 and sum(segments) <= 208 and vectorised
-        return TokenConfig(64, 32, num_warps=4 if few_warps else 8, num_stages=2)
+        stages = 1 if target.capability == 90 and not noise else 2
+        return TokenConfig(64, 32, num_warps=4 if few_warps else 8, num_stages=stages)
     if target.capability >= 120:
         return TokenConfig(32, 16, num_warps=4, num_stages=2)
     return TokenConfig(64, 16, num_warps=8, num_stages=2)
@@ -350,9 +357,10 @@ def weight_gradient_config(target: Target, dtype: torch.dtype, stream_dtype: tor
     if dtype is torch.float32:
         block = 32 if exact and target.capability in (90, 100, 103) else 64
         return ProductConfig(block, block, 16, num_warps=8 if target.capability >= 120 else 4, num_stages=1)
-    block_k = 64 if target.capability == 90 else 32
+    if target.capability == 90:
+        return ProductConfig(128, 128, 64, num_warps=8, num_stages=3)
     num_warps = 4 if target.capability >= 120 and stream_dtype is dtype else 8
-    return ProductConfig(64, 64, block_k, num_warps=num_warps, num_stages=2 if target.is_nvidia else 1)
+    return ProductConfig(64, 64, 32, num_warps=num_warps, num_stages=2 if target.is_nvidia else 1)
 
 
 def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, glu: bool = False) -> ProductConfig:
