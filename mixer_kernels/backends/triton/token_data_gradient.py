@@ -183,7 +183,9 @@ def token_data_gradient(
     """``dn [B, S, C]``, and a and dz ``[B, D_S, C]`` where they are wanted; S up to 256."""
     (batch_size, tokens, channels), units = x.shape, half.w_in.shape[0]
     n0, n1, n2, n3 = segments = token_segments(tokens, longest=64)
-    config = token_backward_config(target_of(x.device), options.dtype, segments, vectorised=is_vectorised(x))
+    config = token_backward_config(
+        target_of(x.device), options.dtype, segments, vectorised=is_vectorised(x), noise=options.noise
+    )
     packing, hidden = Packing(options.dtype), round_up(units, config.block_d)
     weights = token_weights(packing, half, sum(segments), hidden)
     packing.run()
