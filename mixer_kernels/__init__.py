@@ -6,6 +6,7 @@ Triton and no timm, and does not initialise CUDA.
 """
 
 from . import functional
+from .adapters import MixerParts
 from .backends import use_backend
 from .freeze import freeze_, unfreeze_
 from .models import FusedMixer
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FusedMixer",
     "FusedMixerBlock",
+    "MixerParts",
     "Report",
     "freeze_",
     "functional",

@@ -83,6 +83,20 @@ def why_not_linear(name: str, *layers: nn.Module) -> str | None:
     return None
 
 
+def why_not_pointwise(name: str, *layers: nn.Module) -> str | None:
+    """Of ``Conv1d`` along the tokens, which are linear layers if their kernels have one weight."""
+    for layer in layers:
+        if type(layer) is not nn.Conv1d:
+            return f"{name} has {type(layer).__name__} beside Conv1d"
+        if (layer.kernel_size, layer.stride, layer.padding, layer.groups) != ((1,), (1,), (0,), 1):
+            return f"{name} has a Conv1d that is not pointwise"
+        if is_special(layer.weight):
+            return f"{name} has weights of a tensor subclass"
+        if is_hooked(layer):
+            return f"{name} has hooks or a replaced forward on a Conv1d"
+    return None
+
+
 def why_not_dropout(name: str, *layers: nn.Module) -> str | None:
     for layer in layers:
         if type(layer) is not nn.Dropout and type(layer) is not nn.Identity:

@@ -7,13 +7,13 @@ they are, and so do ``isinstance``, ``copy.deepcopy`` and ``pickle``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .adapters import Fused, Options, fused_classes
+from .adapters import Fused, MixerParts, Options, declared_class, fused_classes
 from .backends import CHOICES
 from .functional import MEMORY_MODES
 from .modules import FusedMixerBlock
@@ -23,16 +23,22 @@ from .words import one_of
 BUILT_FUSED = "it was built to run through the kernels"
 
 
-def fuse_(model: nn.Module, *, backend: str | None = None, memory: str = "fast") -> Report:
+def fuse_(
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    memory: str = "fast",
+    blocks: Mapping[type[nn.Module], MixerParts] | None = None,
+) -> Report:
     """Let the kernels compute the blocks of ``model`` that they cover, in place; ``unfuse_`` undoes it exactly.
 
     Known blocks: timm's ``MixerBlock`` (also gMixer's), ``ResBlock`` (ResMLP) and ``SpatialGatingBlock`` (gMLP);
     ``PreNormResidual`` of lucidrains' ``MLPMixer`` and ``MLPMixer3D``; the layers of Hugging Face's PatchTSMixer and of
-    granite-tsfm's TinyTimeMixer (sktime's too) and TSPulse, and the feature, patch and channel mixing blocks in them.
-    They compute what they computed, by the accuracy rule of this package, in training and inference, under autocast and
-    gradient checkpointing, and keep their parameters and ``state_dict`` keys. Where the kernels do not cover what a
-    block is at some later time (another mode, a hook on a part of it, another activation), its own ``forward`` runs,
-    with one warning on the logger "mixer_kernels".
+    granite-tsfm's TinyTimeMixer (sktime's too) and TSPulse, and the feature, patch and channel mixing blocks in them;
+    and what ``blocks`` declares. They compute what they computed, by the accuracy rule of this package, in training and
+    inference, under autocast and gradient checkpointing, and keep their parameters and ``state_dict`` keys. Where the
+    kernels do not cover what a block is at some later time (another mode, a hook on a part of it, another activation),
+    its own ``forward`` runs, with one warning on the logger "mixer_kernels".
 
     Left alone, with the reason in the report: blocks with norms, activations or MLPs that the kernels do not have,
     with quantised, distributed or parametrised weights, with hooks on their parts (hooks on a block itself keep
@@ -44,37 +50,51 @@ def fuse_(model: nn.Module, *, backend: str | None = None, memory: str = "fast")
         backend: "auto", "cuda", "triton" or "torch" for these blocks; None for what ``use_backend`` or
             ``MIXER_KERNELS_BACKEND`` says at each call.
         memory: what training keeps, "fast" or "min" as in ``functional``.
+        blocks: classes of blocks of your own, and what is what in them (``MixerParts``). Each such block is checked: a
+            copy of it runs once, forward and backward, on random inputs and weights in float64, beside what was
+            declared. The block at hand, its mode, gradients and hooks and the random number generators stay as they
+            are. It is a check of what the block is now: where its submodules, or its attributes that are numbers,
+            strings or functions change later, its own ``forward`` runs; what that reads elsewhere, such as a
+            configuration or a global, is not watched.
 
     Returns:
         What was fused and what was left, and why. A second call changes the options and returns the same.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: unknown ``backend`` or ``memory``.
+        TypeError: ``model`` is not a module; ``blocks`` has something else than classes of modules or ``MixerParts``.
+        ValueError: unknown ``backend`` or ``memory``; a block does not compute what ``blocks`` says, with what differs
+            and by how much, or has no such parts; the model has no blocks of a class in ``blocks``. Nothing is fused.
     """
     options = Options(
         None if backend is None else one_of("backend", backend, CHOICES), one_of("memory", memory, MEMORY_MODES)
     )
     classes = fused_classes()
-    entries, chosen = [], []
+    declared = _declared_classes(blocks or {}, classes)
+    classes |= declared
+    found = []  # of each block: its name, the class it had, itself, what it becomes or why it is left, further state
     for name, module, outer_reason in _walk(_checked(model)):
         block = _name_of_block(module, classes)
         if block is None:
             continue
-        already = isinstance(module, Fused)
-        reason = (None if already else outer_reason) or _why_left(module, classes)
+        fused, state = _fused_class(module, classes), {}
+        reason = (None if isinstance(module, Fused) else outer_reason) or _why_left(module, classes, fused)
         if reason is None:
-            chosen.append(module)
-            fused = _fused_class(module, classes)
-            detail = f"functional.{fused.function(module)}"
+            state = fused.checked_state(module, name)
+        found.append((name, block, module, fused, reason, state))
+    for original in declared:
+        if not any(issubclass(type(module), original) for _, _, module, *_ in found):
+            raise ValueError(f"blocks has {original.__module__}.{original.__qualname__}, of which the model has none")
+    entries = []
+    for name, block, module, fused, reason, state in found:
+        if reason is None:
+            if not isinstance(module, fused):
+                module.__class__ = fused
+            module._fused_options = options
+            module.__dict__.update(state)
             noise = fused.why_not_this_noise(module)
-            entries.append(Entry(name, block, FUSED, f"{detail}, but not in this mode: {noise}" if noise else detail))
-        else:
-            entries.append(Entry(name, block, LEFT, reason))
-    for module in chosen:
-        if not isinstance(module, Fused):
-            module.__class__ = classes[type(module)]
-        module._fused_options = options
+            detail = f"functional.{fused.function(module)}"
+            detail = f"{detail}, but not in this mode: {noise}" if noise else detail
+        entries.append(Entry(name, block, FUSED if reason is None else LEFT, reason or detail))
     return Report(tuple(entries))
 
 
@@ -100,14 +120,14 @@ def unfuse_(model: nn.Module) -> Report:
         if not isinstance(module, Fused):
             continue
         reason, original = None, type(module).original()
-        if type(module) not in fused_classes().values():
+        if not module.is_as_fused():
             reason = f"it has become a {type(module).__name__} since it was fused: undo that first"
         elif "forward" in module.__dict__:
             reason = "its forward was replaced since it was fused: undo that first"
         else:
             module.unfreeze()
             module.__class__ = original
-            for state in ("_fused_options", "_snapshot", "_last"):
+            for state in ("_fused_options", "_snapshot", "_last", "_checked"):
                 module.__dict__.pop(state, None)
         entries.append(Entry(name, original.__name__, LEFT if reason else RESTORED, reason or ""))
     return Report(tuple(entries))
@@ -149,19 +169,39 @@ def _name_of_block(module: nn.Module, classes: dict[type, type[Fused]]) -> str |
     return type(module).__name__ if issubclass(type(module), tuple(classes)) else None
 
 
-def _why_left(module: nn.Module, classes: dict[type, type[Fused]]) -> str | None:
+def _why_left(module: nn.Module, classes: dict[type, type[Fused]], fused: type[Fused] | None) -> str | None:
     if isinstance(module, FusedMixerBlock):
         return BUILT_FUSED
-    cls = type(module)
-    if cls not in classes and not isinstance(module, Fused):
+    if fused is None:
+        cls = type(module)
         parent = next(base.__name__ for base in cls.__mro__ if base in classes)
         return f"it is a {cls.__name__}, a subclass of {parent}"
-    fused = _fused_class(module, classes)
-    return fused.why_not_known(module) or fused.why_not_covered(module)
+    return fused.why_left(module)
 
 
-def _fused_class(module: nn.Module, classes: dict[type, type[Fused]]) -> type[Fused]:
-    return type(module) if isinstance(module, Fused) else classes[type(module)]
+def _fused_class(module: nn.Module, classes: dict[type, type[Fused]]) -> type[Fused] | None:
+    """What ``module`` becomes, or is already."""
+    cls = type(module)
+    if not isinstance(module, Fused):
+        return classes.get(cls)
+    return classes.get(cls.original(), cls) if cls.is_as_fused() else cls
+
+
+def _declared_classes(
+    blocks: Mapping[type[nn.Module], MixerParts], classes: dict[type, type[Fused]]
+) -> dict[type, type[Fused]]:
+    """What the user's own classes become."""
+    declared = {}
+    for cls, parts in blocks.items():
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError(f"blocks must have classes of modules as keys, got {cls!r}")
+        if not isinstance(parts, MixerParts):
+            raise TypeError(f"blocks[{cls.__name__}] must be a MixerParts, got {type(parts).__name__}")
+        original = cls.original() if issubclass(cls, Fused) else cls
+        if original in classes:
+            raise ValueError(f"fuse_ knows {original.__module__}.{original.__name__}: leave it out of blocks")
+        declared[original] = declared_class(original, parts)
+    return declared
 
 
 def _checked(model: Any) -> nn.Module:

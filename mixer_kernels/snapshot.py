@@ -1,15 +1,16 @@
 """What a block was when the kernels were found to cover it: found once, compared on every call.
 
 The reasons of ``coverage`` lie in which parts a block has, in their classes and hooks, in attributes that are numbers,
-strings and the like (eps, normalized_shape, approximate), and in the classes of their weights. As long as all of those
-are what they were, the answer is. What depends on the mode is asked anew each time.
+strings, functions and the like (eps, normalized_shape, approximate), and in the classes of their weights. As long as
+all of those are what they were, the answer is. What depends on the mode is asked anew each time.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .coverage import why_not_global_hooks
 
 _CHANGING = ("training", "_last")  # the mode; what repeat keeps
-_PLAIN = (str, tuple, numbers.Number, type(None))
+_PLAIN = (str, tuple, numbers.Number, type(None), FunctionType, BuiltinFunctionType)
 
 
 class Watched:
@@ -98,6 +99,12 @@ def _remembered(module: nn.Module) -> tuple[Any, ...]:
 def _plain_attributes(module: nn.Module) -> tuple[itemgetter, Any]:
     """What reads them from the module's ``__dict__``, and what it reads now."""
     attributes = module.__dict__
-    names = [name for name, value in attributes.items() if name not in _CHANGING and isinstance(value, _PLAIN)]
-    read = itemgetter(*names)  # _is_full_backward_hook at least
+    read = itemgetter(*[name for name, _ in plain_attributes(module)])  # _is_full_backward_hook at least
     return read, read(attributes)
+
+
+def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and values of those that can be compared: numbers, strings, functions and the like, but not the mode."""
+    for name, value in module.__dict__.items():
+        if name not in _CHANGING and isinstance(value, _PLAIN):
+            yield name, value

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -120,6 +121,14 @@ def through_functional(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "FASTER_ON_CPU", {})
     monkeypatch.setattr(checks, "runs_on_torch", lambda *_: False)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 class _Eagerly(logging.Handler):

@@ -219,13 +219,6 @@ def test_compiles_in_one_graph() -> None:
     torch.testing.assert_close(run(compiled, x), run(model, x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture
-def process_group(tmp_path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("fused_first", [True, False])
 def test_ddp(fused_first, model) -> None:

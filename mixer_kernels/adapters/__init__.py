@@ -1,4 +1,5 @@
-"""For each model library the classes that ``fuse_`` gives to its blocks: one module per library.
+"""For each model library the classes that ``fuse_`` gives to its blocks, one module per library; ``declared`` makes
+those for the blocks of a user's own.
 
 The module of a library is imported only once the library itself has been: no model has blocks of a library that is
 not loaded.
@@ -10,8 +11,9 @@ import importlib
 import sys
 
 from .base import Fused, Options
+from .declared import MixerParts, declared_class
 
-__all__ = ["Fused", "Options", "fused_classes"]
+__all__ = ["Fused", "MixerParts", "Options", "declared_class", "fused_classes"]
 
 # Where blocks are defined, and the module here that knows them.
 ORIGINS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -56,9 +57,7 @@ class Fused(Watched, Freezable):
         """Pickle would look for the class by the name that it has taken."""
         cls = type(self)
         reduced = super().__reduce_ex__(protocol)
-        if "_defined_as" not in cls.__dict__:
-            return reduced
-        return _new, (cls.__module__, cls._defined_as), *reduced[2:]
+        return (*cls.made_by(), *reduced[2:]) if cls.is_as_fused() else reduced
 
     def __prepare_scriptable__(self) -> None:
         """What ``torch.jit.script`` calls before all else."""
@@ -66,6 +65,16 @@ class Fused(Watched, Freezable):
             f"torch.jit.script does not take a fused {self.original().__name__}: unfuse_ the model first, or use "
             "torch.jit.trace"
         )
+
+    @classmethod
+    def made_by(cls) -> tuple[Callable, tuple]:
+        """A function, and its arguments, that makes a block without its state: what a pickle or a copy starts from."""
+        return _new, (cls.__module__, cls._defined_as)
+
+    @classmethod
+    def is_as_fused(cls) -> bool:
+        """Whether ``cls`` is what ``fuse_`` gave, rather than what FSDP or a parametrization has made of it since."""
+        return "_defined_as" in cls.__dict__
 
     @classmethod
     def original(cls) -> type[nn.Module]:
@@ -118,6 +127,16 @@ class Fused(Watched, Freezable):
         ):
             return f"its submodules or parameters are not those of a {name}"
         return None
+
+    @classmethod
+    def why_left(cls, block: nn.Module) -> str | None:
+        """Why ``fuse_`` leaves this block as it is."""
+        return cls.why_not_known(block) or cls.why_not_covered(block)
+
+    @classmethod
+    def checked_state(cls, block: nn.Module, name: str) -> dict[str, Any]:
+        """Attributes for this block, which ``name`` is of in the model, from what ``fuse_`` finds out by running it."""
+        return {}
 
     def why_not_kernels(self, x: Tensor) -> str | None:
         return (
@@ -172,6 +191,5 @@ def _is_for_blocks(cls: type) -> bool:
 
 
 def _new(module: str, name: str) -> nn.Module:
-    """A fused block without its state: what a pickle or a copy of one starts from."""
     cls = getattr(importlib.import_module(module), name)
     return cls.__new__(cls)

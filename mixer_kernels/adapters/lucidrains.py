@@ -37,7 +37,7 @@ class _FusedPreNormResidual(Fused):
             if coverage.is_hooked(part):
                 return "fn or a part of it has hooks or a replaced forward"
         if type(dense1) is nn.Conv1d:
-            reason, channels = _why_not_pointwise(dense1, dense2), norm.normalized_shape[-1]
+            reason, channels = coverage.why_not_pointwise("fn", dense1, dense2), norm.normalized_shape[-1]
         else:
             reason, channels = coverage.why_not_linear("fn", dense1, dense2), dense1.in_features
         return (
@@ -86,16 +86,3 @@ class FusedPreNormResidual3D(_FusedPreNormResidual, mlp_mixer_3d_pytorch.PreNorm
 
 
 FUSED = (FusedPreNormResidual, FusedPreNormResidual3D)
-
-
-def _why_not_pointwise(*layers: nn.Module) -> str | None:
-    for layer in layers:
-        if type(layer) is not nn.Conv1d:
-            return f"fn has {type(layer).__name__} beside Conv1d"
-        if (layer.kernel_size, layer.stride, layer.padding, layer.groups) != ((1,), (1,), (0,), 1):
-            return "fn has a Conv1d that is not pointwise"
-        if coverage.is_special(layer.weight):
-            return "fn has weights of a tensor subclass"
-        if coverage.is_hooked(layer):
-            return "fn has hooks or a replaced forward on a Conv1d"
-    return None
