@@ -79,6 +79,20 @@ def test_layer_matches_eager(shape, memory):
     assert_layer_matches_eager(*make_layer(shape, torch.float32, CPU), memory=memory)
 
 
+@pytest.mark.parametrize("bias", [1.0, 300.0])
+@each_mixer
+def test_sigmoid_gate(mixer, bias):
+    x, parameters = make(mixer, (3, 7, 13, 20), torch.float32, "cpu")
+    parameters["b_gate"] *= bias
+    assert_mixer_matches_eager(mixer, x, parameters, gate="sigmoid")
+
+
+def test_layer_with_sigmoid_gates():
+    x, parameters = make_layer((3, 2, 13, 20), torch.float32, "cpu")
+    assert_layer_matches_eager(x, parameters, gate="sigmoid", memory="min")
+    assert_layer_matches_eager(x, parameters, gate="sigmoid", dropout_p=0.0)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", ((3, 7, 13, 20), (12, 3, 33, 24)), ids=("one tile", "tiles"))
 def test_16_bits(shape, dtype):

@@ -91,7 +91,9 @@ PLANTED = {  # file of csrc/cpu, what is there, what is planted
     "a coefficient's sign": ("functions.h", "-0.459212065f", "0.459212065f"),
     "slope without density": ("functions.h", "+ z * density", "+ 0.0f * density"),
     "softmax not divided": ("mixing.h", "= 1.0f / total", "= 1.0f + 0.0f * total"),
-    "one term of the softmax's gradient": ("mixing.h", "stride + c) - total))", "stride + c)))"),
+    "one term of the softmax's gradient": ("mixing.h", "of_gate - total))", "of_gate))"),
+    "one factor of the sigmoid's gradient": ("mixing.h", "(1.0f - p) * of_gate :", "of_gate :"),
+    "the sigmoid turned round": ("mixing.h", "1.0f / (1.0f + exp(-z))", "1.0f / (1.0f + exp(z))"),
     "the gate's own gradient dropped": (
         "mixing.h", "sums->w_gate);", "sums->w1);"),
     "one term of LayerNorm's gradient": ("norm.h", "(dxhat - m[i] - xhat * v[i])", "(dxhat - m[i])"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PatchTSMixerConfig, PatchTSMixerForPrediction
 from transformers.models.patchtsmixer import modeling_patchtsmixer
 
-from mixer_kernels import functional, fuse_, unfuse_
+from mixer_kernels import freeze_, functional, fuse_, unfreeze_, unfuse_
 
 tsfm_stub.define_packages()
 from tsfm_public.models.tinytimemixer import TinyTimeMixerConfig, TinyTimeMixerForPrediction  # noqa: E402
@@ -73,6 +73,8 @@ MODELS = {
         lambda: tinytimemixer(sktime_ttm.TinyTimeMixerConfig, sktime_ttm.TinyTimeMixerForPrediction),
         5 * (1 + 2),
     ),
+    "TinyTimeMixer, sigmoid": (lambda: tinytimemixer(gate_mode="sigmoid"), 5 * (1 + 2)),
+    "TinyTimeMixer, groups": (lambda: tinytimemixer(gate_mode="group_sigmoid", gate_groups=3), 5 * (1 + 2)),
     "TinyTimeMixer, mixing channels": (lambda: tinytimemixer(decoder_mode="mix_channel"), 4 * (1 + 2) + (1 + 3)),
 }
 
@@ -80,6 +82,43 @@ MODELS = {
 @pytest.mark.parametrize(("make", "number"), MODELS.values(), ids=MODELS)
 def test_models(make, number) -> None:
     assert check(make(), series()) == number
+
+
+# What those gates are on the CPU's kernels, and on Triton's, in both dtypes.
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("mode", ["sigmoid", "group_sigmoid"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpu", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16)]
+)
+def test_gates_of_tinytimemixer_on_the_kernels(mode, backend, dtype, device) -> None:
+    config = TinyTimeMixerConfig(**SMALL, gate_mode=mode, gate_groups=2, mode="mix_channel")
+    config.num_patches = 4
+    layer = with_trained_looks(TinyTimeMixerLayer(config))
+    x = torch.randn(2, 3, 4, 12, device="cpu" if backend == "cpu" else device, dtype=dtype)
+    report = check_fused(layer, x, backend=backend)
+    assert len(report) == 4 and not report.left
+
+
+@pytest.mark.parametrize("mode", ["sigmoid", "group_sigmoid"])
+def test_gates_of_frozen_layers_follow_when_thawed(mode) -> None:
+    config = TinyTimeMixerConfig(**SMALL, gate_mode=mode, gate_groups=2)
+    config.num_patches = 4
+    layer = with_trained_looks(TinyTimeMixerLayer(config)).eval()
+    x = torch.randn(2, 3, 4, 12)
+    with torch.inference_mode():
+        expected = layer(x)
+        fuse_(layer, backend="cpu")
+        for change in (freeze_, unfreeze_, freeze_):
+            change(layer)
+            for _ in range(3):
+                torch.testing.assert_close(layer(x), expected)
+        unfreeze_(layer)
+        for _ in range(3):
+            layer.patch_mixer.gating_block.attn_layer.weight.mul_(1.5)
+            y = layer(x)
+            unfuse_(layer)
+            torch.testing.assert_close(y, layer(x))
+            fuse_(layer, backend="cpu")
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -175,8 +214,11 @@ def test_a_layer_of_one_patch_mixes_features() -> None:
     ]
 
 
-def test_tspulse_layers() -> None:
-    config = TSPulseConfig(d_model=12, num_input_channels=3, mode="mix_channel", dropout=0.0)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_tspulse_layers(activation) -> None:
+    config = TSPulseConfig(
+        d_model=12, num_input_channels=3, mode="mix_channel", dropout=0.0, gated_attention_activation=activation
+    )
     config.num_patches = 4
     layer = with_trained_looks(TSPulseLayer(config)).eval()
     x = torch.randn(2, 3, 4, 12)
@@ -197,7 +239,7 @@ def test_what_is_left() -> None:
     layers[2].feature_mixer.norm = modeling_patchtsmixer.PatchTSMixerNormLayer(
         PatchTSMixerConfig(**SMALL, norm_mlp="BatchNorm")
     )
-    layers[3].feature_mixer.gating_block.attn_softmax = nn.Sigmoid()
+    layers[3].feature_mixer.gating_block.attn_softmax = nn.Tanh()
     layers[4].feature_mixer.mlp = nn.Identity()
     report = fuse_(model.eval())
     left = {entry.name.split("mixers.")[1]: entry.detail for entry in report.left}
@@ -205,16 +247,22 @@ def test_what_is_left() -> None:
         "0.patch_mixer": "it has self-attention",
         "1.patch_mixer": "mlp has hooks or a replaced forward on a Linear",
         "2.feature_mixer": "its norm is PatchTSMixerBatchNorm, not LayerNorm",
-        "3.feature_mixer": "its gate has Sigmoid, not a plain Softmax",
+        "3.feature_mixer": "its gate has Tanh, not a plain Softmax or Sigmoid",
         "4.feature_mixer": "it has Identity, not PatchTSMixerMLP",
     }
     of_layers = {name.split(".")[0]: f"of its {name.split('.')[1]}: {reason}" for name, reason in of_blocks.items()}
     assert left == of_blocks | of_layers
     assert len(report.fused) == 5
-    for mode in ("sigmoid", "glu", "group_sigmoid"):
-        reason = f"its gate is {mode}, not softmax"
-        left = fuse_(tinytimemixer(gate_mode=mode)).left
+    for options, reason in (
+        ({"gate_mode": "glu"}, "its gate is glu, not softmax, sigmoid or group_sigmoid"),
+        ({"use_register_context_gating": True}, "its gate depends on register tokens too"),
+    ):
+        left = fuse_(tinytimemixer(**options)).left
         assert {entry.detail for entry in left} == {reason, f"of its patch_mixer: {reason}"}
+    layer = patchtsmixer(num_layers=1).model.encoder.mlp_mixer_encoder.mixers[0]
+    layer.patch_mixer.gating_block.attn_softmax = nn.Sigmoid()
+    report = fuse_(layer)
+    assert [entry.detail for entry in report.left] == ["its blocks have different gates"] and len(report) == 2
 
 
 def test_active_dropout_goes_through_the_kernels(monkeypatch) -> None:

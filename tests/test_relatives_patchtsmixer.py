@@ -81,6 +81,18 @@ def test_matches_eager(mixer, shape, dtype, device):
     assert_matches_eager(mixer, *make(mixer, shape, dtype, device), device)
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 3, 13, 20), torch.float32), ((2, 3, 4, 8), torch.bfloat16)], ids=str)
+@each_mixer
+def test_sigmoid_gate(mixer, shape, dtype, device):
+    assert_matches_eager(mixer, *make(mixer, shape, dtype, device), device, gate="sigmoid")
+
+
+def test_sigmoid_logits_far_apart(device):
+    x, parameters = make("features", (2, 3, 4, 20), torch.float32, device)
+    parameters["b_gate"] = 300.0 * torch.randn_like(parameters["b_gate"])
+    assert_matches_eager("features", x, parameters, device, gate="sigmoid")
+
+
 @each_mixer
 def test_tiles_of_sm_90(mixer, device):
     assert_matches_eager(mixer, *make(mixer, (2, 3, 12, 40), torch.bfloat16, device), device, "sm_90")
@@ -162,19 +174,21 @@ def test_any_number_of_leading_axes(device):
     assert torch.equal(evaluate("features", x[None], parameters, "triton")["output"], y[None])
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @each_mixer
-def test_torch_backend_is_what_it_says_it_is(mixer):
+def test_torch_backend_is_what_it_says_it_is(mixer, kind):
     axis, gate_first = MIXERS[mixer]
     x, p = make(mixer, (2, 3, 5, 20), torch.float64, "cpu")
     v = nnf.layer_norm(x, (20,), p["gamma"], p["beta"], 1e-5).movedim(axis, -1)
 
     def gate(v):
-        return v * nnf.softmax(nnf.linear(v, p["w_gate"], p["b_gate"]), -1)
+        logits = nnf.linear(v, p["w_gate"], p["b_gate"])
+        return v * (nnf.softmax(logits, -1) if kind == "softmax" else torch.sigmoid(logits))
 
     v = gate(v) if gate_first else v
     v = nnf.linear(nnf.gelu(nnf.linear(v, p["w1"], p["b1"])), p["w2"], p["b2"])
     v = v if gate_first else gate(v)
-    actual = evaluate(mixer, x, p, "torch")["output"]
+    actual = evaluate(mixer, x, p, "torch", gate=kind)["output"]
     torch.testing.assert_close(actual, x + v.movedim(-1, axis), rtol=1e-12, atol=1e-12)
 
 

@@ -63,6 +63,11 @@ def test_matches_eager(shape, dtype, _, device):
     assert_matches_eager(*make_layer(shape, dtype, device), device)
 
 
+@pytest.mark.parametrize(("shape", "dtype", "_"), list(CASES.values())[1::4], ids=list(CASES)[1::4])
+def test_sigmoid_gates(shape, dtype, _, device):
+    assert_matches_eager(*make_layer(shape, dtype, device), device, gate="sigmoid")
+
+
 def test_tiles_of_sm_90(device):
     assert_matches_eager(*make_layer((2, 2, 12, 40), torch.bfloat16, device), device, "sm_90")
 

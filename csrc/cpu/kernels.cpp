@@ -51,7 +51,7 @@ struct Tile {
           noise_rows(reinterpret_cast<uint32_t*>(arena.take(call.options.dropout_p > 0.0f ? stride : 0))),
           noise_images(reinterpret_cast<uint32_t*>(arena.take(call.options.dropout_p > 0.0f ? stride : 0))),
           mlp(arena, mixer, matrices_of(call, plan, which), shape, call.mixers == 1 && call.options.gate_first,
-              call.options.tanh, columns_of(shape, most), backward) {
+              call.options.sigmoid, call.options.tanh, columns_of(shape, most), backward) {
         if (call.options.dropout_p > 0.0f && call.options.seeds)
             dropout = {call.options.dropout_p, static_cast<uint64_t>(call.options.seeds[which]), noise_rows,
                        noise_images};

@@ -30,6 +30,7 @@ struct Gradients {
 
 struct Options {
     bool gate_first;  // of a single mixer
+    bool sigmoid;     // the gate, else softmax
     bool tanh;        // GELU's form
     float dropout_p;
     const int64_t* seeds;  // one to a mixer; null without dropout

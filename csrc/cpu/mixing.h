@@ -72,15 +72,15 @@ struct Mlp {
     Mixer mixer;
     Matrices matrices;
     Shape shape;
-    bool gate_first, tanh;
+    bool gate_first, sigmoid, tanh;
     int64_t columns;  // to a block, whole vectors
     int64_t stride;   // of a block's planes
     // [H] and [K] rows of a block; backward's are null in a forward pass
     float *hidden, *gate, *slope, *value, *logits, *mask, *across;
 
-    Mlp(Arena& arena, const Mixer& mixer, const Matrices& matrices, Shape shape, bool gate_first, bool tanh,
-        int64_t most_columns, bool backward)
-        : mixer(mixer), matrices(matrices), shape(shape), gate_first(gate_first), tanh(tanh) {
+    Mlp(Arena& arena, const Mixer& mixer, const Matrices& matrices, Shape shape, bool gate_first, bool sigmoid,
+        bool tanh, int64_t most_columns, bool backward)
+        : mixer(mixer), matrices(matrices), shape(shape), gate_first(gate_first), sigmoid(sigmoid), tanh(tanh) {
         constexpr int64_t kPanel = kBlockVectors * kLanes, kFloats = 32768;  // in the L2 cache, with x
         constexpr int64_t kLeast = 96;  // or weights, from a slower cache, would be the most that is read
         const int64_t H = mixer.hidden, K = shape.K;
@@ -200,10 +200,11 @@ struct Mlp {
             }
     }
 
-    // gate = softmax(Wg . v + bg), down each column.
+    // gate = softmax(Wg . v + bg), down each column, or the sigmoid.
     void probabilities(const float* v, int64_t v_stride, int64_t count) const {
         const int64_t K = shape.K;
         product(K, count, K, matrices.w_gate, v, v_stride, mixer.b_gate, false, gate, stride);
+        if (sigmoid) return each(K, count, gate, stride, [](Vector z) { return 1.0f / (1.0f + exp(-z)); });
         for (int64_t c = 0; c < count; c += kLanes) {
             float* column = gate + c;
             Vector most = load(column), total{};
@@ -224,11 +225,12 @@ struct Mlp {
         const int64_t K = shape.K;
         for (int64_t c = 0; c < count; c += kLanes) {
             Vector total{};
-            for (int64_t k = 0; k < K; ++k)
+            for (int64_t k = 0; k < K && !sigmoid; ++k)
                 total += load(g + k * g_stride + c) * load(v + k * v_stride + c) * load(gate + k * stride + c);
             for (int64_t k = 0; k < K; ++k) {
                 const Vector one = load(g + k * g_stride + c), p = load(gate + k * stride + c);
-                store(logits + k * stride + c, p * (one * load(v + k * v_stride + c) - total));
+                const Vector of_gate = one * load(v + k * v_stride + c);
+                store(logits + k * stride + c, p * (sigmoid ? (1.0f - p) * of_gate : of_gate - total));
                 store(g + k * g_stride + c, one * p);
             }
         }

@@ -1,13 +1,14 @@
 """The blocks of PatchTSMixer, TinyTimeMixer and TSPulse: each library repeats the classes of the first.
 
 A layer mixes, in "mix_channel" mode, the channels of the series, then patches, then features, each in a block of its
-own: a LayerNorm, an MLP and, if the configuration says so, a gate that multiplies by the softmax of a linear layer.
-The last two are one call where both are plain.
+own: a LayerNorm, an MLP and, if the configuration says so, a gate that multiplies by the softmax of a linear layer, or,
+of the newer libraries, by its sigmoid. The last two are one call where both are plain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from ..coverage import (
     why_not_norm,
     why_not_same_dropout,
 )
+from ..freeze import kept
 from .base import Fused, Options
 
 
@@ -61,7 +63,7 @@ class Mixing(Fused):
             or why_not_norm("norm", norm.norm, features)
             or why_not_linear("mlp", mlp.fc1, mlp.fc2)
             or why_not_dropout("mlp", mlp.dropout1, mlp.dropout2)
-            or (None if gate is None else why_not_softmax(gate) or why_not_linear("gating_block", gate.attn_layer))
+            or (None if gate is None else _why_not_gate(gate) or why_not_linear("gating_block", gate.attn_layer))
         )
 
     @staticmethod
@@ -72,14 +74,25 @@ class Mixing(Fused):
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
         return weight_and_bias(_norm(block))[:1]
 
-    def parameters_in_order(self) -> tuple[Tensor | None, ...]:
-        """As ``functional.gated_mixing`` takes them."""
+    def parameters_in_order(self, packs: dict[str, Tensor] | None) -> tuple[Tensor | None, ...]:
+        """As ``functional.gated_mixing`` takes them; ``packs`` has what is made of them, of a frozen block."""
         parts = self._modules
         mlp, gate = parts["mlp"]._modules, (None, None)
         if self.gated_attn:
             gate = weight_and_bias(parts["gating_block"]._modules["attn_layer"])
+        if self.is_grouped():
+            of_groups = partial(_means_of_groups, groups=parts["gating_block"].groups)
+            names = (f"gate {self.axis} {kind}" for kind in ("weight", "bias"))
+            gate = [
+                t if t is None else kept(packs, name, partial(of_groups, t))
+                for name, t in zip(names, gate, strict=True)
+            ]
         layers = (_norm(self), mlp["fc1"], mlp["fc2"])
         return *[parameter for layer in layers for parameter in weight_and_bias(layer)], *gate
+
+    def is_grouped(self) -> bool:
+        """Whether its gate is one for each group of elements."""
+        return self.gated_attn and getattr(self._modules["gating_block"], "mode", None) == "group_sigmoid"
 
     def image_shape(self) -> tuple[int, ...]:
         shape = [1, 1, self.norm.norm.normalized_shape[-1]]
@@ -90,15 +103,17 @@ class Mixing(Fused):
         packs = self.packs()
         y = functional.gated_mixing(
             x,
-            *self.parameters_in_order(),
+            *self.parameters_in_order(packs),
             axis=self.axis,
             gate_first=self.gate_first,
+            gate=_gate(self),
             eps=_norm(self).eps,
             dropout_p=dropout_p_of(_dropouts(self)[0]),
             backend=options.backend,
             packs=packs,
         )
-        self.keep_call(packs, x, self._fused_options)
+        if not self.is_grouped():  # what is made for a call is not there in the next
+            self.keep_call(packs, x, self._fused_options)
         return y
 
 
@@ -148,7 +163,8 @@ class Layer(Fused):
             reason = fused.why_not_covered(mixer)
             if reason:
                 return f"of its {name}: {reason}"
-        return None
+        gates = {_gate(mixer) for mixer in cls._mixers(layer) if mixer.gated_attn}
+        return "its blocks have different gates" if len(gates) > 1 else None
 
     def parts(self) -> Iterable[nn.Module]:
         """Not the mixer of channels, which is called as it is."""
@@ -185,14 +201,15 @@ class Layer(Fused):
         mixers, packs = self._mixers(self), self.packs()
         y = functional.gated_mixer_layer(
             x,
-            *[parameter for mixer in mixers for parameter in mixer.parameters_in_order()],
+            *[parameter for mixer in mixers for parameter in mixer.parameters_in_order(packs)],
+            gate=_gate(mixers[0] if mixers[0].gated_attn else mixers[1]),
             eps=tuple([_norm(mixer).eps for mixer in mixers]),
             dropout_p=dropout_p_of(_dropouts(mixers[0])[0]),
             memory=options.memory,
             backend=options.backend,
             packs=packs,
         )
-        if self.mode != "mix_channel":
+        if self.mode != "mix_channel" and not any([mixer.is_grouped() for mixer in mixers]):
             self.keep_call(packs, x, self._fused_options)
         return y
 
@@ -230,13 +247,32 @@ def _dropouts(mixer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return parts["dropout1"], parts["dropout2"]
 
 
-def why_not_softmax(gate: nn.Module) -> str | None:
-    """Why a gate does not multiply by the softmax of ``attn_layer`` over the last dimension."""
-    if getattr(gate, "mode", "softmax") != "softmax":
-        return f"its gate is {gate.mode}, not softmax"
+def _gate(mixer: nn.Module) -> str:
+    """``gate`` of ``functional.gated_mixing``; what it is without a gate does not matter."""
+    if not mixer.gated_attn:
+        return "softmax"
+    gate = mixer._modules["gating_block"]
+    mode = getattr(gate, "mode", None)
+    if mode is None:
+        return "sigmoid" if any([type(part) is nn.Sigmoid for part in gate._modules.values()]) else "softmax"
+    return "softmax" if mode == "softmax" else "sigmoid"
+
+
+def _why_not_gate(gate: nn.Module) -> str | None:
+    """Why a gate does not multiply by the softmax of ``attn_layer`` over the last dimension, or by the sigmoid."""
+    if getattr(gate, "mode", "softmax") not in ("softmax", "sigmoid", "group_sigmoid"):
+        return f"its gate is {gate.mode}, not softmax, sigmoid or group_sigmoid"
     if getattr(gate, "use_reg_context", False):
         return "its gate depends on register tokens too"
     for name, part in gate._modules.items():
-        if name != "attn_layer" and (type(part) is not nn.Softmax or part.dim != -1 or is_hooked(part)):
-            return f"its gate has {type(part).__name__}, not a plain Softmax"
+        is_known = type(part) is nn.Sigmoid or (type(part) is nn.Softmax and part.dim == -1)
+        if name != "attn_layer" and (not is_known or is_hooked(part)):
+            return f"its gate has {type(part).__name__}, not a plain Softmax or Sigmoid"
     return None
+
+
+def _means_of_groups(t: Tensor, groups: int) -> Tensor:
+    """A linear layer whose outputs are each the mean of those of their group, of ``t``, weight or bias of one."""
+    return (
+        t.unflatten(0, (groups, -1)).mean(1, keepdim=True).expand(-1, t.shape[0] // groups, *t.shape[1:]).flatten(0, 1)
+    )

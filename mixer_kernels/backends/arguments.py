@@ -23,7 +23,7 @@ class Half(NamedTuple):
 
 
 class GatedHalf(NamedTuple):
-    """The same of a PatchTSMixer, and its softmax gate."""
+    """The same of a PatchTSMixer, and its gate."""
 
     gamma: Tensor | None
     beta: Tensor | None
@@ -71,6 +71,7 @@ class Options(NamedTuple):
     activation: str = "gelu"
     approximate: str = "none"  # the form of GELU
     norm: str = "layer"
+    gate: str = "softmax"  # of a GatedHalf
     dropout_p: float = 0.0
     drop_path_p: float = 0.0
     seed: Tensor | None = None  # int64, one to a half, on the device of x; None without noise

@@ -31,7 +31,7 @@ class Backend(Protocol):
 
     def has(self, feature: str) -> bool:
         """Whether there are kernels for ``feature``: an operator's name, the same with " in training" behind it (with
-        gradients or noise), "activation='swiglu'", "norm='affine'"."""
+        gradients or noise), "activation='swiglu'", "norm='affine'", "gate='sigmoid'"."""
 
     # ------------------------------------------------------------------------------------------------------- forward
 

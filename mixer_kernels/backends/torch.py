@@ -68,7 +68,8 @@ def gated_mixing_forward(x: Tensor, half: GatedHalf, options: Options, axis: int
     def gated(v: Tensor) -> Tensor:
         if half.w_gate is None:
             return v
-        return v * F.softmax(_linear(v, half.w_gate, half.b_gate, options), -1)  # (31)
+        logits = _linear(v, half.w_gate, half.b_gate, options)
+        return v * (F.softmax(logits, -1) if options.gate == "softmax" else F.sigmoid(logits))  # (31)
 
     v = _layer_norm(x, half.gamma, half.beta, options.eps).movedim(axis, -1)  # (1) (2)
     v = gated(v.to(options.dtype)) if gate_first else v

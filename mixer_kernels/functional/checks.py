@@ -20,6 +20,7 @@ APPROXIMATIONS = ("none", "tanh")
 MEMORY_MODES = ("fast", "min")
 ACTIVATIONS = ("gelu", "relu", "silu", "swiglu")
 NORMS = ("layer", "affine")
+GATES = ("softmax", "sigmoid")
 
 
 def choose(
@@ -36,6 +37,8 @@ def choose(
         features += (f"activation={options.activation!r}",)
     if options.norm != "layer":
         features += (f"norm={options.norm!r}",)
+    if options.gate != "softmax":
+        features += (f"gate={options.gate!r}",)
     pays = x.is_cpu and pays_on_cpu(operator, options.dtype, x, parameters, options.noise)
     name = backends.choose(backend, x.device.type, x.device.index, options.dtype, features, pays)
     reason = None if name == "torch" else transform()
@@ -154,6 +157,7 @@ def check(
         one_of("memory", memory, MEMORY_MODES)
     one_of("activation", activation, ACTIVATIONS)
     one_of("norm", options.norm, NORMS)
+    one_of("gate", options.gate, GATES)
     if activation != "gelu" and approximate != "none":
         raise ValueError(f"approximate={approximate!r} is a form of GELU, but activation is {activation!r}")
     for option, p in (("dropout_p", options.dropout_p), ("drop_path_p", options.drop_path_p)):

@@ -22,8 +22,8 @@ from .packs import NewPacks, packs_of
 _defined: set[str] = set()  # by this import of the module: what an earlier one has defined stays
 
 _OPTIONS = (
-    "ScalarType dtype, float eps, str activation, str approximate, str norm, float dropout_p, float drop_path_p,"
-    " Tensor? seed, str backend"
+    "ScalarType dtype, float eps, str activation, str approximate, str norm, str gate, float dropout_p,"
+    " float drop_path_p, Tensor? seed, str backend"
 )
 _SEED = Options._fields.index("seed")
 _BACKEND = len(Options().inputs)

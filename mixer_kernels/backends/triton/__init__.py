@@ -40,7 +40,8 @@ SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (3, 3)  # Triton 3.2 takes no function as a kernel's constant
 _FEATURES = {
     "packs", "token_mixing", "channel_mixing", "mixer_block", "norm='affine'", "token_linear", "spatial_gating",
-    "gated_channel_mixing", "gated_mixing", "gated_mixer_layer", *(f"activation={name!r}" for name in ACTIVATIONS),
+    "gated_channel_mixing", "gated_mixing", "gate='sigmoid'", "gated_mixer_layer",
+    *(f"activation={name!r}" for name in ACTIVATIONS),
 }  # fmt: skip
 
 

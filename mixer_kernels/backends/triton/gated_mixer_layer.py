@@ -23,7 +23,7 @@ from ..new_tensors import new_like
 from ..relatives import halves_of_layer
 from ..rounding import round_up
 from .activation import activation_of
-from .gated_mixing import gated_mixing, mlp_of_rows, normalised_rows, pack_gated_mixing, softmax_gate
+from .gated_mixing import gate_of, gated_mixing, mlp_of_rows, normalised_rows, pack_gated_mixing
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, with_next_seed
 from .pack import Packing
@@ -61,6 +61,7 @@ def _gated_mixer_layer_kernel(
     eps1,
     eps2,
     noise,  # noise.dropout_arguments, with a seed to each mixer
+    SIGMOID: tl.constexpr,  # the gates, else softmax
     PATCHES: tl.constexpr,
     FEATURES: tl.constexpr,
     HIDDEN1: tl.constexpr,
@@ -91,7 +92,7 @@ def _gated_mixer_layer_kernel(
         PRECISION, DROPOUT,
     )  # fmt: skip
     if gate1_ptr is not None:
-        v *= softmax_gate(v, gate1_ptr, gate1_bias_ptr, patches, FEATURES, PATCHES, PRECISION)
+        v *= gate_of(v, gate1_ptr, gate1_bias_ptr, patches, SIGMOID, FEATURES, PATCHES, PRECISION)
     u = x + tl.trans(v)
     if u_ptr is not None:
         tl.store(u_ptr + offs_y, u.to(u_ptr.dtype.element_ty), mask=mask)
@@ -103,7 +104,7 @@ def _gated_mixer_layer_kernel(
         PATCHES, FEATURES, HIDDEN2, BLOCK_D, STAGES, ACT, PRECISION, DROPOUT,
     )  # fmt: skip
     if gate2_ptr is not None:
-        v *= softmax_gate(v, gate2_ptr, gate2_bias_ptr, features, PATCHES, FEATURES, PRECISION)
+        v *= gate_of(v, gate2_ptr, gate2_bias_ptr, features, SIGMOID, PATCHES, FEATURES, PRECISION)
     tl.store(y_ptr + offs_y, (u + v).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -141,7 +142,7 @@ def gated_mixer_layer(
         _gated_mixer_layer_kernel, x.shape[0] * channels,
         x, *of_patches[:2], *weights1, *of_features[:2], *weights2, u, y, patches, features, channels, *x.stride(),
         options.eps, eps2, **dropout_arguments(options), **config.launch_options(),
-        PATCHES=padded_extent(patches), FEATURES=padded_extent(features),
+        SIGMOID=options.gate == "sigmoid", PATCHES=padded_extent(patches), FEATURES=padded_extent(features),
         HIDDEN1=weights1.w1.shape[0], HIDDEN2=weights2.w1.shape[0], ACT=activation_of(options).function,
         PRECISION=options.precision, INT64=needs_int64((patches, features), x.stride()[2:]),
     )  # fmt: skip

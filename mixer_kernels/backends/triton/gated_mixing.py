@@ -6,7 +6,7 @@
     v = fc2(GELU(fc1(n)))                 along the mixed axis: features, patches or channels
     y = x + v * softmax(Wg . v + bg)      the gate; or before fc1: n * softmax(Wg . n + bg)
 
-and dropout behind GELU and fc2.
+or the sigmoid in place of the softmax, and dropout behind GELU and fc2.
 
 A program owns a tile ``[ROWS, K]``, the whole mixed axis by rows. Mixing features, its rows are any of x's, each with
 its own LayerNorm. Mixing patches or channels they are features of one image, and LayerNorm is along them: a program
@@ -115,14 +115,20 @@ def add_square_product(
 
 
 @triton.jit
-def softmax_gate(v, w_ptr, b_ptr, extent, ROWS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    """softmax(v . Wg' + bg), zero outside ``extent``; float32."""
+def gate_of(
+    v, w_ptr, b_ptr, extent, SIGMOID: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """softmax(v . Wg' + bg), or the sigmoid of that, zero outside ``extent``; float32."""
     logits = add_square_product(tl.zeros((ROWS, K), tl.float32), v, w_ptr, ROWS, K, True, PRECISION)
     offs_k = tl.arange(0, K)
     logits += tl.load(b_ptr + offs_k)[None, :]
     logits = tl.where((offs_k < extent)[None, :], logits, float("-inf"))
-    e = tl.exp2(1.4426950408889634 * (logits - tl.max(logits, 1, keep_dims=True)))  # exp
-    return e / tl.sum(e, 1, keep_dims=True)
+    if SIGMOID:
+        gate = 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * logits))
+    else:
+        e = tl.exp2(1.4426950408889634 * (logits - tl.max(logits, 1, keep_dims=True)))  # exp
+        gate = e / tl.sum(e, 1, keep_dims=True)
+    return gate
 
 
 @triton.jit
@@ -177,6 +183,7 @@ def _gated_mixing_kernel(
     noise,  # noise.dropout_arguments
     NORM_ROWS: tl.constexpr,  # LayerNorm along the rows, else along the mixed axis
     GATE_FIRST: tl.constexpr,
+    SIGMOID: tl.constexpr,  # the gate, else softmax
     ROWS: tl.constexpr,
     K: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -209,13 +216,13 @@ def _gated_mixing_kernel(
     else:
         n = normalised_rows(x, gamma_ptr, beta_ptr, mask, extent, eps, K)
     if GATE_FIRST and gate_ptr is not None:
-        n *= softmax_gate(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
+        n *= gate_of(n, gate_ptr, gate_bias_ptr, extent, SIGMOID, ROWS, K, PRECISION)
     v = mlp_of_rows(
         n, w1_ptr, b1_ptr, w2_ptr, b2_ptr, offs_r, image, noise, ROWS, K, HIDDEN, BLOCK_D, STAGES, ACT, PRECISION,
         DROPOUT,
     )  # fmt: skip
     if not GATE_FIRST and gate_ptr is not None:
-        v *= softmax_gate(v, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
+        v *= gate_of(v, gate_ptr, gate_bias_ptr, extent, SIGMOID, ROWS, K, PRECISION)
     x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
     offs_y = offs_r[:, None] * y_stride_row + offs_k[None, :] * y_stride_k
     tl.store(y_ptr + offs_y, (x + v).to(y_ptr.dtype.element_ty), mask=mask)
@@ -263,7 +270,8 @@ def gated_mixing(
         _gated_mixing_kernel, images[0] * images[1] * cdiv(rows, config.rows),
         x, half.gamma, half.beta, *weights, y, rows, extent, images[1], *strides, *y_strides, options.eps,
         **dropout_arguments(options), **config.launch_options(), NORM_ROWS=axis != 3, GATE_FIRST=gate_first,
-        ROWS=config.rows, K=block_k, HIDDEN=hidden, ACT=activation_of(options).function, PRECISION=options.precision,
+        SIGMOID=options.gate == "sigmoid", ROWS=config.rows, K=block_k, HIDDEN=hidden,
+        ACT=activation_of(options).function, PRECISION=options.precision,
         INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, y_strides)),
     )  # fmt: skip
     return y

@@ -24,7 +24,7 @@ from ..arguments import GatedHalf, GatedMixingGradients, Norm, Options
 from ..new_tensors import aligned_rows
 from ..rounding import cdiv, round_up
 from .activation import activation_of
-from .gated_mixing import add_square_product, extents_of, in_rows, softmax_gate
+from .gated_mixing import add_square_product, extents_of, gate_of, in_rows
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, kept_branch, kept_hidden
 from .pack import Packing
@@ -33,10 +33,15 @@ from .row_statistics import load_affine
 
 
 @triton.jit
-def _gate_backward(g, v, gate, w_ptr, ROWS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+def _gate_backward(
+    g, v, gate, w_ptr, SIGMOID: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
     """The gradients of v and of the gate's logits from ``g``, that of v * gate."""
     dgate = g * v
-    dlogits = gate * (dgate - tl.sum(dgate * gate, 1, keep_dims=True))
+    if SIGMOID:
+        dlogits = gate * (1.0 - gate) * dgate
+    else:
+        dlogits = gate * (dgate - tl.sum(dgate * gate, 1, keep_dims=True))
     return add_square_product(g * gate, dlogits, w_ptr, ROWS, K, False, PRECISION), dlogits
 
 
@@ -88,6 +93,7 @@ def _gated_mixing_bwd_kernel(
     noise,  # noise.dropout_arguments
     NORM_ROWS: tl.constexpr,  # LayerNorm along the rows, else along the mixed axis
     GATE_FIRST: tl.constexpr,
+    SIGMOID: tl.constexpr,  # the gate, else softmax
     ROWS: tl.constexpr,
     K: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -134,7 +140,7 @@ def _gated_mixing_bwd_kernel(
     GATED: tl.constexpr = gate_ptr is not None
     v = n.to(DTYPE)
     if GATE_FIRST and GATED:
-        gate = softmax_gate(n, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
+        gate = gate_of(n, gate_ptr, gate_bias_ptr, extent, SIGMOID, ROWS, K, PRECISION)
         v = (n * gate).to(DTYPE)
     # Two passes over the hidden units, and their slopes through memory: v and g together would not fit registers.
     out = tl.zeros((ROWS, K), tl.float32)
@@ -161,8 +167,8 @@ def _gated_mixing_bwd_kernel(
         out += tl.load(b2_ptr + offs_k)[None, :]
         if DROPOUT:
             out *= kept_branch(noise, offs_k[None, :], offs_r[:, None], image)
-        gate = softmax_gate(out, gate_ptr, gate_bias_ptr, extent, ROWS, K, PRECISION)
-        g, dlogits = _gate_backward(g, out, gate, gate_ptr, ROWS, K, PRECISION)
+        gate = gate_of(out, gate_ptr, gate_bias_ptr, extent, SIGMOID, ROWS, K, PRECISION)
+        g, dlogits = _gate_backward(g, out, gate, gate_ptr, SIGMOID, ROWS, K, PRECISION)
         if sums_ptr is not None:
             _store_rows(gated_ptr, out, row, mask_r, offs_k, extent, extent_stride)
             _store_rows(dlogits_ptr, dlogits, row, mask_r, offs_k, extent, extent_stride)
@@ -189,7 +195,7 @@ def _gated_mixing_bwd_kernel(
         w1 = tl.load(w1_ptr + offs_d[:, None] * K + offs_k[None, :])
         dn = tl.dot(dz.to(DTYPE), w1, dn, input_precision=PRECISION)
     if GATE_FIRST and GATED:
-        dn, dlogits = _gate_backward(dn, n, gate, gate_ptr, ROWS, K, PRECISION)
+        dn, dlogits = _gate_backward(dn, n, gate, gate_ptr, SIGMOID, ROWS, K, PRECISION)
         if sums_ptr is not None:
             _store_rows(gated_ptr, n, row, mask_r, offs_k, extent, extent_stride)
             _store_rows(dlogits_ptr, dlogits, row, mask_r, offs_k, extent, extent_stride)
@@ -241,8 +247,9 @@ def gated_mixing_gradients(
         dy, x, *norm, *weights, dn, dz, v, a, g, gated, dlogits, sums, rows, extent, hidden, images[1],
         *strides, *dn_strides, *mean_strides, g.stride(0) if of_weights else 0, dz.stride(0),
         **dropout_arguments(options), **config.launch_options(), NORM_ROWS=axis != 3, GATE_FIRST=gate_first,
-        ROWS=config.rows, K=block_k, HIDDEN=padded_hidden, SLOPE=activation_of(options).and_slope,
-        PRECISION=options.precision, INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, dn_strides)),
+        SIGMOID=options.gate == "sigmoid", ROWS=config.rows, K=block_k, HIDDEN=padded_hidden,
+        SLOPE=activation_of(options).and_slope, PRECISION=options.precision,
+        INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, dn_strides)),
     )  # fmt: skip
     biases = (None, None, None)
     if of_weights:  # each a tensor of its own: an operator's results may not share memory
