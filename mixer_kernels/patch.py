@@ -35,10 +35,12 @@ def fuse_(
     Known blocks: timm's ``MixerBlock`` (also gMixer's), ``ResBlock`` (ResMLP) and ``SpatialGatingBlock`` (gMLP);
     ``PreNormResidual`` of lucidrains' ``MLPMixer`` and ``MLPMixer3D``; the layers of Hugging Face's PatchTSMixer and of
     granite-tsfm's TinyTimeMixer (sktime's too) and TSPulse, and the feature, patch and channel mixing blocks in them;
-    and what ``blocks`` declares. They compute what they computed, by the accuracy rule of this package, in training and
-    inference, under autocast and gradient checkpointing, and keep their parameters and ``state_dict`` keys. Where the
-    kernels do not cover what a block is at some later time (another mode, a hook on a part of it, another activation),
-    its own ``forward`` runs, with one warning on the logger "mixer_kernels".
+    the MLP-Mixer in PyTorch Geometric's GraphMixer; and what ``blocks`` declares.
+
+    They compute what they computed, by the accuracy rule of this package, in training and inference, under autocast and
+    gradient checkpointing, and keep their parameters and ``state_dict`` keys. Where the kernels do not cover what a
+    block is at some later time (another mode, a hook on a part of it, another activation), its own ``forward`` runs,
+    with one warning on the logger "mixer_kernels".
 
     Left alone, with the reason in the report: blocks with norms, activations or MLPs that the kernels do not have,
     with quantised, distributed or parametrised weights, with hooks on their parts (hooks on a block itself keep

@@ -40,6 +40,7 @@ AT_IMPORT = {
     "transformers": {"adapters.patchtsmixer"},
     "tsfm_public": {"adapters.tinytimemixer", "adapters.tspulse"},
     "sktime": {"adapters.sktime"},
+    "torch_geometric": {"adapters.pyg"},
 }
 
 

@@ -22,6 +22,7 @@ ORIGINS = {
     "transformers.models.patchtsmixer.modeling_patchtsmixer": "patchtsmixer",
     "tsfm_public.models.tinytimemixer.modeling_tinytimemixer": "tinytimemixer",
     "tsfm_public.models.tspulse.modeling_tspulse": "tspulse",
+    "torch_geometric.nn.models.graph_mixer": "pyg",
     "sktime.libs.granite_ttm.modeling_tinytimemixer": "sktime",
 }
 
