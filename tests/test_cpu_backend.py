@@ -87,6 +87,19 @@ def test_sigmoid_gate(mixer, bias):
     assert_mixer_matches_eager(mixer, x, parameters, gate="sigmoid")
 
 
+@each_mixer
+def test_affine_norm(mixer):
+    x, parameters = make(mixer, (3, 7, 13, 20), torch.float32, "cpu")
+    assert_mixer_matches_eager(mixer, x, parameters, norm="affine")
+    assert_mixer_matches_eager(mixer, x, parameters | {"gamma": None, "b1": None}, norm="affine")
+
+
+def test_layer_with_affine_norms():
+    x, parameters = make_layer((3, 2, 13, 20), torch.float32, "cpu")
+    assert_layer_matches_eager(x, parameters, norm="affine", memory="min")
+    assert_layer_matches_eager(x, parameters, norm="affine", gate="sigmoid")
+
+
 def test_layer_with_sigmoid_gates():
     x, parameters = make_layer((3, 2, 13, 20), torch.float32, "cpu")
     assert_layer_matches_eager(x, parameters, gate="sigmoid", memory="min")

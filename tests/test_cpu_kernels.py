@@ -97,6 +97,8 @@ PLANTED = {  # file of csrc/cpu, what is there, what is planted
     "the gate's own gradient dropped": (
         "mixing.h", "sums->w_gate);", "sums->w1);"),
     "one term of LayerNorm's gradient": ("norm.h", "(dxhat - m[i] - xhat * v[i])", "(dxhat - m[i])"),
+    "LayerNorm's gradient in the affine map's place": (
+        "norm.h", "store(m, affine ? Vector{} :", "store(m, false ? Vector{} :"),
     "residual dropped": (
         "kernels.cpp", "load(in[row + i] + shape.first + f, shape.F - f) + load(branch[i] + f)", "load(branch[i] + f)"),
     "the first slice's gamma": ("kernels.cpp", "mixer.gamma ? mixer.gamma[at]", "mixer.gamma ? mixer.gamma[f]"),

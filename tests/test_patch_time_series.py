@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import tsfm_stub
@@ -38,10 +40,15 @@ def tinytimemixer(config_class=TinyTimeMixerConfig, cls=TinyTimeMixerForPredicti
 
 
 def with_trained_looks(model: nn.Module) -> nn.Module:
-    """Norms and biases that are not 1 and 0, gates that are not all alike."""
+    """Norms and biases that are not 1 and 0, gates that are not all alike, statistics of series."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += (0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5) * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)
     return model
 
 
@@ -68,6 +75,8 @@ MODELS = {
     "PatchTSMixer": (lambda: patchtsmixer(), 2 * (1 + 2)),
     "PatchTSMixer, mixing channels": (lambda: patchtsmixer(mode="mix_channel"), 2 * (1 + 3)),
     "PatchTSMixer without gates": (lambda: patchtsmixer(gated_attn=False, mode="mix_channel"), 2 * (1 + 3)),
+    "PatchTSMixer, BatchNorm": (lambda: patchtsmixer(norm_mlp="BatchNorm", mode="mix_channel"), 2 * (1 + 3)),
+    "TinyTimeMixer, BatchNorm": (lambda: tinytimemixer(norm_mlp="BatchNorm"), 5 * (1 + 2)),
     "TinyTimeMixer": (lambda: tinytimemixer(), 5 * (1 + 2)),
     "TinyTimeMixer, sktime's": (
         lambda: tinytimemixer(sktime_ttm.TinyTimeMixerConfig, sktime_ttm.TinyTimeMixerForPrediction),
@@ -236,9 +245,7 @@ def test_what_is_left() -> None:
         PatchTSMixerConfig(**SMALL, self_attn=True, self_attn_heads=2)
     )
     layers[1].patch_mixer.mlp.fc1.register_forward_hook(lambda *_: None)
-    layers[2].feature_mixer.norm = modeling_patchtsmixer.PatchTSMixerNormLayer(
-        PatchTSMixerConfig(**SMALL, norm_mlp="BatchNorm")
-    )
+    layers[2].feature_mixer.norm.norm = nn.RMSNorm(12)
     layers[3].feature_mixer.gating_block.attn_softmax = nn.Tanh()
     layers[4].feature_mixer.mlp = nn.Identity()
     report = fuse_(model.eval())
@@ -246,7 +253,7 @@ def test_what_is_left() -> None:
     of_blocks = {
         "0.patch_mixer": "it has self-attention",
         "1.patch_mixer": "mlp has hooks or a replaced forward on a Linear",
-        "2.feature_mixer": "its norm is PatchTSMixerBatchNorm, not LayerNorm",
+        "2.feature_mixer": "its norm is RMSNorm, not LayerNorm or BatchNorm",
         "3.feature_mixer": "its gate has Tanh, not a plain Softmax or Sigmoid",
         "4.feature_mixer": "it has Identity, not PatchTSMixerMLP",
     }
@@ -263,6 +270,59 @@ def test_what_is_left() -> None:
     layer.patch_mixer.gating_block.attn_softmax = nn.Sigmoid()
     report = fuse_(layer)
     assert [entry.detail for entry in report.left] == ["its blocks have different gates"] and len(report) == 2
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_batch_norm_on_the_kernels(backend, device) -> None:
+    model = patchtsmixer(norm_mlp="BatchNorm", mode="mix_channel", num_layers=1)
+    assert check(model, series("cpu" if backend == "cpu" else device), backend=backend) == 4
+
+
+def test_batch_norm_in_training_takes_its_batch(calls, said) -> None:
+    model, x = patchtsmixer(norm_mlp="BatchNorm", num_layers=1, dropout=0.0, head_dropout=0.0).train(), series()
+    twin = copy.deepcopy(model)
+    report = fuse_(model)
+    assert {entry.detail.partition(": ")[2] for entry in report} == {
+        "its BatchNorm takes its statistics from the batch"
+    }
+    for _ in range(2):
+        assert torch.equal(forecasts(model(x)), forecasts(twin(x)))
+    assert not calls and all("statistics from the batch" in message for message in said)
+    for ours, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.no_grad():  # and then what training has left, written to in place
+        for _ in range(3):
+            torch.testing.assert_close(forecasts(model.eval()(x)), forecasts(twin.eval()(x)))
+            for m in (model, twin):
+                next(b for name, b in m.named_buffers() if name.endswith("running_mean")).add_(1.0)
+    assert calls == ["gated_mixer_layer"] * 3
+    fuse_(model, backend="cpu")
+    assert freeze_(model).frozen
+    with torch.no_grad():
+        for m in (model, twin):
+            next(b for name, b in m.named_buffers() if name.endswith("running_var")).mul_(3.0)
+        torch.testing.assert_close(forecasts(model(x)), forecasts(twin(x)))
+
+
+def test_batch_norm_in_sixteen_bits_is_eagers(calls, said) -> None:
+    model, x = patchtsmixer(norm_mlp="BatchNorm", num_layers=1).eval().bfloat16(), series().bfloat16()
+    expected = forecasts(model(x))
+    fuse_(model)
+    assert torch.equal(forecasts(model(x)), expected) and not calls
+    assert said and all("would round more" in message for message in said)
+
+
+def test_layers_with_two_kinds_of_norm_run_block_by_block(calls) -> None:
+    layer = patchtsmixer(num_layers=1).eval().model.encoder.mlp_mixer_encoder.mixers[0]
+    other = patchtsmixer(num_layers=1, norm_mlp="BatchNorm").eval().model.encoder.mlp_mixer_encoder.mixers[0]
+    layer.patch_mixer = other.patch_mixer
+    x = torch.randn(2, 3, 4, 12)
+    expected = layer(x)
+    report = fuse_(layer)
+    assert [entry.detail for entry in report.left] == ["its blocks have different norms"]
+    torch.testing.assert_close(layer(x), expected)
+    assert calls == ["gated_mixing"] * 2
 
 
 def test_active_dropout_goes_through_the_kernels(monkeypatch) -> None:

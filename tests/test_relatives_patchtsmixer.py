@@ -87,6 +87,14 @@ def test_sigmoid_gate(mixer, shape, dtype, device):
     assert_matches_eager(mixer, *make(mixer, shape, dtype, device), device, gate="sigmoid")
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 3, 13, 20), torch.float32), ((2, 3, 4, 8), torch.bfloat16)], ids=str)
+@each_mixer
+def test_affine_norm(mixer, shape, dtype, device):
+    x, parameters = make(mixer, shape, dtype, device)
+    assert_matches_eager(mixer, x, parameters, device, norm="affine")
+    assert_matches_eager(mixer, x, parameters | {"gamma": None, "b1": None}, device, norm="affine", gate="sigmoid")
+
+
 def test_sigmoid_logits_far_apart(device):
     x, parameters = make("features", (2, 3, 4, 20), torch.float32, device)
     parameters["b_gate"] = 300.0 * torch.randn_like(parameters["b_gate"])
@@ -174,12 +182,14 @@ def test_any_number_of_leading_axes(device):
     assert torch.equal(evaluate("features", x[None], parameters, "triton")["output"], y[None])
 
 
+@pytest.mark.parametrize("norm", ["layer", "affine"])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @each_mixer
-def test_torch_backend_is_what_it_says_it_is(mixer, kind):
+def test_torch_backend_is_what_it_says_it_is(mixer, kind, norm):
     axis, gate_first = MIXERS[mixer]
     x, p = make(mixer, (2, 3, 5, 20), torch.float64, "cpu")
-    v = nnf.layer_norm(x, (20,), p["gamma"], p["beta"], 1e-5).movedim(axis, -1)
+    n = x * p["gamma"] + p["beta"] if norm == "affine" else nnf.layer_norm(x, (20,), p["gamma"], p["beta"], 1e-5)
+    v = n.movedim(axis, -1)
 
     def gate(v):
         logits = nnf.linear(v, p["w_gate"], p["b_gate"])
@@ -188,7 +198,7 @@ def test_torch_backend_is_what_it_says_it_is(mixer, kind):
     v = gate(v) if gate_first else v
     v = nnf.linear(nnf.gelu(nnf.linear(v, p["w1"], p["b1"])), p["w2"], p["b2"])
     v = v if gate_first else gate(v)
-    actual = evaluate(mixer, x, p, "torch", gate=kind)["output"]
+    actual = evaluate(mixer, x, p, "torch", gate=kind, norm=norm)["output"]
     torch.testing.assert_close(actual, x + v.movedim(-1, axis), rtol=1e-12, atol=1e-12)
 
 

@@ -68,6 +68,11 @@ def test_sigmoid_gates(shape, dtype, _, device):
     assert_matches_eager(*make_layer(shape, dtype, device), device, gate="sigmoid")
 
 
+@pytest.mark.parametrize(("shape", "dtype", "_"), list(CASES.values())[1::5], ids=list(CASES)[1::5])
+def test_affine_norms(shape, dtype, _, device):
+    assert_matches_eager(*make_layer(shape, dtype, device), device, norm="affine")
+
+
 def test_tiles_of_sm_90(device):
     assert_matches_eager(*make_layer((2, 2, 12, 40), torch.bfloat16, device), device, "sm_90")
 

@@ -76,6 +76,7 @@ Options options_of(const py::tuple& tuple) {
     Options options{};
     options.gate_first = fields.next<bool>();
     options.sigmoid = fields.next<bool>();
+    options.affine = fields.next<bool>();
     options.tanh = fields.next<bool>();
     options.dropout_p = fields.next<float>();
     options.seeds = fields.address<const int64_t>();

@@ -22,6 +22,7 @@ constexpr int64_t kPackedColumns = 128;  // of a mixer, from which packing its w
 // A mixer of a call with all that it needs for tiles of up to `most` images or rows.
 struct Tile {
     Mixer mixer;
+    bool affine;
     Shape shape;
     int64_t most, stride;
     float *plane, *gradient, *rows, *gamma, *beta;
@@ -36,6 +37,7 @@ struct Tile {
 
     Tile(Arena& arena, const Call& call, const Plan& plan, int which, int64_t most, bool backward, Shape shape)
         : mixer(call.mixer[which]),
+          affine(call.options.affine),
           shape(shape),
           most(most),
           stride(plane_stride(columns_of(shape, most))),
@@ -112,8 +114,8 @@ struct Tile {
         const int64_t F = round_up(shape.F, kLanes);
         for (int64_t f = 0; f < F; ++f) dgamma[f] = dbeta[f] = 0.0f;
         of_gradient.read([&](int64_t row, int64_t number, float** dn) {
-            normalise_backward(in + row, statistics[row / kLanes], number, shape.F, gamma, dn, dy + row, dx + row,
-                               dgamma, dbeta);
+            normalise_backward(in + row, statistics[row / kLanes], affine, number, shape.F, gamma, dn, dy + row,
+                               dx + row, dgamma, dbeta);
         });
         if (!sums) return;
         for (int64_t f = 0; f < F; ++f) {
@@ -125,7 +127,7 @@ struct Tile {
   private:
     void normalised(int64_t first, int64_t count, const float* const* in, bool keep) {
         Plane{shape, count, stride, plane, rows}.fill([&](int64_t row, int64_t number, float** places) {
-            const Statistics s = statistics_of(in + row, number, shape.row, mixer.eps);
+            const Statistics s = affine ? no_statistics() : statistics_of(in + row, number, shape.row, mixer.eps);
             for (int64_t i = 0; i < number; ++i)
                 normalise(in[row + i] + shape.first, s.mean[i], s.rstd[i], shape.F, gamma, beta, places[i]);
             if (keep) statistics[row / kLanes] = s;

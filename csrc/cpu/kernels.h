@@ -31,6 +31,7 @@ struct Gradients {
 struct Options {
     bool gate_first;  // of a single mixer
     bool sigmoid;     // the gate, else softmax
+    bool affine;      // gamma * x + beta in the place of LayerNorm
     bool tanh;        // GELU's form
     float dropout_p;
     const int64_t* seeds;  // one to a mixer; null without dropout

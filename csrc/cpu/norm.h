@@ -38,6 +38,14 @@ inline Statistics statistics_of(const float* const* x, int64_t rows, int64_t F, 
     return s;
 }
 
+// Those with which LayerNorm is its affine map alone.
+inline Statistics no_statistics() {
+    Statistics s;
+    store(s.mean, Vector{});
+    store(s.rstd, all(1.0f));
+    return s;
+}
+
 // `out`, `gamma` and `beta` have whole vectors; what lies behind the features in `out` is not to be used.
 inline void normalise(const float* x, float mean, float rstd, int64_t F, const float* gamma, const float* beta,
                       float* out) {
@@ -45,11 +53,11 @@ inline void normalise(const float* x, float mean, float rstd, int64_t F, const f
         store(out + f, (load(x + f, F - f) - mean) * rstd * load(gamma + f) + load(beta + f));
 }
 
-// dx = dy + LayerNorm'(dn) of up to kLanes rows, and what they add to dgamma and dbeta, which have whole vectors, as dn
-// has.
-inline void normalise_backward(const float* const* x, const Statistics& s, int64_t rows, int64_t F, const float* gamma,
-                               const float* const* dn, const float* const* dy, float* const* dx, float* dgamma,
-                               float* dbeta) {
+// dx = dy + LayerNorm'(dn) of up to kLanes rows, or the affine map's, and what they add to dgamma and dbeta, which have
+// whole vectors, as dn has.
+inline void normalise_backward(const float* const* x, const Statistics& s, bool affine, int64_t rows, int64_t F,
+                               const float* gamma, const float* const* dn, const float* const* dy, float* const* dx,
+                               float* dgamma, float* dbeta) {
     const float scale = 1.0f / F;
     Vector of_mean[kLanes], of_variance[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -65,8 +73,8 @@ inline void normalise_backward(const float* const* x, const Statistics& s, int64
         }
     }
     float m[kLanes], v[kLanes];
-    store(m, sums(of_mean) * scale);
-    store(v, sums(of_variance) * scale);
+    store(m, affine ? Vector{} : sums(of_mean) * scale);
+    store(v, affine ? Vector{} : sums(of_variance) * scale);
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t f = 0; f < F; f += kLanes) {
             const Vector xhat = (load(x[i] + f, F - f) - s.mean[i]) * s.rstd[i];

@@ -1,8 +1,8 @@
 """The blocks of PatchTSMixer, TinyTimeMixer and TSPulse: each library repeats the classes of the first.
 
 A layer mixes, in "mix_channel" mode, the channels of the series, then patches, then features, each in a block of its
-own: a LayerNorm, an MLP and, if the configuration says so, a gate that multiplies by the softmax of a linear layer, or,
-of the newer libraries, by its sigmoid. The last two are one call where both are plain.
+own: a LayerNorm, or a BatchNorm, which is an affine map in inference, an MLP and, if the configuration says so, a gate
+that multiplies by the softmax of a linear layer, or by its sigmoid. The last two are one call where both are plain.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
@@ -39,6 +40,8 @@ class Mixing(Fused):
     gate_first: ClassVar[bool] = False
     classes_of_parts: ClassVar[tuple[type, type, type]]
     """The library's norm, MLP and gate."""
+    batch_norm: ClassVar[type]
+    """The library's other norm, in its norm."""
 
     @staticmethod
     def function(block: nn.Module) -> str:
@@ -55,12 +58,13 @@ class Mixing(Fused):
                 return f"it has {type(part).__name__}, not {expected.__name__}"
             if part is not None and is_hooked(part):
                 return f"its {expected.__name__} has hooks or a replaced forward"
-        if type(norm.norm) is not nn.LayerNorm:
-            return f"its norm is {type(norm.norm).__name__}, not LayerNorm"
-        features = mlp.fc1.in_features if cls.axis == -1 else norm.norm.normalized_shape[-1]
+        if type(norm.norm) not in (nn.LayerNorm, cls.batch_norm):
+            return f"its norm is {type(norm.norm).__name__}, not LayerNorm or BatchNorm"
+        features = mlp.fc1.in_features if cls.axis == -1 else _features(block)
         return (
             why_not_global_hooks()
-            or why_not_norm("norm", norm.norm, features)
+            or (_why_not_batch_norm if is_batch_norm(block) else why_not_norm)("norm", _norm(block), features)
+            or ("its norm has hooks or a replaced forward" if is_hooked(norm.norm) else None)
             or why_not_linear("mlp", mlp.fc1, mlp.fc2)
             or why_not_dropout("mlp", mlp.dropout1, mlp.dropout2)
             or (None if gate is None else _why_not_gate(gate) or why_not_linear("gating_block", gate.attn_layer))
@@ -68,11 +72,14 @@ class Mixing(Fused):
 
     @staticmethod
     def why_not_this_noise(block: nn.Module) -> str | None:
-        return why_not_same_dropout(*_dropouts(block))
+        return why_not_same_dropout(*_dropouts(block)) or _why_not_these_statistics(block)
 
     @staticmethod
     def norms(block: nn.Module) -> tuple[Tensor | None, ...]:
         return weight_and_bias(_norm(block))[:1]
+
+    def _why_not_input(self, x: Tensor) -> str | None:
+        return super()._why_not_input(x) or _why_not_folded(x, self)
 
     def parameters_in_order(self, packs: dict[str, Tensor] | None) -> tuple[Tensor | None, ...]:
         """As ``functional.gated_mixing`` takes them; ``packs`` has what is made of them, of a frozen block."""
@@ -87,15 +94,20 @@ class Mixing(Fused):
                 t if t is None else kept(packs, name, partial(of_groups, t))
                 for name, t in zip(names, gate, strict=True)
             ]
-        layers = (_norm(self), mlp["fc1"], mlp["fc2"])
-        return *[parameter for layer in layers for parameter in weight_and_bias(layer)], *gate
+        norm = _norm(self)
+        affine = _affine_of(norm) if is_batch_norm(self) else weight_and_bias(norm)
+        return *affine, *weight_and_bias(mlp["fc1"]), *weight_and_bias(mlp["fc2"]), *gate
+
+    def is_repeatable(self) -> bool:
+        """Whether the function takes the parameters themselves: what is made for a call is not there in the next."""
+        return not (self.is_grouped() or is_batch_norm(self))
 
     def is_grouped(self) -> bool:
         """Whether its gate is one for each group of elements."""
         return self.gated_attn and getattr(self._modules["gating_block"], "mode", None) == "group_sigmoid"
 
     def image_shape(self) -> tuple[int, ...]:
-        shape = [1, 1, self.norm.norm.normalized_shape[-1]]
+        shape = [1, 1, _features(self)]
         shape[self.axis] = self.mlp.fc1.in_features
         return tuple(shape)
 
@@ -107,12 +119,13 @@ class Mixing(Fused):
             axis=self.axis,
             gate_first=self.gate_first,
             gate=_gate(self),
+            norm="affine" if is_batch_norm(self) else "layer",
             eps=_norm(self).eps,
             dropout_p=dropout_p_of(_dropouts(self)[0]),
             backend=options.backend,
             packs=packs,
         )
-        if not self.is_grouped():  # what is made for a call is not there in the next
+        if self.is_repeatable():
             self.keep_call(packs, x, self._fused_options)
         return y
 
@@ -164,7 +177,9 @@ class Layer(Fused):
             if reason:
                 return f"of its {name}: {reason}"
         gates = {_gate(mixer) for mixer in cls._mixers(layer) if mixer.gated_attn}
-        return "its blocks have different gates" if len(gates) > 1 else None
+        if len(gates) > 1:
+            return "its blocks have different gates"
+        return "its blocks have different norms" if len({*map(is_batch_norm, cls._mixers(layer))}) > 1 else None
 
     def parts(self) -> Iterable[nn.Module]:
         """Not the mixer of channels, which is called as it is."""
@@ -179,7 +194,9 @@ class Layer(Fused):
 
     @classmethod
     def why_not_this_noise(cls, layer: nn.Module) -> str | None:
-        return why_not_same_dropout(*[dropout for mixer in cls._mixers(layer) for dropout in _dropouts(mixer)])
+        mixers = cls._mixers(layer)
+        reason = why_not_same_dropout(*[dropout for mixer in mixers for dropout in _dropouts(mixer)])
+        return reason or next(filter(None, map(_why_not_these_statistics, mixers)), None)
 
     @classmethod
     def norms(cls, layer: nn.Module) -> tuple[Tensor | None, ...]:
@@ -203,13 +220,14 @@ class Layer(Fused):
             x,
             *[parameter for mixer in mixers for parameter in mixer.parameters_in_order(packs)],
             gate=_gate(mixers[0] if mixers[0].gated_attn else mixers[1]),
+            norm="affine" if is_batch_norm(mixers[0]) else "layer",
             eps=tuple([_norm(mixer).eps for mixer in mixers]),
             dropout_p=dropout_p_of(_dropouts(mixers[0])[0]),
             memory=options.memory,
             backend=options.backend,
             packs=packs,
         )
-        if self.mode != "mix_channel" and not any([mixer.is_grouped() for mixer in mixers]):
+        if self.mode != "mix_channel" and all([mixer.is_repeatable() for mixer in mixers]):
             self.keep_call(packs, x, self._fused_options)
         return y
 
@@ -217,7 +235,7 @@ class Layer(Fused):
         for name, mixer in zip(self.mixers, self._mixers(self), strict=True):
             if not isinstance(mixer, Fused) or mixer._fused_options != self._fused_options:
                 return f"its {name} was not fused with it"
-        return super()._why_not_input(x)
+        return super()._why_not_input(x) or _why_not_folded(x, *self._mixers(self))
 
     @classmethod
     def say_why(cls, reason: str) -> None:
@@ -231,15 +249,55 @@ def fused_classes(library: ModuleType, prefix: str, module: str) -> tuple[type[F
     def of(mixin: type[Fused], original: str, **attributes: Any) -> type[Fused]:
         return type(f"Fused{original}", (mixin, getattr(library, original)), {"__module__": module, **attributes})
 
-    features = of(FeatureMixing, "FeatureMixerBlock", classes_of_parts=parts)
-    patches = of(PatchMixing, "PatchMixerBlock", classes_of_parts=parts)
-    channels = of(ChannelMixing, f"{prefix}ChannelFeatureMixerBlock", classes_of_parts=parts)
+    known = {"classes_of_parts": parts, "batch_norm": getattr(library, f"{prefix}BatchNorm")}
+    features = of(FeatureMixing, "FeatureMixerBlock", **known)
+    patches = of(PatchMixing, "PatchMixerBlock", **known)
+    channels = of(ChannelMixing, f"{prefix}ChannelFeatureMixerBlock", **known)
     layer = of(Layer, f"{prefix}Layer", mixers={"patch_mixer": patches, "feature_mixer": features})
     return features, patches, channels, layer
 
 
 def _norm(mixer: nn.Module) -> nn.Module:
-    return mixer._modules["norm"]._modules["norm"]
+    """The LayerNorm or the BatchNorm1d."""
+    norm = mixer._modules["norm"]._modules["norm"]
+    return norm._modules.get("batchnorm", norm)
+
+
+def is_batch_norm(mixer: nn.Module) -> bool:
+    return "batchnorm" in mixer._modules["norm"]._modules["norm"]._modules
+
+
+def _features(mixer: nn.Module) -> int:
+    norm = _norm(mixer)
+    return norm.num_features if is_batch_norm(mixer) else norm.normalized_shape[-1]
+
+
+def _affine_of(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm does in inference, as a factor and an addend of the features."""
+    weight, bias = norm.weight, norm.bias
+    gamma = (norm.running_var + norm.eps).rsqrt()
+    gamma = gamma if weight is None else weight * gamma
+    beta = -norm.running_mean * gamma
+    return gamma, beta if bias is None else beta + bias
+
+
+def _why_not_batch_norm(name: str, norm: nn.Module, features: int) -> str | None:
+    if type(norm) is not nn.BatchNorm1d:
+        return f"{name} is {type(norm).__name__}, not a plain BatchNorm1d"
+    if norm.num_features != features or not norm.eps > 0:
+        return f"{name} has {norm.num_features} features and eps {norm.eps}"
+    return f"{name} has hooks or a replaced forward" if is_hooked(norm) else None
+
+
+def _why_not_these_statistics(mixer: nn.Module) -> str | None:
+    norm = _norm(mixer)
+    takes = is_batch_norm(mixer) and (norm.training or norm.running_mean is None or norm.running_var is None)
+    return "its BatchNorm takes its statistics from the batch" if takes else None
+
+
+def _why_not_folded(x: Tensor, *mixers: nn.Module) -> str | None:
+    is_narrow = x.dtype not in (torch.float32, torch.float64) and any(map(is_batch_norm, mixers))
+    return f"BatchNorm as an affine map would round more than it does in {x.dtype}" if is_narrow else None
 
 
 def _dropouts(mixer: nn.Module) -> tuple[nn.Module, nn.Module]:

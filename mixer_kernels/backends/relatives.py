@@ -101,7 +101,8 @@ def gated_mixing_backward(given: Pass, half: GatedHalf, axis: int, gate_first: b
     if backend.has("gated_mixing_backward"):  # as one call
         return backend.gated_mixing_backward(dy, x, half, options, wanted, axis, gate_first)
     rows = x.flatten(0, 1)
-    norm = Norm(*backend.row_statistics(rows, options.eps), half.gamma, half.beta)
+    statistics = (None, None) if options.norm == "affine" else backend.row_statistics(rows, options.eps)
+    norm = Norm(*statistics, half.gamma, half.beta)
     of = backend.gated_mixing_gradients(
         dy, rows.view(x.shape), norm, half, options, axis, gate_first, of_weights=any(wanted[3:])
     )

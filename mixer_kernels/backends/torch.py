@@ -32,10 +32,7 @@ def token_mixing_forward(x: Tensor, half: Half, options: Options) -> Tensor:
 
 def channel_mixing_forward(u: Tensor, half: Half, options: Options) -> Tensor:
     """``y [B, S, C]`` from ``u [B, S, C]``, ``w_in [D_C, C]``, ``w_out [C, D_C]``."""
-    if options.norm == "affine":
-        n = _affine(u, half.gamma, half.beta)  # (24)
-    else:
-        n = _layer_norm(u, half.gamma, half.beta, options.eps)  # (1) (2)
+    n = _normed(u, half, options)
     return u + _drop_path(_mlp(n, half, options), options)  # (12)
 
 
@@ -71,7 +68,7 @@ def gated_mixing_forward(x: Tensor, half: GatedHalf, options: Options, axis: int
         logits = _linear(v, half.w_gate, half.b_gate, options)
         return v * (F.softmax(logits, -1) if options.gate == "softmax" else F.sigmoid(logits))  # (31)
 
-    v = _layer_norm(x, half.gamma, half.beta, options.eps).movedim(axis, -1)  # (1) (2)
+    v = _normed(x, half, options).movedim(axis, -1)
     v = gated(v.to(options.dtype)) if gate_first else v
     v = _mlp(v, half, options)  # (30)
     y = x + (v if gate_first else gated(v)).movedim(-1, axis)  # (32)
@@ -105,6 +102,12 @@ def _activate(z: Tensor, options: Options) -> Tensor:
 def _linear(n: Tensor, w: Tensor, b: Tensor | None, options: Options) -> Tensor:
     dtype = options.dtype
     return F.linear(n.to(dtype), w.to(dtype), _to(b, dtype))
+
+
+def _normed(x: Tensor, half: Half | GatedHalf, options: Options) -> Tensor:
+    if options.norm == "affine":
+        return _affine(x, half.gamma, half.beta)  # (24)
+    return _layer_norm(x, half.gamma, half.beta, options.eps)  # (1) (2)
 
 
 def _affine(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:

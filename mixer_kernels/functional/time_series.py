@@ -26,6 +26,7 @@ def gated_mixing(
     axis: int,
     gate_first: bool = False,
     gate: str = "softmax",
+    norm: str = "layer",
     eps: float = 1e-5,
     approximate: str = "none",
     dropout_p: float = 0.0,
@@ -42,8 +43,9 @@ def gated_mixing(
         y = x + v.movedim(-1, axis)
 
     With ``gate="sigmoid"`` (TinyTimeMixer) the third line has ``F.sigmoid(F.linear(v, w_gate, b_gate))``. With
-    ``gate_first`` the third line is the second. Hugging Face's layer mixes ``axis=-3`` (channels of the series,
-    the gate first), ``axis=-2`` (patches) and ``axis=-1`` (features), in that order.
+    ``gate_first`` the third line is the second. With ``norm="affine"`` (BatchNorm in inference, equation (24)) the
+    first has ``torch.addcmul(beta, gamma, x)``, and ``eps`` is not used. Hugging Face's layer mixes ``axis=-3``
+    (channels of the series, the gate first), ``axis=-2`` (patches) and ``axis=-1`` (features), in that order.
 
     Args:
         x: ``[..., features]`` with the mixed axis among its last three; any strides. K is that axis's size.
@@ -54,6 +56,7 @@ def gated_mixing(
         axis: -1, -2 or -3.
         gate_first: the gate before the MLP rather than behind it.
         gate: "softmax" or "sigmoid".
+        norm: "layer" or "affine".
         eps: added to the variance; > 0.
         approximate: "none" for the erf form of GELU, "tanh" for the tanh form.
         dropout_p: probability of dropping an element after GELU and after the second product, in [0, 1].
@@ -70,14 +73,14 @@ def gated_mixing(
         raise ValueError(f"x must have {max(2, -axis)} axes or more to mix axis {axis}, got shape {tuple(x.shape)}")
     shape = x.shape
     x, half = _of_four_axes(x), GatedHalf(gamma, beta, w1, b1, w2, b2, w_gate, b_gate)
-    key = key_of("gated_mixing", x, half, (axis, gate_first, gate, eps, approximate, dropout_p), backend, packs)
+    key = key_of("gated_mixing", x, half, (axis, gate_first, gate, norm, eps, approximate, dropout_p), backend, packs)
     known = known_call(key, packs)
     if known is not None:
         return _in_shape(known(x, half, packs), shape)
     parameters = {
         "gamma": gamma, "beta": beta, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate": w_gate, "b_gate": b_gate
     }  # fmt: skip
-    options = Options(eps=eps, approximate=approximate, gate=gate, dropout_p=dropout_p)
+    options = Options(eps=eps, approximate=approximate, norm=norm, gate=gate, dropout_p=dropout_p)
     x, options = check(x, parameters, options, dim=4)
     _check_mixer(x, parameters, axis)
     name = choose(backend, x, options, "gated_mixing", *_too_long(x.shape[axis]), parameters=half)
@@ -109,6 +112,7 @@ def gated_mixer_layer(
     b_gate2: Tensor | None,
     *,
     gate: str = "softmax",
+    norm: str = "layer",
     eps: float | tuple[float, float] = 1e-5,
     approximate: str = "none",
     dropout_p: float = 0.0,
@@ -120,8 +124,8 @@ def gated_mixer_layer(
 
     Equations (30) to (32) of docs/maths.md, twice (PatchTSMixer, arXiv:2306.09364). Equivalent to::
 
-        u = gated_mixing(x, gamma1, beta1, w1, b1, w2, b2, w_gate1, b_gate1, axis=-2, gate=gate)
-        y = gated_mixing(u, gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2, axis=-1, gate=gate)
+        u = gated_mixing(x, gamma1, beta1, w1, b1, w2, b2, w_gate1, b_gate1, axis=-2, gate=gate, norm=norm)
+        y = gated_mixing(u, gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2, axis=-1, gate=gate, norm=norm)
 
     The triton backend does it by one kernel where the layer is small: P at most 64, P times F at most 4096, or 2048 in
     float32, each rounded up to a power of two of at least 16, and F at most 128 with dropout. Else by two.
@@ -131,7 +135,7 @@ def gated_mixer_layer(
         gamma1, beta1, w1, b1, w2, b2, w_gate1, b_gate1: as for ``gated_mixing`` of the patches, where K is P.
         gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2: as for ``gated_mixing`` of the features, where K is F.
         eps: of both LayerNorms, or of the first and the second.
-        approximate, gate, dropout_p, packs: as for ``gated_mixing``.
+        approximate, norm, gate, dropout_p, packs: as for ``gated_mixing``.
         memory: what training keeps: "fast" ``x`` and u, "min" ``x`` alone; None where no gradient will be asked for.
         backend: "auto", "cpu", "triton" or "torch"; the cuda backend does not have it; triton takes a P and an F up
             to 256.
@@ -148,7 +152,7 @@ def gated_mixer_layer(
     both = (
         gamma1, beta1, w1, b1, w2, b2, w_gate1, b_gate1, gamma2, beta2, w3, b3, w4, b4, w_gate2, b_gate2,
     )  # fmt: skip
-    key = key_of("gated_mixer_layer", x, both, (gate, eps1, eps2, approximate, dropout_p, memory), backend, packs)
+    key = key_of("gated_mixer_layer", x, both, (gate, norm, eps1, eps2, approximate, dropout_p, memory), backend, packs)
     known = known_call(key, packs)
     if known is not None:
         return _in_shape(known(x, both, packs), shape)
@@ -160,7 +164,7 @@ def gated_mixer_layer(
         "gamma2": gamma2, "beta2": beta2, "w3": w3, "b3": b3, "w4": w4, "b4": b4, "w_gate2": w_gate2,
         "b_gate2": b_gate2,
     }  # fmt: skip
-    options = Options(eps=eps1, approximate=approximate, gate=gate, dropout_p=dropout_p)
+    options = Options(eps=eps1, approximate=approximate, norm=norm, gate=gate, dropout_p=dropout_p)
     x, options = check(x, of_patches | of_features, options, memory, eps2, dim=4)
     _check_mixer(x, of_patches, axis=-2)
     _check_mixer(x, of_features, axis=-1)

@@ -73,7 +73,7 @@ double gelu(double z, bool tanh_form) {
 // y of x [B, C, P, F], mixed along `axis`; parameters in double, so that they can be varied.
 struct Reference {
     int64_t B, C, P, F;
-    bool gate_first, sigmoid, tanh_form;
+    bool gate_first, sigmoid, affine, tanh_form;
 
     void gate(Doubles& v, const Doubles* p) const {
         if (p[6].empty()) return;
@@ -96,11 +96,12 @@ struct Reference {
         Doubles n(x.size()), y = x;
         for (size_t row = 0; row < x.size() / F; ++row) {
             double mean = 0.0, variance = 0.0;
-            for (int64_t f = 0; f < F; ++f) mean += x[row * F + f] / F;
+            for (int64_t f = 0; f < F && !affine; ++f) mean += x[row * F + f] / F;
             for (int64_t f = 0; f < F; ++f) variance += (x[row * F + f] - mean) * (x[row * F + f] - mean) / F;
             for (int64_t f = 0; f < F; ++f)
-                n[row * F + f] = (x[row * F + f] - mean) / sqrt(variance + 1e-5f) * (p[0].empty() ? 1.0 : p[0][f]) +
-                                 (p[1].empty() ? 0.0 : p[1][f]);
+                n[row * F + f] =
+                    (x[row * F + f] - mean) / (affine ? 1.0 : sqrt(variance + 1e-5f)) * (p[0].empty() ? 1.0 : p[0][f]) +
+                    (p[1].empty() ? 0.0 : p[1][f]);
         }
         const int64_t K = sizes[axis], stride = strides[axis];
         for (size_t first = 0; first < x.size(); ++first) {
@@ -136,8 +137,8 @@ bool close(const char* what, const float* actual, const Doubles& expected, doubl
 Doubles wide(const Floats& values) { return Doubles(values.begin(), values.end()); }
 
 // One call forward and backward; gradients are checked along one random direction in each of their tensors.
-bool check(int64_t B, int64_t C, int64_t P, int64_t F, int axis, bool gate_first, bool sigmoid, bool tanh_form,
-           unsigned present) {
+bool check(int64_t B, int64_t C, int64_t P, int64_t F, int axis, bool gate_first, bool sigmoid, bool affine,
+           bool tanh_form, unsigned present) {
     const bool layer = axis == 0;
     const int64_t sizes[4] = {B, C, P, F};
     const int mixers = layer ? 2 : 1, axes[2] = {layer ? 2 : axis, 3};
@@ -158,12 +159,12 @@ bool check(int64_t B, int64_t C, int64_t P, int64_t F, int axis, bool gate_first
         parameters[i] = random_parameters(sizes[axes[i]], F, 2 * sizes[axes[i]] + 1, present >> (8 * i));
         call.mixer[i] = parameters[i].mixer();
     }
-    call.options = {gate_first, sigmoid, tanh_form, 0.0f, nullptr};
+    call.options = {gate_first, sigmoid, affine, tanh_form, 0.0f, nullptr};
     Floats y(dense.size(), NAN), u(dense.size(), NAN), dx(dense.size(), NAN), dy = random_floats(dense.size(), 1.0f);
     call.y = y.data();
     call.u = layer ? u.data() : nullptr;
 
-    const Reference reference{B, C, P, F, gate_first, sigmoid, tanh_form};
+    const Reference reference{B, C, P, F, gate_first, sigmoid, affine, tanh_form};
     Doubles point[17] = {wide(dense)};
     for (int i = 0; i < 8 * mixers; ++i) point[1 + i] = wide(parameters[i / 8].of[i % 8]);
     const auto evaluate = [&](const Doubles* at) {
@@ -230,9 +231,10 @@ int main() {
                                  {1, 3, 3, 3}, {1, 1, 3, 200}, {40, 1, 2, 16}};  // the last two on several threads
     for (const auto& s : shapes)
         for (int axis = 0; axis <= 3; ++axis)  // 0: a layer
-            for (unsigned variant = 0; variant < 5; ++variant) {
-                const unsigned variants[] = {0xFFFF, 0x3F3F, 0x42FE, 0x0143, 0xFFFF}, present = variants[variant];
-                if (!check(s[0], s[1], s[2], s[3], axis, axis == 1, variant == 4, variant & 1, present)) {
+            for (unsigned variant = 0; variant < 6; ++variant) {
+                const unsigned variants[] = {0xFFFF, 0x3F3F, 0x42FE, 0x0143, 0xFFFF, 0xFFFF};
+                const unsigned present = variants[variant];
+                if (!check(s[0], s[1], s[2], s[3], axis, axis == 1, variant == 4, variant == 5, variant & 1, present)) {
                     printf("x [%d, %d, %d, %d], axis %d, parameters %x\n", int(s[0]), int(s[1]), int(s[2]), int(s[3]),
                            axis, present);
                     return 1;

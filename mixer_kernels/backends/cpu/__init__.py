@@ -38,7 +38,7 @@ __all__ = [
 
 _FEATURES = {
     "packs", "gated_mixing", "gated_mixing_backward", "gated_mixer_layer", "gated_mixer_layer_backward",
-    "token_mixing", "mixer_block", "gate='sigmoid'",
+    "token_mixing", "mixer_block", "gate='sigmoid'", "norm='affine'",
 }  # fmt: skip
 
 

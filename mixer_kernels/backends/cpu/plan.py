@@ -104,8 +104,15 @@ def mixers_of(mixers: Sequence[Sequence[Tensor | None]], eps: Sequence[float]) -
     )
 
 
-def noise_and_form(options: Options, gate_first: bool) -> tuple[bool, bool, bool, float, int]:
-    return gate_first, options.gate == "sigmoid", options.tanh, options.dropout_p, address(options.seed)
+def noise_and_form(options: Options, gate_first: bool) -> tuple[bool, bool, bool, bool, float, int]:
+    return (
+        gate_first,
+        options.gate == "sigmoid",
+        options.norm == "affine",
+        options.tanh,
+        options.dropout_p,
+        address(options.seed),
+    )
 
 
 def address(t: Tensor | None) -> int:

@@ -23,7 +23,7 @@ from ..new_tensors import new_like
 from ..relatives import halves_of_layer
 from ..rounding import round_up
 from .activation import activation_of
-from .gated_mixing import gate_of, gated_mixing, mlp_of_rows, normalised_rows, pack_gated_mixing
+from .gated_mixing import eps_of, gate_of, gated_mixing, mlp_of_rows, normalised_rows, pack_gated_mixing
 from .launch import launch, needs_int64
 from .noise import dropout_arguments, with_next_seed
 from .pack import Packing
@@ -58,7 +58,7 @@ def _gated_mixer_layer_kernel(
     stride_inner,
     stride_patch,
     stride_feature,
-    eps1,
+    eps1,  # or None for an affine map without statistics
     eps2,
     noise,  # noise.dropout_arguments, with a seed to each mixer
     SIGMOID: tl.constexpr,  # the gates, else softmax
@@ -141,7 +141,7 @@ def gated_mixer_layer(
     launch(
         _gated_mixer_layer_kernel, x.shape[0] * channels,
         x, *of_patches[:2], *weights1, *of_features[:2], *weights2, u, y, patches, features, channels, *x.stride(),
-        options.eps, eps2, **dropout_arguments(options), **config.launch_options(),
+        eps_of(options.eps, options), eps_of(eps2, options), **dropout_arguments(options), **config.launch_options(),
         SIGMOID=options.gate == "sigmoid", PATCHES=padded_extent(patches), FEATURES=padded_extent(features),
         HIDDEN1=weights1.w1.shape[0], HIDDEN2=weights2.w1.shape[0], ACT=activation_of(options).function,
         PRECISION=options.precision, INT64=needs_int64((patches, features), x.stride()[2:]),

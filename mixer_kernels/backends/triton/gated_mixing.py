@@ -2,7 +2,7 @@
 
 ::
 
-    n = LN(x)                             over the features, the last axis of x
+    n = LN(x)                             over the features, the last axis of x; or gamma * x + beta
     v = fc2(GELU(fc1(n)))                 along the mixed axis: features, patches or channels
     y = x + v * softmax(Wg . v + bg)      the gate; or before fc1: n * softmax(Wg . n + bg)
 
@@ -63,15 +63,17 @@ def _statistics_over_rows(
 
 @triton.jit
 def normalised_rows(x, gamma_ptr, beta_ptr, mask, features, eps, FEATURES: tl.constexpr):
-    """LayerNorm of each row of the tile; zero outside ``mask``."""
+    """LayerNorm of each row of the tile, or without ``eps`` the affine map alone; zero outside ``mask``."""
     offs_f = tl.arange(0, FEATURES)
     gamma, beta = load_affine(gamma_ptr, beta_ptr, offs_f, offs_f < features, FEATURES)
-    mean = tl.sum(x, 1) / features
-    d = tl.where(mask, x - mean[:, None], 0.0)
-    rest = tl.sum(d, 1) / features
-    mean += rest
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(d * d, 1) / features - rest * rest + eps)
-    return tl.where(mask, (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :], 0.0)
+    if eps is not None:
+        mean = tl.sum(x, 1) / features
+        d = tl.where(mask, x - mean[:, None], 0.0)
+        rest = tl.sum(d, 1) / features
+        mean += rest
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(d * d, 1) / features - rest * rest + eps)
+        x = (x - mean[:, None]) * rstd[:, None]
+    return tl.where(mask, x * gamma[None, :] + beta[None, :], 0.0)
 
 
 @triton.jit
@@ -179,7 +181,7 @@ def _gated_mixing_kernel(
     y_stride_inner,
     y_stride_row,
     y_stride_k,
-    eps,
+    eps,  # or None for an affine map without statistics
     noise,  # noise.dropout_arguments
     NORM_ROWS: tl.constexpr,  # LayerNorm along the rows, else along the mixed axis
     GATE_FIRST: tl.constexpr,
@@ -209,10 +211,13 @@ def _gated_mixing_kernel(
 
     x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
     if NORM_ROWS:
-        mean, rstd = _statistics_over_rows(
-            x_ptr, rows, offs_k < extent, offs_k, stride_row, stride_k, eps, ROWS, K, INT64
-        )  # fmt: skip
-        n = tl.where(mask, (x - mean[None, :]) * rstd[None, :] * gamma[:, None] + beta[:, None], 0.0)
+        n = x
+        if eps is not None:
+            mean, rstd = _statistics_over_rows(
+                x_ptr, rows, offs_k < extent, offs_k, stride_row, stride_k, eps, ROWS, K, INT64
+            )  # fmt: skip
+            n = (x - mean[None, :]) * rstd[None, :]
+        n = tl.where(mask, n * gamma[:, None] + beta[:, None], 0.0)
     else:
         n = normalised_rows(x, gamma_ptr, beta_ptr, mask, extent, eps, K)
     if GATE_FIRST and gate_ptr is not None:
@@ -226,6 +231,11 @@ def _gated_mixing_kernel(
     x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
     offs_y = offs_r[:, None] * y_stride_row + offs_k[None, :] * y_stride_k
     tl.store(y_ptr + offs_y, (x + v).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def eps_of(eps: float, options: Options) -> float | None:
+    """``eps`` as the kernels take it."""
+    return None if options.norm == "affine" else eps
 
 
 def extents_of(shape: torch.Size, axis: int) -> tuple[tuple[int, int], int, int]:
@@ -268,9 +278,9 @@ def gated_mixing(
     hidden, block_k = weights.w1.shape
     launch(
         _gated_mixing_kernel, images[0] * images[1] * cdiv(rows, config.rows),
-        x, half.gamma, half.beta, *weights, y, rows, extent, images[1], *strides, *y_strides, options.eps,
-        **dropout_arguments(options), **config.launch_options(), NORM_ROWS=axis != 3, GATE_FIRST=gate_first,
-        SIGMOID=options.gate == "sigmoid", ROWS=config.rows, K=block_k, HIDDEN=hidden,
+        x, half.gamma, half.beta, *weights, y, rows, extent, images[1], *strides, *y_strides,
+        eps_of(options.eps, options), **dropout_arguments(options), **config.launch_options(), NORM_ROWS=axis != 3,
+        GATE_FIRST=gate_first, SIGMOID=options.gate == "sigmoid", ROWS=config.rows, K=block_k, HIDDEN=hidden,
         ACT=activation_of(options).function, PRECISION=options.precision,
         INT64=any(needs_int64((rows, extent), s[2:]) for s in (strides, y_strides)),
     )  # fmt: skip

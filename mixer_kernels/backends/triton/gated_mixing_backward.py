@@ -55,7 +55,7 @@ def _store_rows(out_ptr, tile, offs_r, mask_r, offs_k, extent, stride):
 def _gated_mixing_bwd_kernel(
     dy_ptr,  # contiguous, indexed as dn
     x_ptr,  # any strides, as below
-    mean_ptr,  # float32, of each place that is not along the features
+    mean_ptr,  # float32, of each place that is not along the features; or None for an affine map without statistics
     rstd_ptr,
     gamma_ptr,  # [features] or None
     beta_ptr,  # [features] or None
@@ -124,14 +124,18 @@ def _gated_mixing_bwd_kernel(
 
     x = tl.load(x_ptr + offs_r[:, None] * stride_row + offs_k[None, :] * stride_k, mask=mask, other=0.0).to(tl.float32)
     offs_mean = (image // inner) * mean_stride_outer + (image % inner) * mean_stride_inner
+    if mean_ptr is not None:
+        offs_mean += (offs_k if NORM_ROWS else offs_r) * mean_stride
+        mean = tl.load(mean_ptr + offs_mean, mask=mask_k if NORM_ROWS else mask_r, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_mean, mask=mask_k if NORM_ROWS else mask_r, other=0.0)
+        if NORM_ROWS:
+            x = (x - mean[None, :]) * rstd[None, :]
+        else:
+            x = (x - mean[:, None]) * rstd[:, None]
     if NORM_ROWS:
-        mean = tl.load(mean_ptr + offs_mean + offs_k * mean_stride, mask=mask_k, other=0.0)
-        rstd = tl.load(rstd_ptr + offs_mean + offs_k * mean_stride, mask=mask_k, other=0.0)
-        n = (x - mean[None, :]) * rstd[None, :] * gamma[:, None] + beta[:, None]
+        n = x * gamma[:, None] + beta[:, None]
     else:
-        mean = tl.load(mean_ptr + offs_mean + offs_r * mean_stride, mask=mask_r, other=0.0)
-        rstd = tl.load(rstd_ptr + offs_mean + offs_r * mean_stride, mask=mask_r, other=0.0)
-        n = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+        n = x * gamma[None, :] + beta[None, :]
     n = tl.where(mask, n, 0.0)
     row = image * rows + offs_r
     if sums_ptr is not None:
@@ -220,8 +224,10 @@ def gated_mixing_gradients(
     dtype, hidden, has_gate = options.dtype, half.w_in.shape[0], half.w_gate is not None
     dn = torch.empty(x.shape, dtype=dtype, device=x.device)
     images, rows, extent = extents_of(x.shape, axis)
-    mean_strides = in_rows(norm.mean.view(*x.shape[:3], 1), axis)[1]
-    mean_strides = (*mean_strides[:2], mean_strides[2 if axis == 3 else 3])
+    mean_strides = (0, 0, 0)
+    if norm.mean is not None:
+        mean_strides = in_rows(norm.mean.view(*x.shape[:3], 1), axis)[1]
+        mean_strides = (*mean_strides[:2], mean_strides[2 if axis == 3 else 3])
     x, strides = in_rows(x, axis)
     _, dn_strides = in_rows(dn, axis)
     config = gated_mixing_backward_config(
