@@ -4,13 +4,16 @@ The package's own launchers run on meta tensors, so that what is compiled is wha
 kernel, tile, specialisation. Each kernel is read back from its binary: registers, stack, shared memory, matrix
 instructions. A spill, shared memory over the target's limit, a product that did not become the expected matrix
 instruction, TF32 where IEEE arithmetic was asked for, and an atomic on floats are failures.
+
+So are faults that a model sees in the machine code (products of wgmma that wait one for another, integer divisions in
+a hot loop, exponentials one by one behind branches) if they are not known of the kernel, and a share of the tensor peak
+below what tuning/bounds.json keeps for some cases. ``--accept`` keeps what is found.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,11 +21,9 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ import torch
 from .backends.arguments import AffineLinear, GatedHalf, Half, Options, SpatialGate, precision_of
 from .backends.backward import Pass, channel_mixing_backward, differentiate, token_mixing_backward
 from .backends.relatives import gated_channel_mixing_backward, gated_mixing_backward, token_linear_backward
+from .machine_model import Analysis, Kernel, read
+from .machine_model.gates import Bound, Bounds, Faults, bound_of, faults_of
 from .shapes import SPECS, MixerShape
 from .tuning.target import KNOWN_TARGETS, Target, assume_target
 
@@ -64,14 +67,28 @@ class Row:
     instruction: str  # the matrix instruction and how often it occurs, e.g. "HGMMA 12"
     seconds: float
     problems: list[str]
+    label: str = ""  # the kernel with its flags
+    faults: Faults | None = None  # None where there is no machine code that the model reads
+    bound: Bound | None = None  # of the cases whose bounds are kept, and kernels with products
 
 
+ACCEPT = "make compile-check ARGS=--accept"
 RELATIVES = ("gmixer", "resmlp", "gmlp", "patchtsmixer")
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 # The matrix instruction of 16-bit and of TF32 products in SASS, where it is not Ampere's, HMMA.
 MATRIX_INSTRUCTIONS = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 PRODUCTS_AND_STREAMS = (("bf16", "bf16"), ("fp32", "fp32"), ("tf32", "fp32"), ("bf16", "fp32"))
+
+
+# Flags of a kernel that are no variation of what it computes in the cases whose bounds are kept.
+_NO_LABEL = ("EVEN_K", "INT64", "DROPOUT", "DROP_PATH")
+
+
+def cases_with_bounds() -> tuple[Case, ...]:
+    """Those for which tuning/bounds.json keeps bounds: the models' token counts in bfloat16, B/16 under autocast."""
+    b16, b32, h14 = (SPECS[name].block_shape() for name in ("B/16", "B/32", "H/14"))
+    return (*(Case(shape, "bf16", "bf16") for shape in (b32, b16, h14)), Case(b16, "bf16", "fp32"))
 
 
 def cases() -> Iterator[Case]:
@@ -135,8 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--model", nargs="+", default=["mixer", *RELATIVES], choices=("mixer", *RELATIVES), help="default: all"
     )
     parser.add_argument("--tokens", nargs="+", type=int, metavar="S", help="cases of so many alone (default: all)")
+    parser.add_argument("--with-bounds", action="store_true", help="only the cases whose bounds are kept")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    parser.add_argument("--bounds", type=Path, default=Bounds().path, help="what is kept (default: %(default)s)")
+    parser.add_argument("--accept", action="store_true", help="keep what the model finds now in that file")
     arguments = parser.parse_args(argv)
     import triton
 
@@ -147,15 +167,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
 
-    chosen = [c for c in cases() if c.dtype in arguments.dtype and (c.relative or "mixer") in arguments.model]
+    wanted = cases_with_bounds() if arguments.with_bounds else cases()
+    chosen = [c for c in wanted if c.dtype in arguments.dtype and (c.relative or "mixer") in arguments.model]
     chosen = [c for c in chosen if arguments.tokens is None or c.shape.S in arguments.tokens]
     work = [(name, case) for name in names for case in chosen]
     rows: dict[str, Row] = {}
+    gate = _Gate(Bounds(arguments.bounds), f"Triton {triton.__version__}")
     print(f"Triton {triton.__version__}, {len(names)} targets, {len(work)} cases")
     print(_HEADER, flush=True)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
         for done, found in enumerate(pool.map(_compile_case, *zip(*work, strict=True)), start=1):
+            gate.add(*work[done - 1], found.values())
             for key, row in found.items():
                 if key not in rows:
                     rows[key] = row
@@ -165,11 +188,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [row for row in rows.values() if row.problems]
     for row in failed:
         print(f"FAILED {row.target} {row.kernel} [{row.case}] [{row.tile}]: {'; '.join(row.problems)}")
-    print(f"{len(rows)} kernels compiled, {len(failed)} with problems")
+    lowered = [] if arguments.accept else gate.problems()
+    for problem in lowered:
+        print(f"FAILED {problem}")
+    if arguments.accept:
+        gate.accept(complete=chosen == list(cases()))
+    for note in gate.notes():
+        print(note)
+    print(f"{len(rows)} kernels compiled, {len(failed) + len(lowered)} with problems")
     if arguments.json:
         document = {"triton": triton.__version__, "kernels": [dataclasses.asdict(row) for row in rows.values()]}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    return 1 if failed else 0
+    return 1 if failed or lowered else 0
+
+
+class _Gate:
+    """What the model found, case by case, against what is kept."""
+
+    BACKEND = "triton"
+
+    def __init__(self, bounds: Bounds, compiler: str) -> None:
+        self._bounds, self._compiler = bounds, compiler
+        self._found: dict[str, dict[str, Bound]] = {}  # by target, then kernel and case
+        self._stems: dict[str, list[str]] = {}  # by target: how these names begin, case by case
+        self._faults: dict[str, dict[str, list[Faults]]] = {}  # by target, then the same, or kernel alone
+
+    def add(self, target: str, case: Case, rows: Iterable[Row]) -> None:
+        """``rows``: all kernels of ``case`` on ``target``."""
+        if not KNOWN_TARGETS[target].is_nvidia:
+            return
+        kept = case in cases_with_bounds()
+        if kept:
+            self._stems.setdefault(target, []).append(f"[{_title(case)}] ")
+        for row in rows:
+            name = f"[{row.case}] {row.label}" if kept else row.kernel
+            if row.faults is not None:
+                self._faults.setdefault(target, {}).setdefault(name, []).append(row.faults)
+            if row.bound is not None:
+                # Two of one name differ in what is wanted of them, z alone for one: the lower one counts.
+                found = self._found.setdefault(target, {})
+                found[name] = min(row.bound, found.get(name, row.bound), key=lambda bound: bound.share)
+
+    def problems(self) -> list[str]:
+        said = []
+        for target, kernels in self._faults.items():
+            if self._bounds.why_not_compared(self.BACKEND, target, self._compiler) is None:
+                for kernel, faults in kernels.items():
+                    for one in dict.fromkeys(faults):
+                        found = self._bounds.unknown(self.BACKEND, target, kernel, one, ACCEPT)
+                        said += [f"{target} {kernel}: {sentence}" for sentence in found]
+                found, stems = self._found.get(target, {}), self._stems.get(target, [])
+                said += self._bounds.problems(self.BACKEND, target, found, stems, ACCEPT)
+        return said
+
+    def notes(self) -> list[str]:
+        reasons = [self._bounds.why_not_compared(self.BACKEND, target, self._compiler) for target in self._faults]
+        return [reason for reason in reasons if reason is not None]
+
+    def accept(self, complete: bool) -> None:
+        for target, faults in self._faults.items():
+            found, stems = self._found.get(target, {}), self._stems.get(target, [])
+            self._bounds.accept(self.BACKEND, target, self._compiler, found, stems, faults, complete)
+        self._bounds.save()
 
 
 _HEADER = (
@@ -211,11 +291,6 @@ class _CompileOnlyDriver:
 
 def _compile_case(target_name: str, case: Case) -> dict[str, Row]:
     """The kernels of one case by what was compiled; in a process of its own, since it replaces Triton's driver."""
-    import triton
-
-    from .backends import triton as backend
-    from .backends.triton.launch import intercept_launches
-
     target = KNOWN_TARGETS[target_name]
     rows: dict[str, Row] = {}
 
@@ -234,15 +309,31 @@ def _compile_case(target_name: str, case: Case) -> dict[str, Row]:
         seconds = time.perf_counter() - start
         rows[compiled.hash] = _inspect(target, kernel.__name__, case, options, compiled, seconds)
 
+    for_each_launch(target, case, compile_launch)
+    return rows
+
+
+def for_each_launch(target: Target, case: Case, visit: Callable) -> None:
+    """Call ``visit(kernel, grid, args, options)`` for every launch of ``case`` on ``target``, on meta tensors, with
+    Triton's driver replaced by one that compiles for ``target``: ``kernel.warmup(*args, grid=grid, **options)``."""
+    from .backends import triton as backend
+    from .backends.triton.launch import intercept_launches
+
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
-    triton.runtime.driver.set_active(_CompileOnlyDriver(target))
+    compile_for(target)
     try:
-        with assume_target(target), intercept_launches(compile_launch):
+        with assume_target(target), intercept_launches(visit):
             _run(backend, case)
     finally:
         torch.set_float32_matmul_precision(previous)
-    return rows
+
+
+def compile_for(target: Target) -> None:
+    """Replace Triton's driver, for the rest of this process, by one that compiles for ``target`` and runs nothing."""
+    import triton
+
+    triton.runtime.driver.set_active(_CompileOnlyDriver(target))
 
 
 def _run(backend, case: Case) -> None:
@@ -332,12 +423,16 @@ def _tile(options: dict) -> str:
 
 def _inspect(target: Target, kernel: str, case: Case, options: dict, compiled, seconds: float) -> Row:
     expected = MATRIX_INSTRUCTIONS.get(target.name, "HMMA")
+    faults = bound = None
     if target.is_nvidia:
-        registers, stack, code = _read_cubin(compiled.asm["cubin"])
-        text = compiled.asm["ptx"]
+        machine_code, faults = _read_cubin(compiled.asm["cubin"])
+        registers, stack, text = machine_code.registers, machine_code.stack, compiled.asm["ptx"]
         tf32 = "tf32" in text
         float_atomic = re.search(r"\b(red|atom)\.[\w.]*\.(f16|bf16|f32|f64)", text) is not None
-        instructions = re.findall(r"\b(HGMMA|UTCHMMA|UTCQMMA|HMMA|IMMA)\b", code)
+        products = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "IMMA")
+        instructions = [each.name for each in machine_code.code if each.name in products]
+        if case in cases_with_bounds():
+            bound = bound_of(analysis_of(compiled, machine_code))
     else:
         text = code = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
@@ -364,24 +459,24 @@ def _inspect(target: Target, kernel: str, case: Case, options: dict, compiled, s
     instruction = f"{found} {len(instructions)}" if instructions else "-"
     return Row(
         target.name, kernel.strip("_"), _title(case), _tile(options), registers, stack, compiled.metadata.shared,
-        instruction, seconds, problems,
+        instruction, seconds, problems, label_of(kernel, options), faults, bound,
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=128)  # neighbouring cases share kernels
-def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
-    """Registers, stack bytes and SASS, by the cuobjdump that Triton's wheel carries."""
-    import triton.backends.nvidia as nvidia
+def label_of(kernel: str, options: dict) -> str:
+    """``channel_product_kernel FC1 FOLD``: a kernel's name with the flags that say what it computes."""
+    flags = [name for name, value in options.items() if value is True and name.isupper() and name not in _NO_LABEL]
+    return " ".join([kernel.strip("_"), *flags])
 
-    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    handle, name = tempfile.mkstemp(suffix=".cubin")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(cubin)
-        usage = subprocess.run([cuobjdump, "-res-usage", name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([cuobjdump, "-sass", name], capture_output=True, text=True, check=True).stdout
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return registers, stack, sass
+
+def analysis_of(compiled, machine_code: Kernel) -> Analysis:
+    """The model of what Triton compiled."""
+    metadata = compiled.metadata
+    return Analysis(machine_code, warps=metadata.num_warps, shared=metadata.shared)
+
+
+@functools.lru_cache(maxsize=128)  # neighbouring cases share kernels
+def _read_cubin(cubin: bytes) -> tuple[Kernel, Faults]:
+    """The machine code and what the model finds wrong in it."""
+    [kernel] = read(cubin).values()
+    return kernel, faults_of(Analysis(kernel))

@@ -92,6 +92,37 @@ def test_a_kernel_that_does_not_compile_is_a_row():
     assert any("power of 2" in row[3] for row in rows if "token" in row[0]), rows
 
 
+GATE = """
+import pathlib
+from mixer_kernels.machine_model.gates import Bounds
+from mixer_kernels.backends.triton import token_mixing as tm
+from mixer_kernels.tuning.configs import TokenConfig
+CASE = Case(dataclasses.replace(SHAPE, S=196, C=128), "bf16", "bf16")
+compile_check.cases_with_bounds = lambda: (CASE,)
+bounds = Bounds(pathlib.Path(sys.argv[0]))
+def gate():
+    found = compile_check._Gate(bounds, "Triton of today")
+    found.add("sm_80", CASE, compile_check._compile_case("sm_80", CASE).values())
+    return found
+gate().accept(complete=False)
+print(len(gate().problems()), len(bounds.kept["triton"]["sm_80"]["kernels"]))
+"""
+
+
+def test_a_lower_share_of_the_tensor_peak_is_seen(tmp_path):
+    """Few channels to a program: each weight that is loaded feeds few products."""
+    rows = compiled(
+        GATE.replace("sys.argv[0]", repr(str(tmp_path / "bounds.json")))
+        + "tm.token_config = lambda *a, **k: TokenConfig(32, 16, 4, 2)\n"
+        + "print(*gate().problems(), sep='\\n')"
+    )
+    assert rows[0] == ["0 3"]
+    sentence = ";".join(rows[1])
+    assert sentence.startswith("sm_80 [bf16 S=196 C=128] token_mixing_fwd_kernel: the model gave it ")
+    assert sentence.endswith("if that is meant, `make compile-check ARGS=--accept` keeps it")
+    assert len(rows) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     (

@@ -153,6 +153,73 @@ def test_planted_problems_fail(tmp_path, source, message):
     assert re.search(rf"^FAILED sm_80 planted.cu: {message}", result.stdout, re.MULTILINE), result.stdout
 
 
+# Products in a loop, and TURN, which is planted in each turn of it.
+LOOP = """
+#include "names.h"
+namespace mixer_kernels {
+__device__ float first_form(float z) { return z * __expf(-z); }
+__device__ float second_form(float z) { return z * z * __expf(z + 1.f); }
+__global__ void loop(float* out, unsigned a, unsigned b, int n, int columns, bool form) {
+    float d[8][4] = {};
+    for (int i = 0; i < n; ++i) {
+        #pragma unroll
+        for (int j = 0; j < 8; ++j)
+            asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                         "{%0,%1,%2,%3}, {%4,%4,%4,%4}, {%5,%5}, {%0,%1,%2,%3};"
+                         : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]) : "r"(a), "r"(b));
+        TURN
+    }
+    for (int j = 0; j < 8; ++j)
+        for (int k = 0; k < 4; ++k) out[32 * (4 * j + k) + threadIdx.x] = d[j][k];
+}
+}
+"""
+# Two forms of an activation: a branch around all elements of a turn, or one around each.
+ONE_BRANCH = """
+        if (form) {
+            #pragma unroll
+            for (int j = 0; j < 8; ++j) d[j][0] = first_form(d[j][0]);
+        } else {
+            #pragma unroll
+            for (int j = 0; j < 8; ++j) d[j][0] = second_form(d[j][0]);
+        }
+"""
+A_BRANCH_EACH = """
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if (form) { asm volatile(""); d[j][0] = first_form(d[j][0]); }
+            else { asm volatile(""); d[j][0] = second_form(d[j][0]); }
+        }
+"""
+DIVISION = ONE_BRANCH + "a += (i + static_cast<int>(b)) / columns;"
+SLOW = """
+        #pragma unroll
+        for (int j = 0; j < 8; ++j)
+            for (int k = 0; k < 4; ++k) d[j][k] = first_form(d[j][k]);
+"""
+
+
+REGRESSIONS = {
+    A_BRANCH_EACH: "at most 1 exponentials without a branch among them, expected 4",
+    DIVISION: "1 integer divisions in a loop with products",
+    SLOW: "the model gave it [0-9.]+% of the tensor peak, now [0-9.]+%, bound by mufu",
+}
+
+
+@needs_nvcc
+def test_planted_regressions_of_machine_code_fail(tmp_path):
+    kept = ("--arch", "sm_80", "--bounds", str(tmp_path / "bounds.json"))
+    good = LOOP.replace("TURN", ONE_BRANCH)
+    assert run(tmp_path, good, *kept, "--accept").returncode == 0
+    again = run(tmp_path, good, *kept)
+    assert again.returncode == 0 and "FAILED" not in again.stdout
+    for turn, message in REGRESSIONS.items():
+        result = run(tmp_path, LOOP.replace("TURN", turn), *kept)
+        assert result.returncode == 1, result.stdout
+        pattern = rf"^FAILED sm_80 planted.cu: loop: {message}.*`make cuda-gates ARGS=--accept`"
+        assert re.search(pattern, result.stdout, re.MULTILINE), result.stdout
+
+
 @needs_nvcc
 def test_kernels_of_sm90_are_compiled_for_it_alone(tmp_path):
     result = run(tmp_path, wgmma(), "--arch", "sm_80", "sm_90a", below="sm90")

@@ -4,6 +4,10 @@ A row a kernel: registers, stack, spills, static shared memory, matrix instructi
 spill, any use of local memory, ptxas' notes of lost performance (C75xx), a product without matrix instructions, an
 atomic on floats (its order, and so the result, would change from run to run).
 
+A model of the machine code (mixer_kernels/machine_model) adds: integer divisions in a hot loop, exponentials one by one
+behind branches, unless they are known of the kernel, and a share of the tensor peak below what
+mixer_kernels/tuning/bounds.json keeps for the bfloat16 kernels of csrc. ``--accept`` keeps what is found.
+
 The kernels of csrc/sm90 are compiled for sm_90a alone. Their products have to be HGMMA on tiles that UTMALDG loads and
 UTMASTG stores, not one at a time, and GELU of token mixing has to be computed while a product runs.
 """
@@ -28,6 +32,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from mixer_kernels.machine_model import Analysis, read  # noqa: E402
+from mixer_kernels.machine_model import Kernel as MachineCode  # noqa: E402
+from mixer_kernels.machine_model.gates import Bound, Bounds, Faults, bound_of, faults_of  # noqa: E402
+
 CSRC = ROOT / "csrc"
 SM90 = "sm90"  # the folder of kernels for one architecture, and that
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -47,6 +58,9 @@ LEAST_PRODUCTS_A_FENCE = 2
 # GELU of 64 x 64 elements, 32 a thread, one special function each at least.
 OVERLAPPED = ("token_mixing", "token_data_gradient")
 LEAST_OVERLAPPED = 32
+# Of the kernels of csrc/sm90 with products, one warpgroup copies.
+COPYING_WARPS = 4
+ACCEPT = "make cuda-gates ARGS=--accept"
 
 
 class Tools(NamedTuple):
@@ -70,6 +84,18 @@ class Kernel:
     instructions: dict[str, int] | None = None  # None where there is no machine code
     overlapped: int = 0  # special functions while a product of wgmma runs, of which the next step has no need yet
     float_atomics: int = 0
+    faults: Faults | None = None  # None where there is no machine code
+    bound: Bound | None = None  # of kernels with products in a loop
+
+    @classmethod
+    def from_json(cls, fields: dict) -> Kernel:
+        faults, bound = fields["faults"], fields["bound"]
+        parts = {"faults": faults and Faults(**faults), "bound": bound and Bound(**bound)}
+        return cls(**{**fields, **parts})
+
+    @property
+    def has_products(self) -> bool:
+        return not any(word in bare_name(self.name) for word in WITHOUT_PRODUCT)
 
     @property
     def matrix(self) -> str:
@@ -84,7 +110,7 @@ class Kernel:
             found.append(f"{self.stack} bytes of stack")
         if self.float_atomics:
             found.append(f"{self.float_atomics} atomics on floats")
-        if self.instructions is not None and not any(word in bare_name(self.name) for word in WITHOUT_PRODUCT):
+        if self.instructions is not None and self.has_products:
             if not self.instructions[self.matrix]:
                 found.append(f"no {self.matrix}: its product became something else")
             elif self.sm90:
@@ -128,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", default=["all"], help=f"'all' or some such as {', '.join(ARCHITECTURES)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once (default: one a core)")
     parser.add_argument("--cache", type=Path, default=ROOT / "build/cuda_gates", help="what passed is kept here")
+    parser.add_argument("--bounds", type=Path, help="the model's bounds to compare with (default: csrc's own)")
+    parser.add_argument("--accept", action="store_true", help="keep what the model finds now in that file")
     arguments = parser.parse_args(argv)
     architectures = ARCHITECTURES if arguments.arch == ["all"] else arguments.arch
     wrong = [name for name in architectures if not re.fullmatch(r"sm_\d+[af]?", name)]
@@ -144,10 +172,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LookupError as error:
         print(f"cuda-gates: {error}", file=sys.stderr)
         return 2
-    return 1 if check(tools, files, architectures, arguments.jobs, arguments.cache) else 0
+    gate = Gate(Bounds(arguments.bounds) if arguments.bounds else Bounds(), f"CUDA {tools.version}", arguments.accept)
+    files_with_bounds = files if arguments.bounds else [file for file in files if file.resolve().is_relative_to(CSRC)]
+    problems = check(tools, files, architectures, arguments.jobs, arguments.cache, gate, files_with_bounds)
+    return 1 if problems else 0
 
 
-def check(tools: Tools, files: Sequence[Path], architectures: Sequence[str], jobs: int, cache: Path) -> list[str]:
+class Gate:
+    """What the model found in files of csrc, against what is kept."""
+
+    BACKEND = "cuda"
+
+    def __init__(self, bounds: Bounds, compiler: str, accept: bool) -> None:
+        self._bounds, self._compiler, self._accept = bounds, compiler, accept
+        self._notes: set[str] = set()
+
+    def problems(self, file: Path, architecture: str, kernels: Sequence[Kernel]) -> list[str]:
+        """Of all ``kernels`` of a file; none where they are accepted."""
+        stem = f"{file.name}: " if file.resolve().parent.name != SM90 else f"{SM90}/{file.name}: "
+        found = {stem + k.name: k.bound for k in kernels if k.bound is not None and "float16" not in _types(k.name)}
+        faults = {stem + k.name: [k.faults] for k in kernels if k.faults is not None and k.has_products}
+        if self._accept:
+            self._bounds.accept(
+                self.BACKEND, architecture, self._compiler, found, [stem], faults, complete=False
+            )  # fmt: skip
+            self._bounds.save()
+            return []
+        why_not = self._bounds.why_not_compared(self.BACKEND, architecture, self._compiler)
+        if why_not is not None:
+            self._notes.add(why_not)
+            return []
+        said = self._bounds.problems(self.BACKEND, architecture, found, [stem], ACCEPT)
+        for name, (one,) in faults.items():
+            sentences = self._bounds.unknown(self.BACKEND, architecture, name, one, ACCEPT)
+            said += [f"{architecture} {name}: {sentence}" for sentence in sentences]
+        return said
+
+    def notes(self) -> list[str]:
+        return sorted(self._notes)
+
+
+def check(
+    tools: Tools,
+    files: Sequence[Path],
+    architectures: Sequence[str],
+    jobs: int,
+    cache: Path,
+    gate: Gate,
+    files_with_bounds: Sequence[Path],
+) -> list[str]:
     """Compile every file for every architecture, print as results come, return the problems."""
     work = [(file, architecture) for file in files for architecture in architectures_of(file, architectures)]
     print(f"CUDA {tools.version}, {len(files)} files for {len(architectures)} architectures: {len(work)} compilations")
@@ -161,11 +234,15 @@ def check(tools: Tools, files: Sequence[Path], architectures: Sequence[str], job
             for kernel in report.kernels:
                 print(_row(architecture, kernel, report.seconds), flush=True)
             problems += [f"{architecture} {file.name}: {problem}" for problem in report.problems()]
+            if report.compiled and file in files_with_bounds:
+                problems += gate.problems(file, architecture, report.kernels)
             kernels += len(report.kernels)
             if sys.stderr.isatty():
                 print(f"{done} of {len(work)} compiled, {len(problems)} problems", end="\r", file=sys.stderr)
     for problem in problems:
         print(f"FAILED {problem}")
+    for note in gate.notes():
+        print(note)
     print(f"{kernels} kernels compiled, {len(problems)} problems")
     return problems
 
@@ -178,12 +255,13 @@ def architectures_of(file: Path, architectures: Sequence[str]) -> list[str]:
 def cached(tools: Tools, file: Path, architecture: str, cache: Path) -> Report:
     """As ``compile_file``, or the result kept from when the same text was compiled by the same nvcc."""
     digest = hashlib.sha256(repr((tools.version, FLAGS, architecture, file.name)).encode())
-    for path in (Path(__file__), *with_includes(file)):
+    model = sorted((ROOT / "mixer_kernels/machine_model").glob("*.py"))
+    for path in (Path(__file__), *model, *with_includes(file)):
         digest.update(path.read_bytes())
     kept = cache / f"{digest.hexdigest()[:32]}.json"
     if kept.is_file():
         fields = json.loads(kept.read_text(encoding="utf-8"))
-        return Report(**{**fields, "kernels": [Kernel(**kernel) for kernel in fields["kernels"]]})
+        return Report(**{**fields, "kernels": [Kernel.from_json(kernel) for kernel in fields["kernels"]]})
     report = compile_file(tools, file, architecture)
     if report.compiled:
         cache.mkdir(parents=True, exist_ok=True)
@@ -206,6 +284,7 @@ def compile_file(tools: Tools, file: Path, architecture: str) -> Report:
         if compiled.returncode == 0:
             sass = subprocess.run([tools.cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True)
             count_instructions(kernels, sass.stdout)
+            add_model(kernels, cubin, tools.cuobjdump, file.resolve().parent.name == SM90)
     for kernel, name in zip(kernels.values(), demangled(list(kernels)), strict=True):
         kernel.name, kernel.sm90 = name, file.resolve().parent.name == SM90
     return Report(compiled.returncode == 0, output.strip(), round(seconds, 1), list(kernels.values()))
@@ -240,13 +319,23 @@ def count_instructions(kernels: dict[str, Kernel], sass: str) -> None:
             kernels[name].float_atomics = len(re.findall(r"\b(?:RED|ATOM[GS]?)\.[\w.]*\bB?F(?:16|32|64)", code))
 
 
+def add_model(kernels: dict[str, Kernel], cubin: Path, cuobjdump: str, sm90: bool) -> None:
+    """What the model says of their machine code."""
+    for name, code in read(cubin, cuobjdump).items():
+        if name in kernels:
+            analysis = analysis_of(code, sm90)
+            kernels[name].faults, kernels[name].bound = faults_of(analysis), bound_of(analysis)
+
+
+def analysis_of(code: MachineCode, sm90: bool) -> Analysis:
+    """The model of a kernel; as many blocks as registers allow, which is what limits those with products."""
+    return Analysis(code, products=max(1, code.threads // 32 - COPYING_WARPS) if sm90 else 0)
+
+
 def find_tools() -> Tools:
     """nvcc, where the package's build looks for it; cuobjdump beside it, in PATH or in Triton's wheel."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from _build import find_nvcc
-    finally:
-        sys.path.remove(str(ROOT))
+    from _build import find_nvcc
+
     nvcc, looked_for = find_nvcc()
     if nvcc is None:
         raise LookupError(f"nvcc not found. Looked for:\n{looked_for}")
@@ -280,6 +369,11 @@ def demangled(names: Sequence[str]) -> list[str]:
 def bare_name(name: str) -> str:
     """``token_mixing`` for ``token_mixing<bfloat16, 208>``."""
     return name.partition("<")[0]
+
+
+def _types(name: str) -> list[str]:
+    """float16 and bfloat16 have the same code: bounds of one are enough."""
+    return re.findall(r"\w+", name)
 
 
 def _shortened(name: str) -> str:
