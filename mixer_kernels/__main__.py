@@ -1,4 +1,4 @@
-"""``python -m mixer_kernels``: ``info``, ``bench``, ``compile-check``, ``convert``, ``timm``."""
+"""``python -m mixer_kernels``: ``info``, ``bench``, ``cost``, ``compile-check``, ``convert``, ``timm``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": ("mixer_kernels.info", "versions, devices, which backends run here and why not"),
     "bench": ("mixer_kernels.bench.cli", "throughput of a whole model, inference or training, with its baselines"),
+    "cost": (
+        "mixer_kernels.cost.cli",
+        "FLOPs, bytes, what bounds them and a predicted time, for each launch of a block",
+    ),
     "compile-check": ("mixer_kernels.compile_check", "compile every tile config for every GPU, without one"),
     "convert": ("mixer_kernels.convert.cli", "weights of Google, lucidrains or timm to a state_dict of FusedMixer"),
     "timm": ("mixer_kernels.timm", "run a script, such as timm's train.py, that knows the fused_mixer_* models"),

@@ -22,7 +22,7 @@ GROUPS = (
     {"ops"},
     {"functional"},
     {"report", "freeze", "repeat", "layers", "coverage", "snapshot", "modules", "models", "adapters", "patch", "timm"},
-    {"bench", "compile_check", "info", "__main__", "__init__"},
+    {"bench", "compile_check", "cost", "info", "__main__", "__init__"},
 )
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 # Modules off that line, with everything of the package that they may import.
