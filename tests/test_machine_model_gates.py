@@ -28,6 +28,7 @@ def faults(target: str, *code: str) -> Faults:
     (
         ((HMMA, RECIPROCAL, BACK, "EXIT"), 1),
         ((HMMA, FUNCTION, BACK, "EXIT", "I2F.U64.RP R5, R6", "RET.REL.NODEC R2 0x0"), 1),
+        ((HMMA, f"@!P1 {FUNCTION}", BACK, "EXIT", "I2F.U64.RP R5, R6", "RET.REL.NODEC R2 0x0"), 0),  # the way out
         ((HMMA, "I2F R5, R6", "MUFU.RCP R5, R5", BACK, "EXIT"), 0),  # floats
         ((RECIPROCAL, HMMA, "@P0 BRA 0x10", "EXIT"), 0),  # before the loop
         ((RECIPROCAL, BACK, HMMA, "EXIT"), 0),  # a loop without products
@@ -114,6 +115,16 @@ def test_kernels_come_and_go_by_their_case_alone(tmp_path):
     ]
     bounds.accept("triton", "sm_90", "Triton 3.9.0", {"[one] new": GOOD}, ["[one] "], {}, False)
     assert set(bounds.kept["triton"]["sm_90"]["kernels"]) == {"[one] new", "[two] k"}
+
+
+def test_known_faults_go_with_their_case_or_in_a_complete_run(tmp_path):
+    bounds, bad = Bounds(tmp_path / "bounds.json"), dataclasses.replace(NO_FAULTS, divisions=1)
+    found = {"[one] k": [bad], "[two] k": [bad], "other": [bad]}
+    bounds.accept("triton", "sm_90", "Triton 3.9.0", {}, ["[one] ", "[two] "], found, False)
+    bounds.accept("triton", "sm_90", "Triton 3.9.0", {}, ["[one] "], {"[one] k": [NO_FAULTS]}, False)
+    assert set(bounds.kept["triton"]["sm_90"]["known"]) == {"[two] k", "other"}
+    bounds.accept("triton", "sm_90", "Triton 3.9.0", {}, [], {"third": [bad]}, True)
+    assert set(bounds.kept["triton"]["sm_90"]["known"]) == {"third"}
 
 
 def test_another_compiler_is_not_compared(tmp_path):

@@ -192,8 +192,8 @@ def _divides(instruction: Instruction) -> bool:
 
 
 def _calls_division(instruction: Instruction, code: list[Instruction]) -> bool:
-    """64-bit divisions are a function."""
-    if instruction.name != "CALL" or instruction.target is None:
+    """64-bit divisions are a function. A call under a guard is how ptxas leaves some loops."""
+    if instruction.name != "CALL" or instruction.guard or instruction.target is None:
         return False
     body = [each for each in code if each.address >= instruction.target]
     end = next((i for i, each in enumerate(body) if each.name == "RET"), len(body))
