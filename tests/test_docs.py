@@ -5,6 +5,7 @@ What a page leaves out is made here: files that a reader has, weights that the h
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import shutil
@@ -101,10 +102,8 @@ def test_commands(command, monkeypatch, capsys) -> None:
         script.write_text("import timm, sys\nassert sys.argv[1:] and timm.is_model('fused_mixer_b16_224')\n")
     elif name == "convert":
         readers_file(arguments[-2], arguments[arguments.index("--from") + 1])
-    elif name == "bench" and "--saved-bytes" not in arguments:
-        from mixer_kernels.bench import cli
-
-        cli._parser().parse_args(arguments)
+    elif name == "cost" or (name == "bench" and "--saved-bytes" not in arguments):
+        importlib.import_module(f"mixer_kernels.{name}.cli")._parser().parse_args(arguments)
         return
     assert program.main([name, *arguments]) == 0
 

@@ -69,16 +69,7 @@ class Cost:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m mixer_kernels cost", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="B/16", metavar="NAME", help=f"one of {', '.join(SPECS)} (default: B/16)")
-    parser.add_argument("--gpu", default="h200", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: h200)")
-    parser.add_argument("--batch-size", type=int, default=256, help="images (default: 256)")
-    parser.add_argument("--img-size", type=int, default=224, help="pixels (default: 224)")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of the products (default: bf16)")
-    parser.add_argument("--autocast", action="store_true", help="a float32 stream and float32 weights")
-    parser.add_argument("--training", action="store_true", help="forward and backward")
-    parser.add_argument("--frozen", action="store_true", help="inference after freeze_: weights are packed already")
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    parser = _parser()
     arguments = parser.parse_args(argv)
     try:
         if arguments.model not in SPECS:
@@ -105,6 +96,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mixer_kernels cost", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="B/16", metavar="NAME", help=f"one of {', '.join(SPECS)} (default: B/16)")
+    parser.add_argument("--gpu", default="h200", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: h200)")
+    parser.add_argument("--batch-size", type=int, default=256, help="images (default: 256)")
+    parser.add_argument("--img-size", type=int, default=224, help="pixels (default: 224)")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of the products (default: bf16)")
+    parser.add_argument("--autocast", action="store_true", help="a float32 stream and float32 weights")
+    parser.add_argument("--training", action="store_true", help="forward and backward")
+    parser.add_argument("--frozen", action="store_true", help="inference after freeze_: weights are packed already")
+    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    return parser
 
 
 def predict(
