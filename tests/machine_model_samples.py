@@ -54,17 +54,22 @@ def attention(q_ptr, k_ptr, v_ptr, o_ptr, tokens, BLOCK_M: tl.constexpr, BLOCK_N
     tl.store(o_ptr + offs_m[:, None] * D + offs_d[None, :], (acc / total[:, None]).to(tl.bfloat16))
 
 
-def bound(name: str, target: str) -> float:
+def compiled(name: str, target: str):
+    """As Triton gives it."""
     compile_for(KNOWN_TARGETS[target])
     matrix = torch.empty(4096, 128 if name == "attention" else 4096, dtype=torch.bfloat16, device="meta")
     if name == "product":
         options = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-        compiled = product.warmup(matrix, matrix, matrix, 4096, 4096, grid=(1, 1), **options)
-    else:
-        options = {"BLOCK_M": 128, "BLOCK_N": 128, "D": 128, "num_warps": 8, "num_stages": 3}
-        compiled = attention.warmup(*[matrix] * 4, 4096, grid=(1,), **options)
-    [kernel] = read(compiled.asm["cubin"]).values()
-    return analysis_of(compiled, kernel).hottest().shares.bound
+        return product.warmup(matrix, matrix, matrix, 4096, 4096, grid=(1, 1), **options)
+    options = {"BLOCK_M": 128, "BLOCK_N": 128, "D": 128, "num_warps": 8, "num_stages": 3}
+    return attention.warmup(*[matrix] * 4, 4096, grid=(1,), **options)
+
+
+def bound(name: str, target: str) -> float:
+    """Of its hot loop."""
+    found = compiled(name, target)
+    [kernel] = read(found.asm["cubin"]).values()
+    return analysis_of(found, kernel).hottest().shares.bound
 
 
 if __name__ == "__main__":
