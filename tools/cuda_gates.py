@@ -31,14 +31,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mixer_kernels.machine_model import Analysis, read
+from mixer_kernels.machine_model import Kernel as MachineCode
+from mixer_kernels.machine_model.gates import Bound, Bounds, Faults, bound_of, faults_of
+
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from mixer_kernels.machine_model import Analysis, read  # noqa: E402
-from mixer_kernels.machine_model import Kernel as MachineCode  # noqa: E402
-from mixer_kernels.machine_model.gates import Bound, Bounds, Faults, bound_of, faults_of  # noqa: E402
-
 CSRC = ROOT / "csrc"
 SM90 = "sm90"  # the folder of kernels for one architecture, and that
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -334,8 +331,11 @@ def analysis_of(code: MachineCode, sm90: bool) -> Analysis:
 
 def find_tools() -> Tools:
     """nvcc, where the package's build looks for it; cuobjdump beside it, in PATH or in Triton's wheel."""
-    from _build import find_nvcc
-
+    sys.path.insert(0, str(ROOT))
+    try:
+        from _build import find_nvcc
+    finally:
+        sys.path.remove(str(ROOT))
     nvcc, looked_for = find_nvcc()
     if nvcc is None:
         raise LookupError(f"nvcc not found. Looked for:\n{looked_for}")

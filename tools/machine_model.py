@@ -20,21 +20,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT, ROOT / "tools"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+import cuda_gates
 
-import cuda_gates  # noqa: E402
-
-from mixer_kernels import compile_check  # noqa: E402
-from mixer_kernels.machine_model import Analysis, HotLoop, Kernel, read  # noqa: E402
-from mixer_kernels.machine_model.pipes import PIPES  # noqa: E402
-from mixer_kernels.shapes import SPECS  # noqa: E402
-from mixer_kernels.tuning.target import KNOWN_TARGETS  # noqa: E402
+from mixer_kernels import compile_check
+from mixer_kernels.machine_model import Analysis, HotLoop, Kernel, read
+from mixer_kernels.machine_model.pipes import PIPES
+from mixer_kernels.shapes import SPECS
+from mixer_kernels.tuning.target import KNOWN_TARGETS
 
 SHAPE = SPECS["B/16"].block_shape()
-CACHE = ROOT / "build/machine_model"
+CACHE = cuda_gates.ROOT / "build/machine_model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
