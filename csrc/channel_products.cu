@@ -48,7 +48,7 @@ struct Fc1 {
     Weight<T> w3;
     const float *b, *wg, *scale;  // b: b3, or wb where LayerNorm is folded
     Noise noise;
-    bool tanh_form;
+    GeluForm form;
     int64_t row;
     void *a, *z;
 
@@ -67,7 +67,7 @@ struct Fc1 {
           wg(p.wg),
           scale(p.scale),
           noise(p.noise),
-          tanh_form(p.tanh != 0),
+          form(p.tanh != 0),
           row(p.row),
           a(p.a),
           z(p.z) {}
@@ -110,7 +110,7 @@ struct Fc1Epilogue {
         if (p.z != nullptr) store8(p.z, type_of<T>::value, offset, valid, v);
         if (p.a == nullptr) return;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = gelu(v[i], p.tanh_form);
+        for (int i = 0; i < 8; ++i) v[i] = gelu(v[i], p.form);
         if (p.noise.dropout()) {
             multiply_kept(
                 v, [&](int i) { return p.noise.kept_hidden(corner.n + column + i, rows.token(row), rows.image(row)); });
@@ -223,7 +223,7 @@ struct GeluBackward {
     int S, C, D_C;
     Weight<T> w4t;
     Noise noise;
-    bool tanh_form;
+    GeluForm form;
     void *dz, *a;
     float* sums;
 
@@ -237,7 +237,7 @@ struct GeluBackward {
           D_C(p.D_C),
           w4t(p.w4t, D_C, C),
           noise(p.noise),
-          tanh_form(p.tanh != 0),
+          form(p.tanh != 0),
           dz(p.dz),
           a(p.a),
           sums(p.sums) {}
@@ -264,7 +264,7 @@ struct GeluBackwardEpilogue {
                                            int valid) const {
         float a[8];
         p.z.template read<T>(chunk, offset(row, column), valid, a);
-        gelu_backward8(a, v, p.tanh_form);
+        gelu_backward8(a, v, p.form);
         if (p.noise.dropout()) {
             const auto kept = [&](int i) {
                 return p.noise.kept_hidden(corner.n + column + i, rows.token(row), rows.image(row));

@@ -56,7 +56,7 @@ int mk_row_statistics(mk_input x, mk_size size, float eps, float* mean, float* r
 
 // ---------------------------------------------------------------------------------------------------- token mixing
 
-// The padded token axis of the fused kernels for S tokens (64, 208 or 256), or 0 where S is more than 256.
+// The padded token axis of the fused kernels for S tokens, a multiple of 16, or 0 where S is more than 256.
 int mk_padded_tokens(int S);
 enum { MK_HIDDEN_MULTIPLE = 32 };  // D_S is padded to a multiple of this for the fused kernels
 
@@ -68,7 +68,7 @@ typedef struct {
     mk_type type;     // of the products
     int S_pad, D;     // mk_padded_tokens(S); D_S padded to MK_HIDDEN_MULTIPLE
     const void* w1;   // [D, S_pad] in type, zero-padded, 16-byte aligned
-    const float* b1;  // [D], zero-padded
+    const float* b1;  // [D], zero-padded, 16-byte aligned
     const void* w2;   // [S_pad, D] in type, zero-padded, 16-byte aligned
     const float* b2;  // [S_pad], zero-padded
     mk_noise noise;
@@ -87,7 +87,7 @@ typedef struct {
     int S_pad, D, D_S;
     const void* g;    // [B, S, C] contiguous, in type: gradient of the branch
     const void* w1;   // [D, S_pad] as forward
-    const float* b1;  // [D]
+    const float* b1;  // [D] as forward
     const void* w2t;  // [D, S_pad]: the transpose of W2, zero-padded
     mk_noise noise;
     int tanh;

@@ -24,8 +24,8 @@ struct LanePlaces {
     int left, right;
 
     __device__ __forceinline__ LanePlaces() {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp % 2 * TILE::kWarpN;
-        left = chunk_along_k(warp / 2 * TILE::kWarpM + lane % 16, lane / 16);
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp % TILE::kWarpsN * TILE::kWarpN;
+        left = chunk_along_k(warp / TILE::kWarpsN * TILE::kWarpM + lane % 16, lane / 16);
         right = right_along_k ? chunk_along_k(column + lane % 8 + lane / 16 * 8, lane / 8 % 2)
                               : chunk_across_k<TILE::kN>(lane % 16, column / 8 + lane / 16);
         keep(left);
@@ -45,9 +45,19 @@ __device__ __forceinline__ void multiply_stage(const T* left, const T* right,
             load_matrices_x4(a[i], left + (places.left ^ 16 * k) + 16 * i * kStep);
         }
 #pragma unroll
-        for (int j = 0; j < TILE::kColumnFragments / 2; ++j) {
+        for (int j = 0; j < (TILE::kColumnFragments + 1) / 2; ++j) {
             uint32_t b[4];
-            if constexpr (right_along_k) {
+            const bool is_pair = 2 * j + 1 < TILE::kColumnFragments;
+            if constexpr (right_along_k && TILE::kColumnFragments % 2 != 0) {
+                const T* from = right + (places.right ^ 16 * k) + 16 * j * kStep;
+                if (is_pair) {
+                    load_matrices_x4(b, from);
+                } else {
+                    uint32_t last[2];
+                    load_matrices_x2(last, from);
+                    b[0] = last[0], b[1] = last[1];
+                }
+            } else if constexpr (right_along_k) {
                 load_matrices_x4(b, right + (places.right ^ 16 * k) + 16 * j * kStep);
             } else {
                 load_matrices_x4_transposed(b, right + (places.right ^ 16 * j) + 16 * k * TILE::kN);
@@ -55,7 +65,7 @@ __device__ __forceinline__ void multiply_stage(const T* left, const T* right,
 #pragma unroll
             for (int i = 0; i < TILE::kRowFragments; ++i) {
                 multiply_add<T>(accumulators[i][2 * j], a[i], b[0], b[1]);
-                multiply_add<T>(accumulators[i][2 * j + 1], a[i], b[2], b[3]);
+                if (is_pair) multiply_add<T>(accumulators[i][2 * j + 1], a[i], b[2], b[3]);
             }
         }
     }
@@ -129,10 +139,12 @@ __device__ __forceinline__ typename EPILOGUE::Columns finish_tile(const typename
     constexpr int lanes = TILE::kWarpN / 8, rows_at_once = 32 / lanes, passes = 16 / rows_at_once;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* const results = shared_memory<float>() + warp * 16 * TILE::kPitch;
-    const int column = warp % 2 * TILE::kWarpN + lane % lanes * 8;
-    const int valid = columns_left - column >= 8 ? 8
-                      : columns_left > column    ? static_cast<int>(columns_left - column)
-                                                 : 0;
+    const int column = warp % TILE::kWarpsN * TILE::kWarpN + lane % lanes * 8;
+    const bool works = lane < lanes * rows_at_once;
+    const int valid = !works                       ? 0
+                      : columns_left - column >= 8 ? 8
+                      : columns_left > column      ? static_cast<int>(columns_left - column)
+                                                   : 0;
     typename EPILOGUE::Columns columns = epilogue.columns(column, valid);
 #pragma unroll 1
     for (int slice = 0; slice < TILE::kRowFragments; ++slice) {
@@ -149,7 +161,7 @@ __device__ __forceinline__ typename EPILOGUE::Columns finish_tile(const typename
         }
         __syncwarp();
         typename EPILOGUE::Row fetched[passes];
-        const int first = warp / 2 * TILE::kWarpM + 16 * slice;
+        const int first = warp / TILE::kWarpsN * TILE::kWarpM + 16 * slice;
 #pragma unroll
         for (int pass = 0; pass < passes; ++pass) {
             const int row = first + pass * rows_at_once + lane / lanes;
@@ -186,12 +198,19 @@ __device__ __forceinline__ void multiply_kept(float (&v)[8], KEPT kept) {
 }
 
 // From z and da: a = GELU(z) over z, and dz = da * GELU'(z) over da.
-__device__ __forceinline__ void gelu_backward8(float (&z)[8], float (&da)[8], bool tanh_form) {
+__device__ __forceinline__ void gelu_backward8(float (&z)[8], float (&da)[8], const GeluForm& form) {
+    const auto all = [&](auto gelu_and_slope) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const GeluGradient gradient = gelu_and_slope(z[i], tanh_form);
-        z[i] = gradient.a;
-        da[i] *= gradient.slope;
+        for (int i = 0; i < 8; ++i) {
+            const GeluGradient gradient = gelu_and_slope(z[i], form);
+            z[i] = gradient.a;
+            da[i] *= gradient.slope;
+        }
+    };
+    if (form.is_tanh) {
+        all([](float v, const GeluForm& f) { return gelu_and_slope_tanh(v, f); });
+    } else {
+        all([](float v, const GeluForm& f) { return gelu_and_slope_erf(v, f); });
     }
 }
 

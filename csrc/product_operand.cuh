@@ -7,30 +7,34 @@
 #pragma once
 
 #include "device/copy.cuh"
+#include "device/keep.cuh"
 #include "device/numbers.cuh"
 #include "device/platform.cuh"
+#include "stream.cuh"
 
 namespace mixer_kernels {
 
 constexpr int kStep = 32;  // elements along K to a stage
 
-// A block's tile: 2 x 2 warps of row_fragments x column_fragments products of 16 x 8.
-template <int row_fragments, int column_fragments, int stages, int blocks>
+// A block's tile: 4 warps, warps_n of them side by side, of row_fragments x column_fragments products of 16 x 8.
+template <int row_fragments, int column_fragments, int stages, int blocks, int warps_n = 2>
 struct ProductTile {
     static constexpr int kRowFragments = row_fragments, kColumnFragments = column_fragments, kStages = stages;
     static constexpr int kBlocks = blocks;  // to a multiprocessor, at least: bounds the registers
-    static constexpr int kThreads = 128, kWarps = 4;
+    static constexpr int kThreads = 128, kWarps = 4, kWarpsN = warps_n;
     static constexpr int kWarpM = 16 * row_fragments, kWarpN = 8 * column_fragments;
-    static constexpr int kM = 2 * kWarpM, kN = 2 * kWarpN;
+    static constexpr int kM = kWarps / warps_n * kWarpM, kN = warps_n * kWarpN;
     static constexpr int kLeft = kM * kStep, kStage = kLeft + kN * kStep;  // elements
     static constexpr int kPitch = kWarpN + 8;  // of a warp's 16 rows of results: 8 apart, 4 rows take all banks
-    static constexpr size_t kRing = 2 * kStages * kStage, kResults = sizeof(float) * kWarps * 16 * kPitch;
+    static constexpr int kOver = column_fragments % 2 * 8 * kStep;  // rows that lanes of an ldmatrix point at in vain
+    static constexpr size_t kRing = 2 * (kStages * kStage + kOver), kResults = sizeof(float) * kWarps * 16 * kPitch;
     static constexpr size_t kSharedBytes = kRing > kResults ? kRing : kResults;
     using Accumulators = float[row_fragments][column_fragments][4];
 };
 
-using LargeTile = ProductTile<4, 8, 3, 2>;  // 128 x 128; 48 KB: two blocks fit where a multiprocessor has 100 KB
-using SmallTile = ProductTile<2, 4, 4, 3>;  // 64 x 64; 32 KB
+using LargeTile = ProductTile<4, 8, 3, 2>;      // 128 x 128; 48 KB: two blocks fit where a multiprocessor has 100 KB
+using SmallTile = ProductTile<2, 4, 4, 3>;      // 64 x 64; 32 KB
+using TokenTile = ProductTile<2, 13, 3, 2, 1>;  // 128 x 104, of which two are 208: little more than 14 x 14 tokens
 
 // Index of a chunk of 8 elements in a tile whose rows have kStep, or row_elements, of them. Eight rows apart by one and
 // the same chunk, what an 8 x 8 matrix of ldmatrix takes, lie in different banks.
@@ -43,131 +47,11 @@ __device__ __forceinline__ int chunk_across_k(int row, int chunk) {
 
 __host__ __device__ __forceinline__ int64_t tiles(int64_t length, int tile) { return (length + tile - 1) / tile; }
 
-template <class T>
-struct type_of;
-template <>
-struct type_of<bfloat16> {
-    static constexpr mk_type value = MK_BFLOAT16;
-};
-template <>
-struct type_of<float16> {
-    static constexpr mk_type value = MK_FLOAT16;
-};
-
-// Keeps a value in its register: without, the compiler computes it again from kernel arguments in each turn of a loop.
-__device__ __forceinline__ void keep(int& value) {
-#ifndef MIXER_KERNELS_ON_HOST
-    asm volatile("" : "+r"(value));
-#else
-    (void)value;
-#endif
-}
-
-template <class V>
-__device__ __forceinline__ void keep(V& value) {
-    static_assert(sizeof(V) == 8);
-#ifndef MIXER_KERNELS_ON_HOST
-    asm volatile("" : "+l"(value));
-#else
-    (void)value;
-#endif
-}
-
 // ------------------------------------------------------------------------------------------------- tensors as they lie
-
-struct Chunk {  // 8 elements: low of 16 bits, or low and high of float32
-    uint4 low, high;
-};
-
-// A tensor in T or float32, read 8 elements along its channels at a time, whatever its strides.
-struct Stream {
-    const void* data;
-    int64_t stride_c;
-    bool is_float32;
-    bool has_vectors;  // chunks start on 16 bytes, at every multiple of 8 elements from the start of a row
-
-    Stream(const void* data_, mk_type type, int64_t stride_b, int64_t stride_s, int64_t stride_c_)
-        : data(data_), stride_c(stride_c_), is_float32(type == MK_FLOAT32) {
-        const int64_t vector = is_float32 ? 4 : 8;
-        has_vectors = stride_c == 1 && stride_s % vector == 0 && stride_b % vector == 0 &&
-                      reinterpret_cast<uintptr_t>(data) % 16 == 0;
-    }
-    explicit Stream(const mk_input& x) : Stream(x.data, x.type, x.stride_b, x.stride_s, x.stride_c) {}
-
-    // The tensor from an element on.
-    __device__ __forceinline__ Stream from(int64_t offset) const {
-        Stream shifted = *this;
-        shifted.data = address(offset);
-        return shifted;
-    }
-
-    __device__ __forceinline__ int element_bytes() const { return is_float32 ? 4 : 2; }
-    __device__ __forceinline__ const char* address(int64_t offset) const {
-        return static_cast<const char*>(data) + offset * element_bytes();
-    }
-
-    // 8 elements that are there and start on 16 bytes.
-    __device__ __forceinline__ Chunk load_vectors(const char* at) const {
-        const uint4* vectors = reinterpret_cast<const uint4*>(at);
-        Chunk chunk{vectors[0], {}};
-        if (is_float32) chunk.high = vectors[1];
-        return chunk;
-    }
-
-    // Elements 4 * half on.
-    template <class T>
-    __device__ __forceinline__ void unpack4(const Chunk& chunk, int half, float (&v)[4]) const {
-        if (is_float32) {
-            const uint4 bits = half == 0 ? chunk.low : chunk.high;
-            v[0] = __uint_as_float(bits.x), v[1] = __uint_as_float(bits.y);
-            v[2] = __uint_as_float(bits.z), v[3] = __uint_as_float(bits.w);
-        } else {
-            const float2 low = unpack<T>(half == 0 ? chunk.low.x : chunk.low.z);
-            const float2 high = unpack<T>(half == 0 ? chunk.low.y : chunk.low.w);
-            v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
-        }
-    }
-
-    // Starts the loads of 8 elements, if they can be vectors.
-    __device__ __forceinline__ Chunk fetch(int64_t offset, int valid) const {
-        return has_vectors && valid >= 8 ? load_vectors(address(offset)) : Chunk{};
-    }
-
-    // The 8 elements, those past valid 0; from what fetch loaded, else one by one.
-    template <class T>
-    __device__ __forceinline__ void read(const Chunk& chunk, int64_t offset, int valid, float (&v)[8]) const {
-        if (has_vectors && valid >= 8) {
-            float low[4], high[4];
-            unpack4<T>(chunk, 0, low);
-            unpack4<T>(chunk, 1, high);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) v[i] = i < 4 ? low[i % 4] : high[i % 4];
-            return;
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            v[i] = 0.0f;
-            if (i < valid) {
-                const int64_t at = offset + i * stride_c;
-                v[i] = is_float32 ? static_cast<const float*>(data)[at] : to_float(static_cast<const T*>(data)[at]);
-            }
-        }
-    }
-};
 
 // The stride from image to image; of one image, what gives all its rows one stride.
 inline int64_t batch_stride(const mk_input& x, const mk_size& size) {
     return size.B > 1 ? x.stride_b : size.S * x.stride_s;
-}
-
-// v, the first valid of which count, to a contiguous tensor in T or float32.
-template <class T>
-__device__ __forceinline__ void write8(void* tensor, bool is_float32, int64_t offset, int valid, const float (&v)[8]) {
-    if (is_float32) {
-        store8(tensor, MK_FLOAT32, offset, valid, v);
-    } else {
-        store8(tensor, type_of<T>::value, offset, valid, v);
-    }
 }
 
 // Rows of a tile, in a tensor of rows [B, S] or of rows of one stride. Rows past the last are not there.
@@ -306,6 +190,7 @@ class Operand {
                     float v[4];
                     stream_.unpack4<T>(ahead_[i], half, v);
                     normalise(v, i, gamma, beta);
+                    if (!is_of_tile(i)) continue;
                     *reinterpret_cast<uint2*>(tile + i * kPassElements + 4 * half) = {pack<T>(v[0], v[1]),
                                                                                       pack<T>(v[2], v[3])};
                 }
@@ -322,7 +207,8 @@ class Operand {
 
   private:
     static constexpr int kChunks = (along_k ? kStep : outer) / 8;  // of a row
-    static constexpr int kRowsAtOnce = TILE::kThreads / kChunks, kPasses = (along_k ? outer : kStep) / kRowsAtOnce;
+    static constexpr int kRowsAtOnce = TILE::kThreads / kChunks, kRows = along_k ? outer : kStep,
+                         kPasses = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
     static constexpr int kPassElements = kRowsAtOnce * kChunks * 8;
     static_assert(kRowsAtOnce % 8 == 0, "the rows of a thread have their chunks at the same place");
     static constexpr int kWarpRows = 32 / kChunks;  // at once
@@ -332,6 +218,10 @@ class Operand {
     __device__ __forceinline__ static int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
     __device__ __forceinline__ static int row(int pass) {
         return static_cast<int>(threadIdx.x) / kChunks + pass * kRowsAtOnce;
+    }
+    // The last pass may go past the tile.
+    __device__ __forceinline__ static bool is_of_tile(int pass) {
+        return kRows % kRowsAtOnce == 0 || row(pass) < kRows;
     }
     // Lane i holds the statistics of its warp's row i.
     __device__ __forceinline__ static int row_of_lane(int lane) {
@@ -360,6 +250,7 @@ class Operand {
         const int left = (along_k ? depth.left : columns_left_) - 8 * chunk();
 #pragma unroll 1
         for (int i = 0; i < kPasses; ++i) {
+            if (!is_of_tile(i)) break;
             const bool is_there = along_k ? rows_.has(row(i)) : row(i) < depth.left;
             const int valid = !is_there || left < 0 ? 0 : left < 8 ? left : 8;
             const int64_t k = along_k ? depth.k * stream_.stride_c : depth.k * rows_.stride();

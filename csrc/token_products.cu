@@ -39,7 +39,8 @@ struct Fc1 {
     Weight<T> w1;
     const float* b1;
     Noise noise;
-    bool tanh_form, keeps_z;
+    GeluForm form;
+    bool keeps_z;
     void* a;
 
     explicit Fc1(const mk_token_products_arguments& p)
@@ -54,7 +55,7 @@ struct Fc1 {
           w1(p.w1, D_S, S),
           b1(p.b1),
           noise(p.noise),
-          tanh_form(p.tanh != 0),
+          form(p.tanh != 0),
           keeps_z(p.u == nullptr),
           a(p.a) {}
 };
@@ -75,7 +76,7 @@ struct Fc1Epilogue {
         for (int i = 0; i < 8; ++i) v[i] += bias;
         if (!p.keeps_z) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) v[i] = gelu(v[i], p.tanh_form);
+            for (int i = 0; i < 8; ++i) v[i] = gelu(v[i], p.form);
             if (p.noise.dropout()) {
                 multiply_kept(v, [&](int i) { return p.noise.kept_hidden(d, c + i, corner.image); });
             }
@@ -179,7 +180,7 @@ struct GeluBackward {
     int S, C, D_S;
     Weight<T> w2t;
     Noise noise;
-    bool tanh_form;
+    GeluForm form;
     void *a, *dz;
 
     explicit GeluBackward(const mk_token_gelu_backward_arguments& p)
@@ -191,7 +192,7 @@ struct GeluBackward {
           D_S(p.D_S),
           w2t(p.w2t, D_S, S),
           noise(p.noise),
-          tanh_form(p.tanh != 0),
+          form(p.tanh != 0),
           a(p.a),
           dz(p.dz) {}
 };
@@ -214,7 +215,7 @@ struct GeluBackwardEpilogue {
                                            int valid) const {
         float a[8];
         p.z.template read<T>(z, offset(row, column), valid, a);
-        gelu_backward8(a, v, p.tanh_form);
+        gelu_backward8(a, v, p.form);
         if (p.noise.dropout()) {
             const auto kept = [&](int i) {
                 return p.noise.kept_hidden(corner.m + row, corner.n + column + i, corner.image);

@@ -4,12 +4,16 @@
 // x [S, C] is read as it lies in memory: matrix A is loaded transposed from [tokens, channels].
 #pragma once
 
+#include <type_traits>
+
 #include "device/copy.cuh"
+#include "device/keep.cuh"
 #include "device/matrix.cuh"
 #include "device/noise.cuh"
 #include "device/numbers.cuh"
 #include "device/platform.cuh"
 #include "mixer_kernels.h"
+#include "stream.cuh"
 
 namespace mixer_kernels {
 
@@ -17,8 +21,31 @@ constexpr int kPadding = 8;        // elements between rows: a row is an odd num
 constexpr int kWarpChannels = 16;  // rows of a matrix product's tile
 constexpr int kStagingPitch = 20;  // floats to a row of a warp's staging area
 constexpr int kStagingFloats = 16 * kStagingPitch;
+constexpr int kGroup = 16;  // hidden units that a warp takes at a time
 
-__device__ __forceinline__ constexpr int align16(int n) { return (n + 15) / 16 * 16; }
+// The token axis as tiles of 8 and, where it is summed over, of 16 tokens. How many is a constant, so that the loops
+// over them are straight code.
+template <int TILES>
+struct Tokens {
+    static constexpr int kTiles16 = (TILES + 1) / 2, kPadded = 16 * kTiles16;
+    static constexpr int kBlocks = kPadded > 64 ? 1 : 2;  // to a multiprocessor, at least: bounds the registers
+};
+
+// The numbers of tiles that kernels are compiled for, among them those of 7 x 7, 14 x 14 and 16 x 16 tokens: 7, 25, 32.
+// Other token counts take the next.
+constexpr int kTokenTiles[] = {4, 7, 8, 14, 18, 25, 32};
+constexpr int kMostTokens = 256;
+
+// run(TILES) for S tokens, with TILES as a constant.
+template <int I = 0, class RUN>
+int with_token_tiles(int S, RUN run) {
+    if constexpr (I == sizeof(kTokenTiles) / sizeof(kTokenTiles[0])) {
+        return cudaErrorInvalidValue;
+    } else {
+        if (S <= 8 * kTokenTiles[I]) return run(std::integral_constant<int, kTokenTiles[I]>());
+        return with_token_tiles<I + 1>(S, run);
+    }
+}
 
 // Warps to a block: as many as the channels, the shared memory and a block for every multiprocessor allow, since more
 // channels to a block are less traffic of weights from L2.
@@ -41,24 +68,24 @@ struct TokenBlock {
     int c0, channels;  // first channel; channels to a block
     int warp, lane;
 
-    __device__ __forceinline__ explicit TokenBlock(int C) {
-        channels = static_cast<int>(blockDim.x) / 32 * kWarpChannels;
-        const unsigned tiles = (C + channels - 1) / channels;
-        image = blockIdx.x / tiles;
-        c0 = static_cast<int>(blockIdx.x % tiles) * channels;
-        warp = static_cast<int>(threadIdx.x) / 32;
-        lane = static_cast<int>(threadIdx.x) % 32;
+    __device__ __forceinline__ explicit TokenBlock(int C) : TokenBlock(C, blockIdx.x, threadIdx.x) {}
+    // The same, computed again: registers are free of it until then.
+    __device__ __forceinline__ TokenBlock again(int C) const {
+        int block = blockIdx.x, thread = threadIdx.x;
+        keep(block);
+        keep(thread);
+        return TokenBlock(C, block, thread);
     }
     __device__ __forceinline__ int pitch() const { return channels + kPadding; }
-};
 
-// Which 8 channels of which token a thread takes of a tile: neighbouring threads are neighbours in memory, whichever
-// axis is contiguous.
-struct TilePlace {
-    int s, c;
-    __device__ __forceinline__ TilePlace(int index, int octets, int rows, bool channels_contiguous) {
-        s = channels_contiguous ? index / octets : index % rows;
-        c = (channels_contiguous ? index % octets : index / rows) * 8;
+  private:
+    __device__ __forceinline__ TokenBlock(int C, unsigned block, int thread) {
+        channels = static_cast<int>(blockDim.x) / 32 * kWarpChannels;
+        const unsigned tiles = (C + channels - 1) / channels;
+        image = block / tiles;
+        c0 = static_cast<int>(block % tiles) * channels;
+        warp = thread / 32;
+        lane = thread % 32;
     }
 };
 
@@ -68,54 +95,130 @@ __device__ __forceinline__ void store_octet(T* destination, const float (&v)[8])
         make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
 }
 
-// tile [rows, channels] = LN(x) of the block's channels, zero outside the image: equation (2).
-template <class T>
-__device__ __forceinline__ void load_normalised(T* tile, const mk_input& x, const mk_norm& norm, const mk_size& size,
-                                                const TokenBlock& block, int rows) {
-    const int octets = block.channels / 8;
-    for (int index = threadIdx.x; index < rows * octets; index += blockDim.x) {
-        const TilePlace at(index, octets, rows, x.stride_c == 1);
-        const int c = block.c0 + at.c, valid = min(size.C - c, 8);
-        float v[8] = {};
-        if (at.s < size.S && valid > 0) {
-            load8(x.data, x.type, block.image * x.stride_b + at.s * x.stride_s + c * x.stride_c, x.stride_c, valid, v);
-            const int64_t row = block.image * size.S + at.s;
-            const float mean = norm.mean[row], rstd = norm.rstd[row];
+// v[i] = vector[i] for i < valid, 16-byte aligned where all 8 are; 0 for the others, or otherwise without a vector.
+__device__ __forceinline__ void load_affine(const float* vector, int valid, float otherwise, float (&v)[8]) {
+    if (vector != nullptr) {
+        load8(vector, MK_FLOAT32, 0, 1, valid, v);
+        return;
+    }
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (i >= valid) break;
-                const float gamma = norm.gamma ? norm.gamma[c + i] : 1.0f, beta = norm.beta ? norm.beta[c + i] : 0.0f;
-                v[i] = (v[i] - mean) * rstd * gamma + beta;
+    for (int i = 0; i < 8; ++i) v[i] = otherwise;
+}
+
+// LN(x), equation (2), 8 channels of a token at a time.
+template <class T>
+class NormalisedReader {
+  public:
+    struct Fetched {
+        Chunk x;
+        float mean, rstd;
+    };
+    __device__ __forceinline__ NormalisedReader(const Stream& x, const mk_input& strides, const mk_norm& norm,
+                                                const mk_size& size, int64_t image)
+        : x_(x), norm_(norm), stride_s_(strides.stride_s), offset_(image * strides.stride_b), row_(image * size.S) {}
+
+    __device__ __forceinline__ void set_channels(int c, int valid) {
+        c_ = c;
+        valid_ = valid;
+        load_affine(norm_.gamma ? norm_.gamma + c : nullptr, valid, 1.0f, gamma_);
+        load_affine(norm_.beta ? norm_.beta + c : nullptr, valid, 0.0f, beta_);
+    }
+    __device__ __forceinline__ Fetched fetch(int s) const {
+        return {x_.fetch(offset(s), valid_), norm_.mean[row_ + s], norm_.rstd[row_ + s]};
+    }
+    __device__ __forceinline__ void read(const Fetched& fetched, int s, float (&v)[8]) const {
+        x_.read<T>(fetched.x, offset(s), valid_, v);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            v[i] = i < valid_ ? (v[i] - fetched.mean) * fetched.rstd * gamma_[i] + beta_[i] : 0.0f;
+        }
+    }
+
+  private:
+    __device__ __forceinline__ int64_t offset(int s) const { return offset_ + s * stride_s_ + c_ * x_.stride_c; }
+
+    const Stream& x_;
+    const mk_norm& norm_;
+    int64_t stride_s_, offset_, row_;
+    int c_ = 0, valid_ = 0;
+    float gamma_[8], beta_[8];
+};
+
+// g [B, S, C], contiguous.
+template <class T>
+class GradientReader {
+  public:
+    using Fetched = Chunk;
+    __device__ __forceinline__ GradientReader(const Stream& g, const mk_size& size, int64_t image)
+        : g_(g), C_(size.C), offset_(image * size.S * size.C) {}
+
+    __device__ __forceinline__ void set_channels(int c, int valid) {
+        c_ = c;
+        valid_ = valid;
+    }
+    __device__ __forceinline__ Fetched fetch(int s) const { return g_.fetch(offset(s), valid_); }
+    __device__ __forceinline__ void read(const Fetched& fetched, int s, float (&v)[8]) const {
+        g_.read<T>(fetched, offset(s), valid_, v);
+    }
+
+  private:
+    __device__ __forceinline__ int64_t offset(int s) const { return offset_ + int64_t{s} * C_ + c_; }
+
+    const Stream& g_;
+    int C_;
+    int64_t offset_;
+    int c_ = 0, valid_ = 0;
+};
+
+// tile [ROWS, channels] = what a reader has of the block's channels; zero outside the image. Neighbouring threads are
+// neighbours in memory, whichever axis is contiguous.
+template <int ROWS, class T, class READER>
+__device__ __forceinline__ void fill_tile(T* tile, READER reader, const mk_size& size, const TokenBlock& block,
+                                          bool channels_contiguous) {
+    const int octets = block.channels / 8;
+    if (channels_contiguous) {
+        // The threads take all channels of 16 tokens at once: each keeps its channels, and half of its tokens' loads
+        // are under way together.
+        constexpr int kBatch = (ROWS / 16 + 1) / 2;
+        const int first = static_cast<int>(threadIdx.x) / octets, c = static_cast<int>(threadIdx.x) % octets * 8;
+        const int valid = min(size.C - block.c0 - c, 8);
+        reader.set_channels(block.c0 + c, valid);
+#pragma unroll 1
+        for (int batch = first; batch < ROWS; batch += 16 * kBatch) {
+            typename READER::Fetched fetched[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                if (batch + 16 * i < size.S && valid > 0) fetched[i] = reader.fetch(batch + 16 * i);
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const int s = batch + 16 * i;
+                if (s >= ROWS) break;
+                float v[8] = {};
+                if (s < size.S && valid > 0) reader.read(fetched[i], s, v);
+                store_octet(tile + s * block.pitch() + c, v);
             }
         }
-        store_octet(tile + at.s * block.pitch() + at.c, v);
+        return;
     }
-}
-
-// tile [rows, channels] = the block's channels of g [B, S, C], contiguous; zero outside the image.
-template <class T>
-__device__ __forceinline__ void load_gradient(T* tile, const void* g, mk_type type, const mk_size& size,
-                                              const TokenBlock& block, int rows) {
-    const int octets = block.channels / 8;
-    for (int index = threadIdx.x; index < rows * octets; index += blockDim.x) {
-        const TilePlace at(index, octets, rows, true);
-        const int c = block.c0 + at.c, valid = min(size.C - c, 8);
+    for (int index = threadIdx.x; index < ROWS * octets; index += blockDim.x) {
+        const int s = index % ROWS, c = index / ROWS * 8, valid = min(size.C - block.c0 - c, 8);
         float v[8] = {};
-        if (at.s < size.S && valid > 0) load8(g, type, (block.image * size.S + at.s) * size.C + c, 1, valid, v);
-        store_octet(tile + at.s * block.pitch() + at.c, v);
+        if (s < size.S && valid > 0) {
+            reader.set_channels(block.c0 + c, valid);
+            reader.read(reader.fetch(s), s, v);
+        }
+        store_octet(tile + s * block.pitch() + c, v);
     }
 }
 
-// Rows [first, first + ROWS) and columns [c0, c0 + COLUMNS) of a packed weight, by asynchronous copies of 16 bytes;
-// rows and columns from `rows` and `columns` on are left out.
+// tile [ROWS, COLUMNS] = the first of a packed weight, by asynchronous copies of 16 bytes.
 template <int ROWS, int COLUMNS, class T>
-__device__ __forceinline__ void copy_weight(T* tile, const T* weight, int64_t stride, int rows, int columns) {
+__device__ __forceinline__ void copy_weight(T* tile, const T* weight, int64_t stride) {
     constexpr int kOctets = COLUMNS / 8;
     for (int index = threadIdx.x; index < ROWS * kOctets; index += blockDim.x) {
         const int row = index / kOctets, column = index % kOctets * 8;
-        if (row < rows && column < columns) {
-            copy_async_16(tile + row * (COLUMNS + kPadding) + column, weight + row * stride + column, 16);
-        }
+        copy_async_16(tile + row * (COLUMNS + kPadding) + column, weight + row * stride + column, 16);
     }
 }
 

@@ -12,8 +12,10 @@
 namespace mixer_kernels {
 namespace {
 
-using Tile = LargeTile;
-static_assert(Tile::kThreads == Tile::kM && Tile::kThreads == Tile::kN, "a thread sums a row of a tile");
+// Whether tiles of 104 tokens pad S less than those of 128.
+bool takes_token_tiles(int S) {
+    return tiles(S, TokenTile::kN) * TokenTile::kN < tiles(S, LargeTile::kN) * LargeTile::kN;
+}
 
 template <class T>
 struct WeightGradient {
@@ -91,13 +93,17 @@ class DepthOfSplit {
 };
 
 // Sums a row of a tile to a thread, stage by stage.
-template <class T>
+template <class T, class Tile>
 struct RowSums {
+    static_assert(Tile::kThreads >= Tile::kM && Tile::kThreads >= Tile::kN, "a thread for each row");
     bool of_left, of_right;
     float sum = 0.0f;
 
+    __device__ __forceinline__ bool works() const {
+        return (of_left && threadIdx.x < Tile::kM) || (of_right && threadIdx.x < Tile::kN);
+    }
     __device__ __forceinline__ void operator()(const T* left, const T* right) {
-        if (!of_left && !of_right) return;
+        if (!works()) return;
         const T* tile = of_left ? left : right;
 #pragma unroll
         for (int chunk = 0; chunk < kStep / 8; ++chunk) {
@@ -123,7 +129,7 @@ struct PartialEpilogue {
     }
 };
 
-template <class T, bool is_w1>
+template <class T, class Tile, bool is_w1>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     token_weight_gradient_kernel(const WeightGradient<T> p) {
     const int S = p.size.S;
@@ -138,21 +144,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     constexpr Access access = is_w1 ? Access::kLoaded : Access::kCopiedOrRead;
     Operand<T, Tile, Tile::kN, true, access> right(p.right.from(s * p.stride_s), TileRows(p.stride_s, S - s, Tile::kN),
                                                    p.stride_b, 0, norm, p.right_copied);
-    RowSums<T> sums{is_w1 && s == 0, !is_w1 && d == 0};
+    RowSums<T, Tile> sums{is_w1 && s == 0, !is_w1 && d == 0};
     typename Tile::Accumulators accumulators;
     accumulate<T, Tile, true>(left, right, DepthOfSplit(p.size, p.noise, split, p.splits), sums, accumulators);
 
     float* const partial = p.partial + static_cast<int64_t>(split) * p.D_S * S;
     finish_tile<Tile>(accumulators, PartialEpilogue<T>{partial, S, d, s}, p.D_S - d, S - s);
     const int first = is_w1 ? d : s, length = is_w1 ? p.D_S : S, row = first + static_cast<int>(threadIdx.x);
-    if ((sums.of_left || sums.of_right) && row < length) p.bias[static_cast<int64_t>(split) * length + row] = sums.sum;
+    if (sums.works() && row < length) p.bias[static_cast<int64_t>(split) * length + row] = sums.sum;
 }
 
 template <class T>
 int weight_gradient(const mk_token_weight_gradient_arguments& p, mk_stream stream) {
-    const auto kernel =
-        p.norm != nullptr ? token_weight_gradient_kernel<T, true> : token_weight_gradient_kernel<T, false>;
-    return launch_product<Tile>(kernel, p.D_S, p.size.S, p.splits, stream, WeightGradient<T>(p));
+    const auto launch_tile = [&](auto tile) {
+        using Tile = decltype(tile);
+        const auto kernel = p.norm != nullptr ? token_weight_gradient_kernel<T, Tile, true>
+                                              : token_weight_gradient_kernel<T, Tile, false>;
+        return launch_product<Tile>(kernel, p.D_S, p.size.S, p.splits, stream, WeightGradient<T>(p));
+    };
+    return takes_token_tiles(p.size.S) ? launch_tile(TokenTile()) : launch_tile(LargeTile());
 }
 
 }  // namespace
@@ -160,9 +170,11 @@ int weight_gradient(const mk_token_weight_gradient_arguments& p, mk_stream strea
 
 extern "C" int mk_weight_gradient_splits(mk_size size, int D_S, int multiprocessors) {
     using namespace mixer_kernels;
-    const int64_t of_product = tiles(D_S, Tile::kM) * tiles(size.S, Tile::kN);
+    const int kN = takes_token_tiles(size.S) ? TokenTile::kN : LargeTile::kN;
+    static_assert(TokenTile::kM == LargeTile::kM && TokenTile::kBlocks == LargeTile::kBlocks);
+    const int64_t of_product = tiles(D_S, LargeTile::kM) * tiles(size.S, kN);
     const int64_t stages = size.B * tiles(size.C, kStep),
-                  blocks = static_cast<int64_t>(Tile::kBlocks) * multiprocessors;
+                  blocks = static_cast<int64_t>(LargeTile::kBlocks) * multiprocessors;
     const int64_t splits = blocks / (of_product > 0 ? of_product : 1);
     return static_cast<int>(splits < 1 || stages < 1 ? 1 : splits < stages ? splits : stages);
 }

@@ -78,23 +78,34 @@ def test_a_block_is_six_launches(shape, launches, cuda_kernels):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: counts on the model")
 def test_padding_at_196_tokens_is_below_7_percent(cuda_kernels):
-    """Executed over useful products of the fused token kernels, forward and backward (z, da and dn)."""
+    """Executed over useful products of the fused token kernels, forward and backward (z, da and dn), and of the weight
+    gradients."""
     from cuda_on_host import build
 
-    shape = MixerShape(S=196, C=64, D_S=96, D_C=8)
+    shape = MixerShape(S=196, C=64, D_S=128, D_C=8)
     block, x = make_block(shape, BF16, "cpu"), make_x(1, shape, BF16, "cpu")
+    parameters = block.token()
+    weights = [block.parameters[name] for name in ("w1", "w2")]
     useful = shape.S * shape.C * shape.D_S / (16 * 8 * 16)
 
-    before = build.matrix_products()
-    with torch.no_grad():
-        F.token_mixing(x, *block.token(), backend="cuda")
-    assert 1 <= (build.matrix_products() - before) / (2 * useful) <= 1.07
+    def executed(run):
+        before = build.matrix_products()
+        run()
+        return (build.matrix_products() - before) / useful
 
-    x.requires_grad_()
-    u = F.token_mixing(x, *block.token(), backend="cuda")
-    before = build.matrix_products()
-    u.sum().backward()  # of x alone: no weight gradients
-    assert 1 <= (build.matrix_products() - before) / (3 * useful) <= 1.07
+    with torch.no_grad():
+        assert 2 <= executed(lambda: F.token_mixing(x, *parameters, backend="cuda")) <= 2 * 1.07
+
+    def backward(*leaves):
+        for leaf in leaves:
+            leaf.requires_grad_()
+        u = F.token_mixing(x, *parameters, backend="cuda")
+        return executed(lambda: torch.autograd.grad(u.sum(), leaves))
+
+    of_x = backward(x)
+    assert 3 <= of_x <= 3 * 1.07
+    of_all = backward(x, *weights)
+    assert 2 <= of_all - of_x <= 2 * 1.07
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: limits the model")

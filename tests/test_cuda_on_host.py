@@ -276,14 +276,14 @@ def test_launchers(sanitizer) -> None:
 
 WAIT = "    copy_async_wait<0>();\n"
 BARRIER = "    __syncthreads();\n"
+LANES = "                __syncwarp();\n"
 PLANTED = {  # file of csrc/, what is there, what is planted, what the driver says
     "tokens read past S": (
-        "token_tile.cuh", "at.s < size.S && valid > 0) {", "at.s <= size.S && valid > 0) {", "is -?nan"),
+        "token_tile.cuh", "< size.S && valid > 0)", "<= size.S && valid > 0)", "is -?nan"),
     "tokens stored past S": (
         "token_mixing.cu", "if (s >= S || valid", "if (s > S || valid", "u: a write at byte"),
     "hidden units stored past D_S": (
-        "token_data_gradient.cu", "lane, v);\n            if (d < p.D_S", "lane, v);\n            if (d <= p.D_S",
-        "(a|dz): a write at byte"),
+        "token_data_gradient.cu", "if (d < p.D_S && valid", "if (d <= p.D_S && valid", "(a|dz): a write at byte"),
     "rows stored past the last": (
         "product.cuh", "row >= rows_left) continue", "row > rows_left) continue", "a write at byte"),
     "rows packed past the last": (
@@ -300,15 +300,16 @@ PLANTED = {  # file of csrc/, what is there, what is planted, what the driver sa
     "products wait for one copy less": (
         "product.cuh", "copy_async_wait<TILE::kStages - 2>", "copy_async_wait<TILE::kStages - 1>", "is -?nan"),
     "token mixing reads before all have waited": (
-        "token_mixing.cu", f"    {BARRIER}        copy_step(step + ", "        copy_step(step + ",
+        "token_mixing.cu", f"    {BARRIER}            copy_turn(turn + ", "            copy_turn(turn + ",
         "u .* is -?(nan|inf)"),
     "products read before all have waited": (
         "product.cuh", "__syncthreads();  // everybody's", "// everybody's", "is -?(nan|inf)"),
     "weights over x that others still read": (
-        "token_mixing.cu", f"{BARRIER}#pragma unroll\n    for (int step = 1", "#pragma unroll\n    for (int step = 1",
+        "token_mixing.cu", f"{BARRIER}#pragma unroll\n    for (int turn = 1", "#pragma unroll\n    for (int turn = 1",
         "u .* is -?(nan|inf)"),
     "staging over weights that others still read": (
-        "token_mixing.cu", WAIT + BARRIER, WAIT, "u .* is -?(nan|inf)|changes with the order"),
+        "token_mixing.cu", f"{WAIT}{BARRIER}\n    float", f"{WAIT}\n    float",
+        "u .* is -?(nan|inf)|changes with the order"),
     "results over stages that others still read": (
         "product.cuh", WAIT + BARRIER, WAIT, "is -?(nan|inf)|changes with the order"),
     "moments read before they are there": (
@@ -321,6 +322,12 @@ PLANTED = {  # file of csrc/, what is there, what is planted, what the driver sa
     "staging written while others read": (
         "token_tile.cuh", "    __syncwarp();\n#pragma unroll\n    for (int i = 0; i < 4",
         "#pragma unroll\n    for (int i = 0; i < 4", "changes with the order"),
+    "hidden units staged but not yet there": (
+        "token_data_gradient.cu", f"{LANES}                const T* staged", "                const T* staged",
+        "is -?(nan|inf)|changes with the order"),
+    "g over n that others still read": (
+        "token_data_gradient.cu", f"{BARRIER}    fill_tile<Tile::kPadded>(g_tile, GradientReader",
+        "    fill_tile<Tile::kPadded>(g_tile, GradientReader", "changes with the order"),
 }  # fmt: skip
 
 

@@ -29,6 +29,42 @@ __device__ __forceinline__ float gelu(float z, bool tanh_form) {
     return z * fitted_cdf(z);
 }
 
+// Either form without a branch, for kernels that learn at run time which one they compute: z sigmoid(z p(z^2)) with the
+// form's polynomial, times -log2(e) for the base of the exponential.
+struct GeluForm {
+    float p[5];
+    bool is_tanh;
+
+    explicit GeluForm(bool tanh_form) : is_tanh(tanh_form) {
+        constexpr double erf[5] = {1.5956563, 0.07293758, -2.4972143e-4, -6.11624e-5, 2.2381878e-6};
+        constexpr double tanh[5] = {1.5957691216057308, 0.07135481282636886};
+        for (int i = 0; i < 5; ++i) p[i] = static_cast<float>(-1.4426950408889634 * (tanh_form ? tanh : erf)[i]);
+    }
+
+    __device__ __forceinline__ float cdf(float z, float t) const {  // t = z^2, below what overflows
+        const float of_t = p[0] + t * (p[1] + t * (p[2] + t * (p[3] + t * p[4])));
+        return reciprocal_approx(1.0f + exp2_approx(z * of_t));
+    }
+};
+
+__device__ __forceinline__ float square_below_overflow(float z) { return fminf(z * z, 100.0f); }  // its cdf is 0 or 1
+
+__device__ __forceinline__ float gelu(float z, const GeluForm& form) {
+    return z * form.cdf(z, square_below_overflow(z));
+}
+
+// The erf form's, with z phi(z) as below.
+__device__ __forceinline__ GeluGradient gelu_and_slope_erf(float z, const GeluForm& form) {
+    const float t = square_below_overflow(z), cdf = form.cdf(z, t);
+    return {z * cdf, cdf + z * (0.3989422804014327f * exp2_approx(-0.7213475204444817f * t))};
+}
+
+// The tanh form's.
+__device__ __forceinline__ GeluGradient gelu_and_slope_tanh(float z, const GeluForm& form) {
+    const float t = square_below_overflow(z), cdf = form.cdf(z, t), a = z * cdf;
+    return {a, cdf + a * (1.0f - cdf) * (1.5957691216057308f + 0.21406443847910659f * t)};
+}
+
 __device__ __forceinline__ GeluGradient gelu_and_slope(float z, bool tanh_form) {
     if (tanh_form) {
         const float t = fminf(z * z, 100.0f);  // past the clamp the sigmoid is 0 or 1

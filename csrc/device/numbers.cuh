@@ -92,13 +92,21 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
 
 // ------------------------------------------------------------------------ functions within 2 units in the last place
 
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef MIXER_KERNELS_ON_HOST
+    return std::exp2(x);
+#else
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#endif
+}
+
 __device__ __forceinline__ float exp_approx(float x) {
 #ifdef MIXER_KERNELS_ON_HOST
     return std::exp(x);
 #else
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));  // log2(e)
-    return result;
+    return exp2_approx(x * 1.4426950408889634f);  // log2(e)
 #endif
 }
 

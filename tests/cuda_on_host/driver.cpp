@@ -236,6 +236,7 @@ class Block {
 constexpr Problem PROBLEMS[] = {
     {"whole tiles", 1, 64, 64, 128, 128, MK_BFLOAT16, MK_BFLOAT16, false, true, true, false, 0.0f, 0.0f},
     {"ragged tiles", 2, 19, 40, 72, 24, MK_FLOAT16, MK_FLOAT16, false, true, true, true, 0.0f, 0.5f},
+    {"counted tiles", 1, 50, 24, 40, 24, MK_BFLOAT16, MK_BFLOAT16, false, true, true, false, 0.0f, 0.0f},
     {"odd strides", 3, 9, 13, 11, 21, MK_BFLOAT16, MK_FLOAT32, true, false, false, false, 0.25f, 0.0f},
     {"odd channels", 1, 3, 13, 5, 9, MK_FLOAT16, MK_FLOAT16, false, true, true, false, 0.0f, 0.0f},
     {"one of each", 1, 1, 1, 1, 1, MK_FLOAT16, MK_FLOAT32, false, true, false, true, 0.0f, 0.0f},
