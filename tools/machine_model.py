@@ -150,8 +150,8 @@ SM90_TILE = "bfloat16, 208, 200, .*2>"  # S 193 to 200, clusters of two
 # What was before: of csrc on sm_80 GELU's tanh form, which has fewer instructions than the erf form that counts now; of
 # cuda:sm90 1.75 rounds of statistics, 235 slots more than one, and a fluid model or an estimate for the shares.
 GOALS = (
-    Goal("cuda token forward", "sm_80", "token_mixing.cu", "bfloat16, 208", step, 46, 65),
-    Goal("cuda token backward", "sm_80", "token_data_gradient.cu", "bfloat16, 208", step, 34, 50),
+    Goal("cuda token forward", "sm_80", "token_mixing.cu", "bfloat16, 25>", step, 46, 65),
+    Goal("cuda token backward", "sm_80", "token_data_gradient.cu", "bfloat16, 25>", step, 34, 50),
     Goal("Triton token forward", "sm_80", FORWARD, "", bound, 53, 60),
     Goal("Triton token backward", "sm_80", BACKWARD, "", bound, 34, 45),
     Goal("Triton weight gradient W1", "sm_80", W1, "", bound, 21, 45),
