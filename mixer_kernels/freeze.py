@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .ops.packs import KeptPacks, NewPacks, has_packs
 from .repeat import Repeatable
 from .report import FROZEN, LEFT, RESTORED, Entry, Report
+from .snapshot import plain_attributes
 
 _BUFFER = "_pack{}"
 
@@ -152,6 +153,10 @@ class Frozen:
         self.children = dict(block._modules)
         parts = [(path, part) for path, part in block.named_modules() if part is not block]
         self.grandchildren = [(f"{path}.", part, dict(part._modules)) for path, part in parts if part._modules]
+        # What packs are made of may follow from them: whether there is a gate, and of which kind.
+        self.attributes = [
+            (f"{path}." if path else "", module, _attributes(module)) for path, module in block.named_modules()
+        ]
         self.seen: list[Any] = []
         self.aliases: list[Tensor] = []
         self.look()
@@ -163,11 +168,16 @@ class Frozen:
         self.seen, self.stamp = self.identities(), object()
 
     def replaced(self, block: nn.Module) -> str | None:
-        """The name of a submodule of ``block`` that is not the one that it was, or None."""
+        """The name of a submodule or an attribute of ``block`` that is not what it was, or None."""
         for path, module, children in (("", block, self.children), *self.grandchildren):
             now = module._modules
             if now != children:
                 return path + next(name for name in (*children, *now) if now.get(name) is not children.get(name))
+        for path, module, attributes in self.attributes:
+            now = _attributes(module)
+            for name, value in attributes.items():
+                if name not in now or now[name] != value:
+                    return path + name
         return None
 
     def changed(self) -> str | None:
@@ -264,6 +274,13 @@ def _blocks(model: Any) -> list[tuple[str, Freezable]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Freezable)]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Those that are numbers, strings and the like; not eps, of which no pack is made, and not the probabilities of
+    noise, which a frozen block lacks."""
+    named = plain_attributes(module)
+    return {name: value for name, value in named if not name.startswith("_") and name not in ("p", "drop_prob", "eps")}
 
 
 def _named(name: str) -> str:

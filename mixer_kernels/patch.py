@@ -56,8 +56,9 @@ def fuse_(
             copy of it runs once, forward and backward, on random inputs and weights in float64, beside what was
             declared. The block at hand, its mode, gradients and hooks and the random number generators stay as they
             are. It is a check of what the block is now: where its submodules, or its attributes that are numbers,
-            strings or functions change later, its own ``forward`` runs; what that reads elsewhere, such as a
-            configuration or a global, is not watched.
+            strings or functions change later, its own ``forward`` runs. Not watched is what that reads elsewhere,
+            such as a configuration, a list, a tensor that is no parameter, a global; not seen, what it does with
+            numbers in x that random ones do not have, such as a mask of zeros or a bound.
 
     Returns:
         What was fused and what was left, and why. A second call changes the options and returns the same.

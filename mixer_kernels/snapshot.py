@@ -56,7 +56,7 @@ class Snapshot:
     """
 
     def __init__(self, block: nn.Module, parts: Iterable[nn.Module]) -> None:
-        self.children = dict(block._modules)
+        self.children, self.size = dict(block._modules), _size(block.__dict__)
         self.read, self.values = _plain_attributes(block)
         self.modules = [_remembered(module) for part in parts for module in part.modules()]
         # Weights that are no parameters (of replicas, FSDP1's views) come and go, and with them their classes.
@@ -67,6 +67,8 @@ class Snapshot:
         own = block.__dict__
         try:
             if not self.is_usable or own["_modules"] != self.children or self.read(own) != self.values:
+                return False
+            if _size(own) != self.size:  # an attribute of the class may have been hidden
                 return False
             for module, cls, size, read, values, children, weights in self.modules:
                 attributes = module.__dict__
@@ -88,6 +90,11 @@ class Snapshot:
 
     def __reduce__(self) -> tuple:
         return type(None), ()
+
+
+def _size(own: dict[str, Any]) -> int:
+    """How many attributes a block has, but for those that come and go as it is called and frozen."""
+    return len(own) - ("_snapshot" in own) - ("_last" in own) - ("_frozen" in own)
 
 
 def _remembered(module: nn.Module) -> tuple[Any, ...]:

@@ -442,21 +442,32 @@ def test_the_check_leaves_no_traces() -> None:
 
 
 CHANGES = {
-    "an activation": lambda b: b.mixers["tok"].__setitem__(1, nn.ReLU()),
+    "an activation": lambda b: b.twice.__setitem__(1, nn.ReLU()),
     "a form": lambda b: setattr(b.mixers["tok"][1], "approximate", "tanh"),
     "a part": lambda b: setattr(b, "ln_a", nn.Identity()),
     "a number": lambda b: setattr(b, "scale", 2.0),
     "a function": lambda b: setattr(b, "after", torch.square),
+    "an attribute of the class": lambda b: setattr(b, "factor", 2.0),
+    "a method": lambda b: setattr(b, "before", torch.square),
+    "one of a layer's two places": lambda b: b.twice.__setitem__(0, nn.Linear(S, D_S)),
 }
 
 
 class Changing(Mine):
+    factor = 1.0
+
     def __init__(self) -> None:
         super().__init__()
         self.scale, self.after = 1.0, torch.clone
+        self.twice = nn.Sequential(*self.mixers["tok"])  # which are those that are called
+
+    def before(self, x: Tensor) -> Tensor:
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.scale * super().forward(x))
+        x = self.before(x)
+        x = x + self.twice(self.ln_a(x).transpose(1, 2)).transpose(1, 2)
+        return self.after(self.scale * self.factor * (x + self.mixers["ch"](self.ln_b(x))))
 
 
 @pytest.mark.usefixtures("through_functional")
@@ -474,6 +485,17 @@ def test_what_is_changed_later_is_computed_as_changed(change, copied, calls, sai
         assert len(said) == 1 and "is not what it was when fuse_ checked the block: call fuse_ again" in said[0]
     unfuse_(block)
     assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_changed_later_ends_repeated_calls(change) -> None:
+    block, x = trained(Changing()).eval(), images()
+    fuse_(block, blocks={Changing: MINE}, backend="cpu")
+    with torch.no_grad():
+        for _ in range(3):
+            block(x)
+        change(block)
+        assert torch.equal(block(x), Changing.forward(block, x))
 
 
 @pytest.mark.usefixtures("through_functional")

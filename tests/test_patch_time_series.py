@@ -305,6 +305,34 @@ def test_batch_norm_in_training_takes_its_batch(calls, said) -> None:
         torch.testing.assert_close(forecasts(model(x)), forecasts(twin(x)))
 
 
+def test_a_frozen_batch_norm_takes_its_map_anew() -> None:
+    """What is made of its statistics lives for a call: another call's lies elsewhere."""
+    for model in (patchtsmixer(norm_mlp="BatchNorm"), tinytimemixer(norm_mlp="BatchNorm")):
+        twin, x = copy.deepcopy(model.eval()), series()
+        fuse_(model, backend="cpu")
+        assert freeze_(model).frozen
+        held = []
+        with torch.no_grad():
+            for _ in range(6):
+                torch.testing.assert_close(forecasts(model(x)), forecasts(twin(x)))
+                held.append(torch.full((12,), torch.nan))  # where the last call's map was
+
+
+@pytest.mark.parametrize(("owner", "name", "value"), [("", "gated_attn", False), ("gating_block.", "mode", "sigmoid")])
+def test_a_frozen_block_sees_another_gate(owner, name, value) -> None:
+    """Its packs were made for the gate that it had."""
+    model, x = tinytimemixer(gate_mode="group_sigmoid", gate_groups=3).eval(), series()
+    fuse_(model, backend="cpu")
+    assert freeze_(model).frozen
+    mixer = next(m for m in model.modules() if getattr(m, "gated_attn", False))
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+        setattr(mixer.get_submodule(owner.rstrip(".")), name, value)
+        with pytest.raises(RuntimeError, match=f"is frozen, but its .*{name} was written to, replaced or converted"):
+            model(x)
+
+
 def test_batch_norm_in_sixteen_bits_is_eagers(calls, said) -> None:
     model, x = patchtsmixer(norm_mlp="BatchNorm", num_layers=1).eval().bfloat16(), series().bfloat16()
     expected = forecasts(model(x))

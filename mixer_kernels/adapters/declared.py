@@ -178,7 +178,7 @@ class Declared(Fused):
 
     @classmethod
     def why_not_covered(cls, block: nn.Module) -> str | None:
-        changed = _difference(block._checked.structure, _structure(block, cls.declaration))
+        changed = _difference(block._checked.structure, _structure(block, cls.declaration), block)
         if changed is not None:
             return f"{changed} is not what it was when fuse_ checked the block: call fuse_ again"
         return cls._why_not_parts(block)
@@ -331,10 +331,11 @@ def _structure(block: nn.Module, declaration: MixerParts) -> dict[str, dict[str,
     buffers there are, attributes that are numbers, strings, functions and the like. Not the probabilities of declared
     noise, which are read in each call."""
     noisy = {path for _, path in declaration.paths(*_DROPOUTS, *_DROP_PATHS)}
-    structure = {}
+    structure, first_paths = {}, {}
     for path, module in block.named_modules(remove_duplicate=False):
         unread = _OF_MODULES | (_OF_FUSED if module is block else {"p", "drop_prob"} if path in noisy else set())
         structure[path] = {name: value for name, value in plain_attributes(module) if name not in unread}
+        structure[path]["its module"] = first_paths.setdefault(id(module), path)  # one may have several paths
         structure[path]["its parameters"] = sorted(name for name, p in module._parameters.items() if p is not None)
         structure[path]["its buffers"] = sorted(module._buffers.keys() - _packs_of(module))
         if module is not block:
@@ -347,13 +348,16 @@ def _packs_of(module: nn.Module) -> set[str]:
     return set() if frozen is None else set(frozen.names.values())
 
 
-def _difference(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> str | None:
-    """Where the two differ, in words, or None. Attributes that have come since are tools', not the forward's."""
+def _difference(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], block: nn.Module) -> str | None:
+    """Where the two differ, in words, or None. Attributes that have come since are tools', unless they hide one of the
+    class: those are the forward's."""
     for path in {**before, **now}:
         if path not in now or path not in before:
             return path
-        for name, value in before[path].items():
-            if name not in now[path] or now[path][name] != value:
-                whose = name if name.startswith("its ") else repr(name)
-                return f"{whose} of {path}" if path else whose
+        cls = type(block.get_submodule(path))
+        new = [name for name in now[path] if name not in before[path] and hasattr(cls, name)]
+        changed = [name for name, value in before[path].items() if name not in now[path] or now[path][name] != value]
+        for name in (*changed, *new):
+            whose = name if name.startswith("its ") else repr(name)
+            return f"{whose} of {path}" if path else whose
     return None

@@ -47,6 +47,9 @@ class Mixing(Fused):
     def function(block: nn.Module) -> str:
         return "gated_mixing"
 
+    def operator_on_cpu(self, x: Tensor) -> str | None:
+        return None if _why_not_folded(x, self) else self.function(self)
+
     @classmethod
     def why_not_covered(cls, block: nn.Module) -> str | None:
         norm, mlp = block.norm, block.mlp
@@ -162,6 +165,9 @@ class Layer(Fused):
     @staticmethod
     def function(layer: nn.Module) -> str:
         return "gated_mixer_layer"
+
+    def operator_on_cpu(self, x: Tensor) -> str | None:
+        return None if _why_not_folded(x, *self._mixers(self)) else self.function(self)
 
     @classmethod
     def why_not_covered(cls, layer: nn.Module) -> str | None:

@@ -92,7 +92,7 @@ def _interpolation(old_grid: Sequence[int], new_grid: Sequence[int]) -> Callable
 
     def resized(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
         back, forth = down.to(w1.device), up.to(w1.device)
-        return (w1.double() @ back).to(w1), b1, (forth @ w2.double()).to(w2), (forth @ b2.double()).to(b2)
+        return (w1.double() @ back).to(w1), b1.clone(), (forth @ w2.double()).to(w2), (forth @ b2.double()).to(b2)
 
     return resized
 

@@ -40,17 +40,18 @@ def key_of(
     around = surroundings(x, backend)
     if around is None:
         return None
+    kept: tuple = ()
     if has_packs(packs):
         if not isinstance(packs, KeptPacks):
             return None
-        return function, around, arguments, tuple(packs), *[pack.data_ptr() for pack in packs.values()], packs.stamp
+        kept = tuple(packs), *[pack.data_ptr() for pack in packs.values()], packs.stamp
     try:  # an address says on which device it is
         described = [
             None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in parameters
         ]
     except RuntimeError:  # a sparse or a nested tensor has no address or no strides
         return None
-    return function, around, arguments, *described
+    return function, around, arguments, kept, *described
 
 
 def is_plain(x: Any) -> bool:
