@@ -176,7 +176,7 @@ def test_row_statistics(channels, layout, cuda_kernels, device):
     with torch.autocast(device, BF16), torch.no_grad():
         parameters = [None, None, torch.zeros(2, 37, device=device), None, torch.zeros(37, 2, device=device), None]
         _, mean, rstd = torch.ops.mixer_kernels.token_mixing(
-            x, *parameters, BF16, 1e-6, "gelu", "none", "layer", 0.0, 0.0, None, "cuda"
+            x, *parameters, BF16, 1e-6, "gelu", "none", "layer", "softmax", 0.0, 0.0, None, "cuda"
         )
     exact = x.double().flatten(0, 1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=2e-7, atol=0)

@@ -49,7 +49,7 @@ BUGS = {
         "pack.py", "sums += folded.to(tl.float32)", "sums += w", KERNELS, "test_mean_far_from_zero and 30"),
     "scale of the folded rows dropped": (
         "channel_epilogue.py", "z *= tl.load(scale_ptr", "z += 0 * tl.load(scale_ptr", KERNELS, "test_small_gamma"),
-    "a coefficient's sign": ("gelu.py", "(-2.4972143e-4", "(2.4972143e-4", "test_gelu.py", "fit"),
+    "a coefficient's sign": ("gelu.py", "(-3.6027187e-4", "(3.6027187e-4", "test_gelu.py", "fit"),
     "one column block for all": (
         "channel_descriptors.py", "first = n0 + i * SUB_N", "first = n0", KERNELS, "test_tensor_descriptors"),
     "TF32 always": ("../arguments.py", 'else "ieee"', 'else "tf32"', KERNELS, "test_matches_eager and below"),

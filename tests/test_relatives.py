@@ -299,7 +299,10 @@ def operator_calls(name, dtype, device, noise=(0.0, 0.0), seed=None):
     fixed = [x, *parameters.values()]
     tensors = [t.detach().requires_grad_(i % 2 == 0) for i, t in enumerate(fixed)]
     activation, norm = "swiglu" if name == "gmixer" else "gelu", "affine" if name == "resmlp channels" else "layer"
-    options = Options(dtype, 1e-6, activation, "none", norm, *noise, seed).inputs
+    dropout_p, drop_path_p = noise
+    options = Options(
+        dtype, 1e-6, activation, norm=norm, dropout_p=dropout_p, drop_path_p=drop_path_p, seed=seed
+    ).inputs
     options = (*options, "triton")
     if name == "resmlp tokens":
         return [

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import triton as backend
 from ..backends.arguments import Half, Options, precision_of
-from ..backends.backward import channel_mixing_backward, differentiate, token_mixing_backward
+from ..backends.backward import Pass, channel_mixing_backward, differentiate, token_mixing_backward
 from ..backends.rounding import cdiv, round_up
 from ..backends.triton.launch import intercept_launches
 from ..shapes import MixerShape
@@ -156,7 +156,7 @@ def _passes(block: Block, found: list[Launch]) -> Iterator[None]:
     ):
         wanted = [True] * (1 + len(parameters))
         dy = torch.empty(inputs.shape, dtype=inputs.dtype, device="meta")
-        differentiate(backward, backend, dy, kept, inputs, (parameters,), options, wanted)
+        differentiate(backward, Pass(backend, dy, kept, inputs, options, wanted), (parameters,))
     yield
 
 
