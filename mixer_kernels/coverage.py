@@ -76,10 +76,9 @@ def why_not_linear(name: str, *layers: nn.Module) -> str | None:
     for layer in layers:
         if type(layer) is not nn.Linear:
             return f"{name} has {type(layer).__module__}.{type(layer).__name__}, not torch.nn.Linear"
-        if is_special(layer.weight):
-            return f"{name} has weights of a tensor subclass"
-        if is_hooked(layer):
-            return f"{name} has hooks or a replaced forward on a Linear"
+        reason = _why_not_plain(name, layer)
+        if reason:
+            return reason
     return None
 
 
@@ -90,11 +89,16 @@ def why_not_pointwise(name: str, *layers: nn.Module) -> str | None:
             return f"{name} has {type(layer).__name__} beside Conv1d"
         if (layer.kernel_size, layer.stride, layer.padding, layer.groups) != ((1,), (1,), (0,), 1):
             return f"{name} has a Conv1d that is not pointwise"
-        if is_special(layer.weight):
-            return f"{name} has weights of a tensor subclass"
-        if is_hooked(layer):
-            return f"{name} has hooks or a replaced forward on a Conv1d"
+        reason = _why_not_plain(name, layer)
+        if reason:
+            return reason
     return None
+
+
+def _why_not_plain(name: str, layer: nn.Module) -> str | None:
+    if is_special(layer.weight):
+        return f"{name} has weights of a tensor subclass"
+    return f"{name} has hooks or a replaced forward on a {type(layer).__name__}" if is_hooked(layer) else None
 
 
 def why_not_dropout(name: str, *layers: nn.Module) -> str | None:

@@ -1,9 +1,8 @@
-"""fuse_ on blocks of a user's own: what MixerParts says of them, what it gets wrong, what changes later."""
+"""fuse_ on blocks of a user's own: inference, training, what changes later, copies, shards."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 import random
 
@@ -11,119 +10,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from declared_blocks import (
+    BLOCKS,
+    D_S,
+    DROPS,
+    MINE,
+    PARTS,
+    SHARED,
+    C,
+    Mine,
+    S,
+    SharedNorm,
+    images,
+    trained,
+)
 from parity import check_fused
 from timm.layers import DropPath
-from timm.models.mlp_mixer import MixerBlock
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from mixer_kernels import MixerParts, freeze_, functional, fuse_, unfuse_
-
-S, C, D_S, D_C = 6, 16, 10, 24
-
-
-def mlp(features: int, hidden: int, act: nn.Module, p: float = 0.0) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(features, hidden), act, nn.Dropout(p), nn.Linear(hidden, features), nn.Dropout(p))
-
-
-class Mine(nn.Module):
-    """As most are written by hand."""
-
-    def __init__(self, act: type[nn.Module] = nn.GELU, p: float = 0.0) -> None:
-        super().__init__()
-        self.ln_a, self.ln_b = nn.LayerNorm(C), nn.LayerNorm(C, eps=1e-6)
-        self.mixers = nn.ModuleDict({"tok": mlp(S, D_S, act(), p), "ch": mlp(C, D_C, act(), p)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixers["tok"](self.ln_a(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.mixers["ch"](self.ln_b(x))
-
-
-PARTS = {
-    "norm1": "ln_a",
-    "fc1": "mixers.tok.0",
-    "fc2": "mixers.tok.3",
-    "norm2": "ln_b",
-    "fc3": "mixers.ch.0",
-    "fc4": "mixers.ch.3",
-}
-DROPS = {"drop1": "mixers.tok.2", "drop2": "mixers.tok.4", "drop3": "mixers.ch.2", "drop4": "mixers.ch.4"}
-MINE = MixerParts(**PARTS, **DROPS)
-
-
-class SharedNorm(nn.Module):
-    """One LayerNorm for both halves, tokens by Conv1d, no biases, functions for activations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(C)
-        self.up, self.down = nn.Conv1d(S, D_S, 1), nn.Conv1d(D_S, S, 1, bias=False)
-        self.wide, self.narrow = nn.Linear(C, D_C, bias=False), nn.Linear(D_C, C)
-        self.act = F.silu
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down(self.act(self.up(self.norm(x)))) + x
-        return self.narrow(self.act(self.wide(self.norm(x)))) + x
-
-
-SHARED = MixerParts(norm1="norm", fc1="up", fc2="down", norm2="norm", fc3="wide", fc4="narrow", activation="silu")
-
-
-class TokenHalf(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.net = nn.LayerNorm(C, elementwise_affine=False), mlp(S, D_S, nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(self.norm(x).mT).mT
-
-
-class ChannelHalf(nn.Module):
-    """Its products are Conv1d on a transposed tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(C), nn.Conv1d(C, D_C, 1), nn.Conv1d(D_C, C, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x).mT), approximate="tanh")).mT
-
-
-TOKENS = MixerParts(norm1="norm", fc1="net.0", fc2="net.3", activation="relu")
-CHANNELS = MixerParts(norm2="norm", fc3="up", fc4="down", approximate="tanh")
-BLOCKS = {
-    "GELU": (Mine, MINE, "mixer_block"),
-    "tanh GELU": (
-        lambda: Mine(functools.partial(nn.GELU, "tanh")),
-        MixerParts(**PARTS, approximate="tanh"),
-        "mixer_block",
-    ),
-    "ReLU": (lambda: Mine(nn.ReLU), MixerParts(**PARTS, activation="relu"), "mixer_block"),
-    "one norm, Conv1d, SiLU": (SharedNorm, SHARED, "mixer_block"),
-    "token half": (TokenHalf, TOKENS, "token_mixing"),
-    "channel half": (ChannelHalf, CHANNELS, "channel_mixing"),
-}
-
-
-def trained(block: nn.Module) -> nn.Module:
-    """``block`` with norms and biases that are not 1 and 0."""
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return block
-
-
-def images(*size: int) -> Tensor:
-    return torch.randn(*size or (2,), S, C)
-
-
-def error(block: nn.Module, parts: MixerParts) -> str:
-    """What fuse_ says of it; the block stays as it is."""
-    before = type(block)
-    with pytest.raises(ValueError) as caught:
-        fuse_(block, blocks={type(block): parts})
-    assert type(block) is before
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -232,187 +138,6 @@ def test_what_training_does_beside_is_computed_as_before(cls, calls, said) -> No
 
 
 # ------------------------------------------------------------------------------------------------ what is found wrong
-
-
-class Scaled(Mine):
-    """With a scale that is one in a new model, for each half."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.ParameterList([nn.Parameter(torch.ones(C)) for _ in range(2)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.scale[0] * self.mixers["tok"](self.ln_a(x).mT).mT
-        return x + self.scale[1] * self.mixers["ch"](self.ln_b(x))
-
-
-class ScaledChannels(Scaled):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixers["tok"](self.ln_a(x).mT).mT
-        return x + self.scale[1] * self.mixers["ch"](self.ln_b(x))
-
-
-class Detached(Mine):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixers["tok"](self.ln_a(x.detach()).mT).mT
-        return x + self.mixers["ch"](self.ln_b(x))
-
-
-class WithoutGradients(Mine):
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-class Pair(Mine):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x), None
-
-
-class Narrow(Mine):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).float()
-
-
-class Broken(Mine):
-    def forward(self, x: Tensor) -> Tensor:
-        raise KeyError("mask")
-
-
-WRONG = {
-    "norms the wrong way round": (Mine, {"norm1": "ln_b", "norm2": "ln_a"}, "its token half differs by up to"),
-    "one norm for two": (Mine, {"norm2": "ln_a"}, "its forward calls ln_a once, not twice"),
-    "another activation": (
-        lambda: Mine(nn.ReLU),
-        {},
-        "with activation='relu' and approximate='none' it agrees",
-    ),
-    "another form of GELU": (
-        lambda: Mine(functools.partial(nn.GELU, "tanh")),
-        {},
-        "with activation='gelu' and approximate='tanh' it agrees",
-    ),
-    "an activation that there is not": (lambda: Mine(nn.Tanh), {}, "its token half differs by up to"),
-    "a scale in both": (Scaled, {}, "its token half differs by up to"),
-    "a scale of channels": (ScaledChannels, {}, "its channel half differs by up to"),
-    "layers swapped": (
-        Mine,
-        {"fc1": "mixers.tok.3", "fc2": "mixers.tok.0"},
-        "its forward raised RuntimeError on a random float64 x (2, 10, 16)",
-    ),
-    "a half in the other's place": (
-        Mine,
-        {"fc1": "mixers.ch.0", "fc2": "mixers.ch.3", "fc3": "mixers.tok.0", "fc4": "mixers.tok.3"},
-        "on a random float64 x (2, 16, 16), whose",
-    ),
-    "dropout elsewhere": (Mine, {"drop1": "mixers.ch.2"}, "its token half differs by up to"),
-    "a gradient cut off": (Detached, {}, "the gradient of x differs by up to"),
-    "no gradients": (WithoutGradients, {}, "its forward gives no gradients"),
-    "two results": (Pair, {}, "it returns a tuple"),
-    "another dtype": (Narrow, {}, "it returns a torch.float32 (2, 6, 16)"),
-    "an error": (Broken, {}, "its forward raised KeyError on a random float64 x (2, 6, 16), whose"),
-}
-
-
-@pytest.mark.parametrize(("make", "change", "expected"), WRONG.values(), ids=WRONG)
-def test_a_wrong_declaration_is_an_error(make, change, expected) -> None:
-    block = make()
-    said = error(block, MixerParts(**PARTS | DROPS | change))
-    assert said.startswith(f"blocks[{type(block).__name__}] does not describe the block: ") and expected in said, said
-
-
-def test_the_error_says_how_much_and_of_which_block() -> None:
-    model = nn.ModuleDict({"good": Mine(), "bad": Mine(nn.ReLU)})
-    said = error_of(model, {Mine: MINE})
-    assert "block 'bad'" in said
-    numbers = said.split("differs by up to ")[1].split(" from what was declared, whose largest value is ")
-    assert 0 < float(numbers[0]) < float(numbers[1].split(";")[0])
-    assert type(model["good"]) is Mine
-
-
-def error_of(model: nn.Module, blocks: dict) -> str:
-    with pytest.raises(ValueError) as caught:
-        fuse_(model, blocks=blocks)
-    return str(caught.value)
-
-
-def test_wrong_arguments() -> None:
-    block = Mine()
-    assert "norm1 is 'ln_c', but there is no such submodule; there are ln_a, ln_b, mixers, mixers.tok" in error(
-        block, MixerParts(**PARTS | {"norm1": "ln_c"})
-    )
-    assert "TokenHalf, of which the model has none" in error_of(block, {TokenHalf: TOKENS})
-    assert "fuse_ knows timm.models.mlp_mixer.MixerBlock" in error_of(MixerBlock(C, S), {MixerBlock: MINE})
-    for blocks in ({"Mine": MINE}, {int: MINE}, {Mine: PARTS}):
-        with pytest.raises(TypeError, match="blocks"):
-            fuse_(block, blocks=blocks)
-    with pytest.raises(ValueError, match="fc1, drop1 given without norm1, fc2"):
-        MixerParts(fc1="a", drop1="b")
-    with pytest.raises(ValueError, match="no parts are given"):
-        MixerParts()
-    with pytest.raises(ValueError, match="activation must be one of"):
-        MixerParts(**PARTS, activation="tanh")
-    with pytest.raises(ValueError, match="a form of GELU"):
-        MixerParts(**PARTS, activation="relu", approximate="tanh")
-    with pytest.raises(TypeError, match="fc4 must be a submodule's dotted path, a string, got Linear"):
-        MixerParts(**PARTS | {"fc4": nn.Linear(2, 2)})
-
-
-class TakesMore(Mine):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return super().forward(x)
-
-
-class Named(Mine):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(C)])
-
-
-LEFT = {
-    "more arguments": (TakesMore, lambda block: None, "TakesMore.forward takes more than x"),
-    "a name that is taken": (
-        Named,
-        lambda block: None,
-        "it has 'norms', a name that fused blocks need: call it otherwise",
-    ),
-    "a hook": (Mine, lambda b: b.mixers["tok"].register_forward_hook(print), "mixers.tok has hooks or a replaced"),
-    "another norm": (Mine, lambda b: setattr(b, "ln_a", nn.RMSNorm(C)), "norm1 (ln_a) is RMSNorm"),
-    "another layer": (
-        Mine,
-        lambda b: b.mixers["ch"].__setitem__(3, nn.Identity()),
-        "fc4 (mixers.ch.3) has torch.nn.modules.linear.Identity",
-    ),
-    "another dropout": (
-        Mine,
-        lambda b: b.mixers["ch"].__setitem__(2, nn.AlphaDropout()),
-        "drop3 (mixers.ch.2) has AlphaDropout",
-    ),
-    "a wide Conv1d": (
-        SharedNorm,
-        lambda b: setattr(b, "up", nn.Conv1d(S, D_S, 3, padding=1)),
-        "fc1 (up) has a Conv1d that is not pointwise",
-    ),
-    "no weights": (Mine, lambda b: b.to("meta"), "its weights are on the meta device"),
-    "its forward": (Mine, lambda b: setattr(b, "forward", print), "its forward was replaced"),
-}
-
-
-@pytest.mark.parametrize(("cls", "change", "reason"), LEFT.values(), ids=LEFT)
-def test_what_is_left(cls, change, reason) -> None:
-    block = cls()
-    change(block)
-    report = fuse_(block, blocks={cls: SHARED if cls is SharedNorm else MINE})
-    assert not report and reason in report.left[0].detail, report
-
-
-def test_a_subclass_is_left() -> None:
-    model = nn.Sequential(Mine(), Scaled())
-    report = fuse_(model, blocks={Mine: MINE})
-    assert [(entry.name, entry.detail) for entry in report.left] == [("1", "it is a Scaled, a subclass of Mine")]
-
-
-# -------------------------------------------------------------------------------------------------- before and after
 
 
 class Drawing(Mine):
