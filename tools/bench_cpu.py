@@ -130,10 +130,7 @@ def series_section(reports: list[dict]) -> str:
         f"Batch {VARIANTS_BATCH_SIZE} on the same machine, each beside eager PyTorch in the same dtype, with the same "
         "instructions and threads:"
     )
-    parts = [picture, series_table(rows_of(reports)), caption]
-    if all("variants" in report for report in reports):
-        parts += [between, variants_table(reports)]
-    return "\n\n".join(parts)
+    return "\n\n".join([picture, series_table(rows_of(reports)), caption, between, variants_table(reports)])
 
 
 def series_table(rows: list[dict]) -> str:
