@@ -79,7 +79,7 @@ wheels: ## manylinux wheels with the CPU kernels, in dist/wheels: make wheels PY
 	$(PYTHON) tools/wheels.py $(if $(PIP_ARGS),--pip-args="$(PIP_ARGS)") $(PYTHONS)
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.* mixer_kernels/_cpu.*
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.* mixer_kernels/_cpu.* mixer_kernels/_metadata.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt

@@ -20,16 +20,16 @@ import _build
 ROOT = Path(__file__).resolve().parent
 NVCC = _build.wanted_nvcc()
 CXX = _build.wanted_cxx()
-CPU, CUDA = "mixer_kernels._cpu", "mixer_kernels._C"
+CPU, CUDA = ("mixer_kernels._metadata", "mixer_kernels._cpu"), "mixer_kernels._C"
 
 
 class CMakeBuild(build_ext):
     """Each module from a CMakeLists.txt. MAX_JOBS and NVCC_THREADS bound how much is compiled at once."""
 
     def build_extension(self, ext: Extension) -> None:
-        kind = "CPU" if ext.name == CPU else "CUDA"
+        kind = "CUDA" if ext.name == CUDA else "CPU"
         cmake, ninja, pybind11 = _tools(kind)
-        compiler = CXX if ext.name == CPU else f"{NVCC.path} {NVCC.version}"
+        compiler = CXX if kind == "CPU" else f"{NVCC.path} {NVCC.version}"
         bounded = "ON" if os.environ.get("MIXER_KERNELS_BOUNDED_WAITS") == "1" else "OFF"
         compiler = f"{compiler} {bounded}" if bounded == "ON" else compiler
         configuration = hashlib.sha256(compiler.encode()).hexdigest()[:8]
@@ -42,7 +42,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11,
         }
-        if ext.name == CPU:
+        if kind == "CPU":
             source = ROOT / "csrc/cpu"
             options["CMAKE_CXX_COMPILER"] = CXX
         else:
@@ -53,7 +53,8 @@ class CMakeBuild(build_ext):
             options["MIXER_KERNELS_NVCC_THREADS"] = _positive("NVCC_THREADS", min(jobs, 4))
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         _run([cmake, "-S", str(source), "-B", str(objects), "-G", "Ninja", *definitions], kind)
-        _run([cmake, "--build", str(objects), "--parallel", str(jobs)], kind)
+        target = ext.name.rpartition(".")[2]
+        _run([cmake, "--build", str(objects), "--target", target, "--parallel", str(jobs)], kind)
 
 
 def _tools(kind: str) -> tuple[str, str, str]:
@@ -97,7 +98,8 @@ def _positive(variable: str, default: int) -> int:
     return int(text)
 
 
+MODULES = (CPU if CXX else ()) + ((CUDA,) if NVCC else ())
 setup(
-    ext_modules=[Extension(name, sources=[]) for name, compiler in ((CPU, CXX), (CUDA, NVCC)) if compiler],
+    ext_modules=[Extension(name, sources=[]) for name in MODULES],
     cmdclass={"build_ext": CMakeBuild},
 )

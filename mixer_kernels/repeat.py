@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .coverage import why_not_global_hooks
 from .functional.direct import is_plain, surroundings
+from .metadata import described
 
 Plan = Callable[[Tensor], Tensor]
 
@@ -81,11 +82,10 @@ class LastCall:
         try:
             parameters, packs = tensors
             writes = None if frozen is None else _writes(parameters)
-            found = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in parameters]
-            kept = [t.data_ptr() for t in packs]  # whose layout is the block's own
+            found = described(parameters + packs)
         except (AttributeError, TypeError, KeyError, RuntimeError):  # one is gone, or has no address
             return None
-        return block._snapshot, frozen, writes, surroundings(x), options, found, kept
+        return block._snapshot, frozen, writes, surroundings(x), options, found
 
     def __reduce__(self) -> tuple:
         return type(None), ()

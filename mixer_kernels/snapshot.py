@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .coverage import why_not_global_hooks
+from .metadata import Remembered, are_unchanged
 
 _CHANGING = ("training", "_last")  # the mode; what repeat keeps
 _PLAIN = (str, tuple, numbers.Number, type(None), FunctionType, BuiltinFunctionType)
@@ -57,10 +58,10 @@ class Snapshot:
 
     def __init__(self, block: nn.Module, parts: Iterable[nn.Module]) -> None:
         self.children, self.size = dict(block._modules), _size(block.__dict__)
-        self.read, self.values = _plain_attributes(block)
+        _, self.read, self.values = _plain_attributes(block)
         self.modules = [_remembered(module) for part in parts for module in part.modules()]
         # Weights that are no parameters (of replicas, FSDP1's views) come and go, and with them their classes.
-        self.is_usable = not any(isinstance(v, Tensor) for module, *_ in self.modules for v in module.__dict__.values())
+        self.is_usable = not any(isinstance(v, Tensor) for one in self.modules for v in one.module.__dict__.values())
 
     def holds(self, block: nn.Module) -> bool:
         """Whether everything is what it was, and without hooks."""
@@ -68,25 +69,10 @@ class Snapshot:
         try:
             if not self.is_usable or own["_modules"] != self.children or self.read(own) != self.values:
                 return False
-            if _size(own) != self.size:  # an attribute of the class may have been hidden
-                return False
-            for module, cls, size, read, values, children, weights in self.modules:
-                attributes = module.__dict__
-                if (
-                    type(module) is not cls
-                    or len(attributes) != size  # "forward" may have come
-                    or attributes["_forward_hooks"]
-                    or attributes["_forward_pre_hooks"]
-                    or attributes["_backward_hooks"]
-                    or attributes["_backward_pre_hooks"]
-                    or read(attributes) != values
-                    or (children and attributes["_modules"] != children)
-                    or (weights and [*map(type, attributes["_parameters"].values())] != weights)
-                ):
-                    return False
         except KeyError:  # an attribute is gone
             return False
-        return True
+        # An attribute of the class may have been hidden.
+        return _size(own) == self.size and are_unchanged(self.modules)
 
     def __reduce__(self) -> tuple:
         return type(None), ()
@@ -97,17 +83,16 @@ def _size(own: dict[str, Any]) -> int:
     return len(own) - ("_snapshot" in own) - ("_last" in own) - ("_frozen" in own)
 
 
-def _remembered(module: nn.Module) -> tuple[Any, ...]:
-    attributes = module.__dict__
-    children, weights = dict(module._modules), [*map(type, module._parameters.values())]
-    return module, type(module), len(attributes), *_plain_attributes(module), children, weights
+def _remembered(module: nn.Module) -> Remembered:
+    children, weights = dict(module._modules), tuple(map(type, module._parameters.values()))
+    return Remembered(module, type(module), len(module.__dict__), *_plain_attributes(module), children, weights)
 
 
-def _plain_attributes(module: nn.Module) -> tuple[itemgetter, Any]:
-    """What reads them from the module's ``__dict__``, and what it reads now."""
-    attributes = module.__dict__
-    read = itemgetter(*[name for name, _ in plain_attributes(module)])  # _is_full_backward_hook at least
-    return read, read(attributes)
+def _plain_attributes(module: nn.Module) -> tuple[tuple[str, ...], itemgetter, tuple[Any, ...]]:
+    """Their names, what reads them from the module's ``__dict__``, and what it reads now."""
+    names = ("_is_full_backward_hook", *[name for name, _ in plain_attributes(module)])  # two at least: a tuple
+    read = itemgetter(*names)
+    return names, read, read(module.__dict__)
 
 
 def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -72,8 +72,9 @@ def build(python: str, folder: Path, output: Path) -> Path:
     (repaired,) = (folder / "repaired").glob("*.whl")
     names = zipfile.ZipFile(repaired).namelist()
     carried = [name for name in names if ".libs/" in name]
-    if carried or not any(name.startswith("mixer_kernels/_cpu.") for name in names):
-        raise SystemExit(f"{repaired.name} carries {carried or 'no kernels'}, expected mixer_kernels/_cpu alone")
+    modules = [name for name in names if name.startswith(("mixer_kernels/_cpu.", "mixer_kernels/_metadata."))]
+    if carried or len(modules) != 2:
+        raise SystemExit(f"{repaired.name} carries {carried + modules}, expected _cpu and _metadata alone")
     return Path(shutil.copy(repaired, output))
 
 

@@ -100,15 +100,27 @@ const Kernels& kernels_of(const std::string& name) {
     return *kernels;
 }
 
-void forward(const std::string& name, const py::tuple& x, int axis, const py::tuple& mixers, const py::tuple& options,
-             uintptr_t y, uintptr_t u, uintptr_t packs, int threads) {
-    const Kernels& kernels = kernels_of(name);
-    Call call = call_of(x, axis, mixers, options);
-    call.y = at<float>(y);
-    call.u = at<float>(u);
-    const py::gil_scoped_release release;
-    run_forward(kernels, call, threads, at<const float>(packs));
-}
+// A forward pass, all but the addresses of x, y and u.
+class Forward {
+  public:
+    Forward(const std::string& name, const py::tuple& x, int axis, const py::tuple& mixers, const py::tuple& options,
+            uintptr_t packs)
+        : kernels_(kernels_of(name)), call_(call_of(x, axis, mixers, options)), packs_(at<const float>(packs)) {}
+
+    void operator()(uintptr_t x, uintptr_t y, uintptr_t u, int threads) const {
+        Call call = call_;
+        call.x.data = at<const float>(x);
+        call.y = at<float>(y);
+        call.u = at<float>(u);
+        const py::gil_scoped_release release;
+        run_forward(kernels_, call, threads, packs_);
+    }
+
+  private:
+    const Kernels& kernels_;
+    const Call call_;
+    const float* const packs_;
+};
 
 int64_t pack_size(const std::string& name, const py::tuple& x, int axis, const py::tuple& mixers,
                   const py::tuple& options) {
@@ -142,7 +154,9 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("has_pool", &has_pool);
     module.def("pack_size", &pack_size);
     module.def("pack", &pack);
-    module.def("forward", &forward);
+    py::class_<Forward>(module, "Forward")
+        .def(py::init<const std::string&, const py::tuple&, int, const py::tuple&, const py::tuple&, uintptr_t>())
+        .def("__call__", &Forward::operator());
     module.def("backward", &backward);
 }
 

@@ -18,6 +18,7 @@ from .. import backends, ops
 from ..backends.arguments import Options, precision_of
 from ..backends.remembered import recall, remember
 from ..environment import asked_instruction_set
+from ..metadata import described
 from ..ops.operator import OPERATORS, packed
 from ..ops.packs import KeptPacks, has_packs, packs_of
 from ..tracing import is_watched
@@ -45,13 +46,10 @@ def key_of(
         if not isinstance(packs, KeptPacks):
             return None
         kept = tuple(packs), *[pack.data_ptr() for pack in packs.values()], packs.stamp
-    try:  # an address says on which device it is
-        described = [
-            None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in parameters
-        ]
+    try:  # an address says on which device a parameter is
+        return function, around, arguments, kept, described(list(parameters))
     except RuntimeError:  # a sparse or a nested tensor has no address or no strides
         return None
-    return function, around, arguments, kept, *described
 
 
 def is_plain(x: Any) -> bool:
@@ -75,11 +73,11 @@ def surroundings(x: Tensor, backend: str | None = None) -> Hashable | None:
         if torch.promote_types(x.dtype, autocast) is not x.dtype:
             return None
     try:
-        described = (x.data_ptr() % 16, x.dtype, x.shape, x.stride(), x.device, x.is_neg())
+        layout = (x.data_ptr() % 16, x.dtype, x.shape, x.stride(), x.device, x.is_neg())
     except RuntimeError:  # as in key_of
         return None
     asked = backends.requested_backend() if backend is None else backend
-    return described, asked, isa, autocast, torch.get_float32_matmul_precision()
+    return layout, asked, isa, autocast, torch.get_float32_matmul_precision()
 
 
 def known_call(key: Hashable | None, packs: Packs = None) -> Callable[[Tensor, Parameters, Packs], Tensor] | None:

@@ -47,32 +47,25 @@ class ForwardPlan:
         taken = [parameter for mixer in mixers for parameter in mixer]
         self.copies = [copy for copy, parameter in zip(taken, given, strict=True) if copy is not parameter]
         """Of parameters, and their packs unless they are kept: a plan that has some must not outlive its call."""
-        self._shape, self._dtype, self._is_readable = x.shape, x.dtype, readable(x) is x
-        self._layout = input_of(x)[1:] if self._is_readable else None
-        self._fixed = (axis, mixers_of(mixers, eps), noise_and_form(options, gate_first))
-        self._isa, self._packs = None, 0
-        if packing is not None and x.numel() > 0:
-            self._isa = instruction_set()
-            self._packs = packing.packs(self._isa, input_of(x), *self._fixed).data_ptr()
+        self._dtype, self._is_readable, self._forward = x.dtype, readable(x) is x, None
+        if x.numel() == 0:
+            return
+        isa, packs = instruction_set(), 0
+        call = (input_of(readable(x)), axis, mixers_of(mixers, eps), noise_and_form(options, gate_first))
+        if packing is not None:
+            packs = packing.packs(isa, *call).data_ptr()
             self.copies += packing.made.values()
+        self._forward = loaded().Forward(isa, *call, packs)
 
     def __call__(self, x: Tensor, *_: Any) -> Tensor:
         return self.run(x)
 
     def run(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """``y``; writes ``u``, what the first of two mixers gives, in float32."""
-        y = torch.empty(self._shape, dtype=torch.float32, device="cpu")
-        if y.numel() == 0:
-            return y.to(self._dtype)
-        if self._is_readable:
-            given = (x.data_ptr(), *self._layout)
-        else:
-            x = readable(x)
-            given = input_of(x)
-        loaded().forward(
-            self._isa or instruction_set(), given, *self._fixed, y.data_ptr(), address(u), self._packs,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        y = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+        if self._forward is not None:
+            x = x if self._is_readable else readable(x)
+            self._forward(address(x), y.data_ptr(), address(u), torch.get_num_threads())
         return y if self._dtype is torch.float32 else y.to(self._dtype)
 
 
