@@ -54,9 +54,7 @@ def are_unchanged(modules: list[Remembered]) -> bool:
 
 def describe_in_python(tensors: Sequence[Tensor | None]) -> Hashable:
     """``described`` without the compiled module."""
-    return tuple(
-        [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors]
-    )
+    return tuple([None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors])
 
 
 def unchanged_in_python(modules: Sequence[Remembered]) -> bool:

@@ -77,6 +77,18 @@ def hopper_kernels(cuda_kernels: ModuleType, device: str) -> ModuleType:
     return cuda_kernels
 
 
+@pytest.fixture(params=["compiled", "python"])
+def metadata_read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What calls compare is read by the compiled module, and by what stands for it."""
+    from mixer_kernels import metadata
+
+    if request.param == "python":
+        monkeypatch.setattr(metadata, "_describe", lambda: metadata.describe_in_python)
+        monkeypatch.setattr(metadata, "_unchanged", lambda: metadata.unchanged_in_python)
+    elif metadata._compiled() is None:
+        pytest.skip("waits for a build with the CPU kernels")
+
+
 @pytest.fixture(scope="session")
 def _cuda_kernels_on_host() -> ModuleType:
     from cuda_on_host import build

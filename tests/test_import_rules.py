@@ -17,7 +17,7 @@ PACKAGE = Path(mixer_kernels.__file__).parent
 # From the bottom up: a module imports from its own group and from groups below it.
 GROUPS = (
     {"accuracy", "environment", "machine_model", "shapes", "tracing", "words"},
-    {"tuning"},
+    {"tuning", "metadata"},
     {"backends"},
     {"ops"},
     {"functional"},

@@ -16,6 +16,7 @@ from torch import nn
 from mixer_kernels import FusedMixerBlock, freeze_, functional, fuse_, unfreeze_, unfuse_, use_backend
 
 __all__ = ["needs_cpu_kernels"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("metadata_read")
 
 
 def mixer_block() -> tuple[nn.Module, torch.Tensor]:

@@ -20,6 +20,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from mixer_kernels import FusedMixerBlock, fuse_, unfuse_
 from mixer_kernels.snapshot import Snapshot, Watched
 
+pytestmark = pytest.mark.usefixtures("metadata_read")
+
 
 def blocks_of(kind: str) -> list[Watched]:
     """One block of each class that a model of this kind has, all as fuse_ and a first question leave them."""

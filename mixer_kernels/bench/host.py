@@ -160,9 +160,10 @@ def _layer_rows(seconds: float, reasons: dict[str, str]) -> list[HostRow]:
     config = PatchTSMixerConfig(**LAYER, dropout=0.0)
     config.num_patches = 4
     eager, x = PatchTSMixerLayer(config), torch.randn(1, 2, 4, 8)
-    fused = copy.deepcopy(eager)
-    fuse_(fused)
-    return _rows(name, eager, x, dict.fromkeys(LAYER_BACKENDS, fused), x, seconds, reasons)
+    fused = {backend: copy.deepcopy(eager) for backend in LAYER_BACKENDS}  # a model keeps to one
+    for layer in fused.values():
+        fuse_(layer)
+    return _rows(name, eager, x, fused, x, seconds, reasons)
 
 
 def _rows(
