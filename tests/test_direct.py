@@ -1,4 +1,4 @@
-"""Plain inference goes straight to its backend on what an earlier call found: never stale, and seen by who looks."""
+"""Plain calls go straight to their backend on what an earlier call found: never stale, and seen by who looks."""
 
 from __future__ import annotations
 
@@ -55,6 +55,15 @@ def by_operator(block, x, backend):
     return y
 
 
+def step(block, x, backend):
+    """What training gives: y, and the gradients of x and the parameters, in one row."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = F.mixer_block(x, **block.parameters, backend=backend)
+        gradients = torch.autograd.grad(y.float().square().sum(), [x, *block.parameters.values()])
+    return torch.cat([t.detach().flatten() for t in (y, *gradients)])
+
+
 def known() -> int:
     return len(remembered._known)
 
@@ -103,7 +112,7 @@ def test_the_backend_that_is_asked_for_counts(device):
     for name in ("triton", "torch", "triton"):
         with torch.no_grad(), use_backend(name):
             results[name] = F.mixer_block(x, **block.parameters)
-    assert known() == 1
+    assert known() == 2
     assert torch.equal(results["torch"], run(block, x, "torch"))
     assert torch.equal(results["triton"], by_operator(block, x, "triton"))
 
@@ -129,16 +138,19 @@ def spread(p):
     p.data = torch.stack((p.data * -1.5, torch.full_like(p.data, torch.nan)), -1)[..., 0]
 
 
+@pytest.mark.parametrize("call", (run, step))
 @pytest.mark.parametrize("write", (transposed_in_place, swapped, written, spread))
-def test_every_write_is_seen(write, backend, device):
+def test_every_write_is_seen(write, call, backend, device):
     block, x = a_block(SQUARE, device=device), make_x(1, SQUARE, BF16, device)
-    before = run(block, x, backend)
-    assert torch.equal(run(block, x, backend), before)
+    before = call(block, x, backend)
+    assert torch.equal(call(block, x, backend), before) and known() == 1
     for name, p in block.parameters.items():
         write(p)
-        after = run(block, x, backend)
+        after = call(block, x, backend)
         assert not torch.equal(after, before), name
-        assert torch.equal(after, by_operator(copy.deepcopy(block), x, backend)), name
+        with Operators() as operators:
+            expected = call(copy.deepcopy(block), x, backend)
+        assert torch.equal(after, expected) and operators.names, name
         before = after
 
 
@@ -151,19 +163,35 @@ def test_every_write_is_seen(write, backend, device):
     ],
     ids=("shape", "dtype", "dimensions"),
 )
-def test_what_is_wrong_later_raises_each_time(change, error, message, backend, device):
+@pytest.mark.parametrize("call", (run, step))
+def test_what_is_wrong_later_raises_each_time(call, change, error, message, backend, device):
     """Also where the address is the same."""
     block, x = a_block(device=device), make_x(1, SHAPE, BF16, device)
     for _ in range(2):
-        y = run(block, x, backend)
+        y = call(block, x, backend)
     w1 = block.parameters["w1"]
     good = w1.data
     w1.data = change(w1)
     for _ in range(2):
         with pytest.raises(error, match=message):
-            run(block, x, backend)
+            call(block, x, backend)
     w1.data = good
-    assert torch.equal(run(block, x, backend), y)
+    assert torch.equal(call(block, x, backend), y)
+
+
+def test_a_known_call_draws_noise_as_the_first_one_did(backend, device):
+    block, x = a_block(device=device), make_x(2, SHAPE, BF16, device)
+
+    def drawn() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        calls = [F.mixer_block(x, **block.parameters, backend=backend, dropout_p=0.5) for _ in range(2)]
+        calls[1].float().sum().backward()
+        return [*calls, block.parameters["w1"].grad]
+
+    expected = drawn()
+    assert not torch.equal(*expected[:2]) and known() == 1
+    block.parameters["w1"].grad = None
+    assert all(map(torch.equal, drawn(), expected))
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,13 @@ def differentiate(
     with device_of(x), without_autocast(x):
         gradients = backward(given._replace(dy=given.dy.contiguous()), *parameters, **further)
         return tuple(
-            gradient.to(source.dtype) if want else None
+            _in_dtype_of(source, gradient) if want else None
             for gradient, source, want in zip(gradients, inputs, wanted, strict=True)
         )
+
+
+def _in_dtype_of(source: Tensor, gradient: Tensor) -> Tensor:
+    return gradient if gradient.dtype is source.dtype else gradient.to(source.dtype)
 
 
 def token_mixing_backward(given: Pass, half: Half) -> Gradients:

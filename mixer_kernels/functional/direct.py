@@ -1,8 +1,8 @@
-"""How a checked call reaches its kernels: through an operator, or in plain inference straight.
+"""How a checked call reaches its kernels: through an operator, or in plain PyTorch straight.
 
 What the checks of a call find, which backend runs it and how it is laid out follow from metadata: ``key_of`` is all of
-that, and ``backends.remembered`` says why nothing can be stale. Where anything else has a part in the call (gradients,
-a compiler, a tracer, a transform, a mode, a profiler, tensors that are not plain) there is no key: the operator runs.
+that, and ``backends.remembered`` says why nothing can be stale. Where anything else has a part in the call (a compiler,
+a tracer, a transform, a mode, a profiler, tensors that are not plain) there is no key: the operator runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..metadata import described
 from ..ops.operator import OPERATORS, packed
 from ..ops.packs import KeptPacks, has_packs, packs_of
 from ..tracing import is_watched
-from .checks import needs_grad, takes_packs
+from .checks import needs_grad, seeded, takes_packs
 
 _PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
 _PLAIN_ARGUMENTS = frozenset({float, int, bool, str, type(None)})
@@ -36,7 +36,7 @@ def key_of(
     """All that ``function`` on these depends on but for the numbers in the tensors; None if its operator must run."""
     if not (is_plain(x) and _PLAIN_ARGUMENTS.issuperset(map(type, arguments))):
         return None
-    if not _PLAIN_TENSORS.issuperset(map(type, parameters)) or needs_grad(x, *parameters):
+    if not _PLAIN_TENSORS.issuperset(map(type, parameters)):
         return None
     around = surroundings(x, backend)
     if around is None:
@@ -47,7 +47,7 @@ def key_of(
             return None
         kept = tuple(packs), *[pack.data_ptr() for pack in packs.values()], packs.stamp
     try:  # an address says on which device a parameter is
-        return function, around, arguments, kept, described(list(parameters))
+        return function, around, arguments, needs_grad(x, *parameters), kept, described(list(parameters))
     except RuntimeError:  # a sparse or a nested tensor has no address or no strides
         return None
 
@@ -106,15 +106,38 @@ def run(
     parameters = [t for half in halves for t in half]
     arguments = (x, *parameters, *options.inputs, backend, *further.values())
     if not (torch.compiler.is_compiling() or _has_lazy(x, *parameters)):
-        if key is not None and not options.noise:
+        differentiated, operator = needs_grad(x, *parameters), OPERATORS[function]
+        if key is not None and not (differentiated or options.noise):
             return _first_call(function, key, backend, x, halves, options, packs, further)
-        operator = OPERATORS[function]
-        is_differentiated = operator.backward is not None and needs_grad(x, *parameters)
-        if is_differentiated and is_plain(x) and _PLAIN_TENSORS.issuperset(map(type, parameters)):
+        if (
+            differentiated
+            and operator.backward is not None
+            and is_plain(x)
+            and _PLAIN_TENSORS.issuperset(map(type, parameters))
+        ):
+            remember_call(key, _differentiated(operator, backend, options, further))
             return _Differentiated.apply(*arguments, operator)
     if takes_packs(packs, backend, options, x, *parameters):
         return packed(function, packs, *arguments)
     return _first(getattr(ops, function)(*arguments))
+
+
+def remember_call(key: Hashable | None, call: Callable[[Tensor, Parameters, Packs], Tensor]) -> None:
+    """That ``call`` is all that a call with ``key`` comes to."""
+    if key is not None:
+        remember(key, call)
+
+
+def _differentiated(operator: Any, backend: str, options: Options, further: dict[str, Any]) -> Callable:
+    """A call with gradients, which draws seeds of its own."""
+    numbers = 0 if options.seed is None else options.seed.numel()
+    options = options._replace(seed=None)
+
+    def call(x: Tensor, parameters: Parameters, packs: Packs) -> Tensor:
+        inputs = (seeded(x, options, numbers) if numbers else options).inputs
+        return _Differentiated.apply(x, *parameters, *inputs, backend, *further.values(), operator)
+
+    return call
 
 
 class _Differentiated(torch.autograd.Function):

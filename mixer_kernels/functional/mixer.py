@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import torch as torch_backend
 from ..backends.arguments import Half, Options
 from .checks import check, check_half, choose, needs_grad, seeded
-from .direct import Packs, key_of, known_call, run
+from .direct import Packs, key_of, known_call, remember_call, run
 
 
 def token_mixing(
@@ -187,11 +187,16 @@ def mixer_block(
     check_half(x, of_tokens, "tokens", activation)
     check_half(x, of_channels, "channels", activation)
     name = _choose(backend, x, options, "mixer_block", both if memory is not None else ())
-    tokens, channels = Half(*both[:6]), Half(*both[6:])
     if name != "torch" and not options.noise and (memory is None or not needs_grad(x, *both)):
+        tokens, channels = Half(*both[:6]), Half(*both[6:])
         return run("mixer_block", key, name, x, (tokens, channels), options, packs, eps2=eps2)
-    u = _token_mixing(x, tokens, options, name)
-    return _channel_mixing(u, channels, options._replace(eps=eps2), name, memory)
+
+    def halves(x: Tensor, both: Sequence[Tensor | None], packs: Packs) -> Tensor:
+        u = _token_mixing(x, Half(*both[:6]), options, name)
+        return _channel_mixing(u, Half(*both[6:]), options._replace(eps=eps2), name, memory)
+
+    remember_call(key, halves)
+    return halves(x, both, packs)
 
 
 def _choose(

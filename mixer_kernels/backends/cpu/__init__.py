@@ -17,7 +17,18 @@ from torch import Tensor
 from .. import torch as torch_backend
 from ..arguments import GatedHalf, Half, Options
 from .library import emulates, instruction_set, loaded, why_not, why_not_auto
-from .plan import ForwardPlan, Packing, address, dense, in_float32, input_of, mixers_of, noise_and_form, readable
+from .plan import (
+    ForwardPlan,
+    Packing,
+    address,
+    dense,
+    in_float32,
+    input_of,
+    mixers_of,
+    new_float32,
+    noise_and_form,
+    readable,
+)
 
 __all__ = [
     "Packing",
@@ -138,8 +149,7 @@ def _backward(dy, u, x, axis, mixers, eps, options, gate_first, wanted) -> list[
     tensors = [x, *(parameter for mixer in mixers for parameter in mixer)]
     dtypes = [t.dtype if want and t is not None else None for want, t in zip(wanted, tensors, strict=True)]
     dx, *gradients = [
-        torch.empty(t.shape, dtype=torch.float32, device="cpu") if dtype is not None or t is x else None
-        for t, dtype in zip(tensors, dtypes, strict=True)
+        new_float32(t) if dtype is not None or t is x else None for t, dtype in zip(tensors, dtypes, strict=True)
     ]
     if x.numel() == 0:
         gradients = [None if gradient is None else gradient.zero_() for gradient in gradients]
@@ -151,4 +161,7 @@ def _backward(dy, u, x, axis, mixers, eps, options, gate_first, wanted) -> list[
             instruction_set(), dy.data_ptr(), input_of(x), axis, mixers_of(mixers, eps),
             noise_and_form(options, gate_first), address(u), dx.data_ptr(), tuple(addresses), torch.get_num_threads(),
         )  # fmt: skip
-    return [None if dtype is None else t.to(dtype) for t, dtype in zip((dx, *gradients), dtypes, strict=True)]
+    return [
+        t if dtype is torch.float32 else None if dtype is None else t.to(dtype)
+        for t, dtype in zip((dx, *gradients), dtypes, strict=True)
+    ]

@@ -62,7 +62,7 @@ class ForwardPlan:
 
     def run(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """``y``; writes ``u``, what the first of two mixers gives, in float32."""
-        y = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+        y = new_float32(x)
         if self._forward is not None:
             x = x if self._is_readable else readable(x)
             self._forward(address(x), y.data_ptr(), address(u), torch.get_num_threads())
@@ -81,7 +81,12 @@ def in_float32(mixer: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def dense(t: Tensor) -> Tensor:
     """``t``, contiguous, in float32."""
-    return t.contiguous().float()
+    return t if t.dtype is torch.float32 and t.is_contiguous() else t.contiguous().float()
+
+
+def new_float32(t: Tensor) -> Tensor:
+    """A contiguous tensor of ``t``'s shape."""
+    return torch.empty_like(t, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def input_of(x: Tensor) -> tuple[int, ...]:
