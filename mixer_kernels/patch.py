@@ -8,12 +8,12 @@ they are, and so do ``isinstance``, ``copy.deepcopy`` and ``pickle``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .adapters import Fused, MixerParts, Options, declared_class, fused_classes
+from .adapters import Declared, Fused, MixerParts, Options, declared_class, fused_classes
 from .backends import CHOICES
 from .functional import MEMORY_MODES
 from .modules import FusedMixerBlock
@@ -21,6 +21,10 @@ from .report import FUSED, LEFT, RESTORED, Entry, Report
 from .words import one_of
 
 BUILT_FUSED = "it was built to run through the kernels"
+IS_GRAPH = (
+    "it is a graph, whose blocks are no modules: fuse_ the model that it was made from; tools that change graphs, such "
+    "as PT2E quantisation, need that model unfused: unfuse_ it first"
+)
 
 
 def fuse_(
@@ -30,43 +34,45 @@ def fuse_(
     memory: str = "fast",
     blocks: Mapping[type[nn.Module], MixerParts] | None = None,
 ) -> Report:
-    """Let the kernels compute the blocks of ``model`` that they cover, in place; ``unfuse_`` undoes it exactly.
+    """Let the kernels compute the blocks of ``model`` that they cover, in place. ``unfuse_`` undoes it exactly.
 
     Known blocks: timm's ``MixerBlock`` (also gMixer's), ``ResBlock`` (ResMLP) and ``SpatialGatingBlock`` (gMLP);
     ``PreNormResidual`` of lucidrains' ``MLPMixer`` and ``MLPMixer3D``; the layers of Hugging Face's PatchTSMixer and of
     granite-tsfm's TinyTimeMixer (sktime's too) and TSPulse, and the feature, patch and channel mixing blocks in them;
     the MLP-Mixer in PyTorch Geometric's GraphMixer; and what ``blocks`` declares.
 
-    They compute what they computed, by the accuracy rule of this package, in training and inference, under autocast and
-    gradient checkpointing, and keep their parameters and ``state_dict`` keys. Where the kernels do not cover what a
-    block is at some later time (another mode, a hook on a part of it, another activation), its own ``forward`` runs,
-    with one warning on the logger "mixer_kernels".
+    Fused blocks compute what they did before, by the accuracy rule of this package: in training and inference, under
+    autocast and gradient checkpointing. They keep their parameters and ``state_dict`` keys. If a block later becomes
+    something that the kernels do not cover (another mode, a hook on a part, another activation), its own ``forward``
+    runs, with one warning on the logger "mixer_kernels".
 
-    Left alone, with the reason in the report: blocks with norms, activations or MLPs that the kernels do not have,
-    with quantised, distributed or parametrised weights, with hooks on their parts (hooks on a block itself keep
-    working), with a replaced ``forward``; subclasses of known blocks; what ``torch.compile`` or TorchScript has
-    compiled already. Fuse first, then compile, shard or wrap.
+    Some blocks are left alone, and the report says why: blocks with norms, activations or MLPs that the kernels do not
+    have; with quantised, distributed or parametrised weights; with hooks on their parts (hooks on the block itself keep
+    working); with a replaced ``forward``; subclasses of known blocks; models that ``torch.compile`` or TorchScript has
+    already compiled, and graphs. Fuse first, then compile, shard or wrap.
 
     Args:
         model: a model, or any part of one. Other modules in it are not touched.
-        backend: "auto", "cuda", "triton" or "torch" for these blocks; None for what ``use_backend`` or
-            ``MIXER_KERNELS_BACKEND`` says at each call.
+        backend: "auto", "cuda", "cuda:sm90", "triton", "cpu" or "torch" for these blocks. None leaves the choice to
+            ``use_backend`` or ``MIXER_KERNELS_BACKEND`` at each call.
         memory: what training keeps, "fast" or "min" as in ``functional``.
-        blocks: classes of blocks of your own, and what is what in them (``MixerParts``). Each such block is checked: a
-            copy of it runs once, forward and backward, on random inputs and weights in float64, beside what was
-            declared. The block at hand, its mode, gradients and hooks and the random number generators stay as they
-            are. It is a check of what the block is now: where its submodules, or its attributes that are numbers,
-            strings or functions change later, its own ``forward`` runs. Not watched is what that reads elsewhere,
-            such as a configuration, a list, a tensor that is no parameter, a global; not seen, what it does with
-            numbers in x that random ones do not have, such as a mask of zeros or a bound.
+        blocks: classes of blocks of your own, and what is what in them (``MixerParts``). They are checked: a copy
+            runs once, forward and backward, in float64 with random weights, on random inputs of usual size and on rows
+            of large and small numbers (1e6, 1e-3) and of zeros, beside what was declared. Of blocks that differ in
+            nothing but their weights one is checked. The block at hand, its mode, gradients and hooks and the random
+            number generators stay as they are. It is a check of what the block is now: where its submodules, or its
+            attributes that are numbers, strings or functions change later, its own ``forward`` runs. Not watched is
+            what that reads elsewhere, such as a configuration, a list, a tensor that is no parameter, a global; not
+            seen, what it does with NaN, infinities or other dtypes, or with large numbers inside.
 
     Returns:
-        What was fused and what was left, and why. A second call changes the options and returns the same.
+        What was fused, what was left, and why. A second call changes the options and returns the same report.
 
     Raises:
-        TypeError: ``model`` is not a module; ``blocks`` has something else than classes of modules or ``MixerParts``.
+        TypeError: ``model`` is not a module; ``blocks`` is not a dictionary from classes of modules to ``MixerParts``.
         ValueError: unknown ``backend`` or ``memory``; a block does not compute what ``blocks`` says, with what differs
-            and by how much, or has no such parts; the model has no blocks of a class in ``blocks``. Nothing is fused.
+            and by how much, has no such parts, cannot be copied, or has a block in it that would be fused too; the
+            model has no blocks of a class in ``blocks``. Nothing is fused.
     """
     options = Options(
         None if backend is None else one_of("backend", backend, CHOICES), one_of("memory", memory, MEMORY_MODES)
@@ -74,26 +80,32 @@ def fuse_(
     classes = fused_classes()
     declared = _declared_classes(blocks or {}, classes)
     classes |= declared
-    found = []  # of each block: its name, the class it had, itself, what it becomes or why it is left, further state
+    found = []
     for name, module, outer_reason in _walk(_checked(model)):
         block = _name_of_block(module, classes)
-        if block is None:
-            continue
-        fused, state = _fused_class(module, classes), {}
-        reason = (None if isinstance(module, Fused) else outer_reason) or _why_left(module, classes, fused)
-        if reason is None:
-            state = fused.checked_state(module, name)
-        found.append((name, block, module, fused, reason, state))
+        if block is not None:
+            fused = _fused_class(module, classes)
+            reason = (None if isinstance(module, Fused) else outer_reason) or _why_left(module, classes, fused)
+            found.append(_Found(name, block, module, fused, reason))
+        elif isinstance(module, torch.fx.GraphModule):
+            found.append(_Found(name, type(module).__name__, module, None, IS_GRAPH))
     for original in declared:
-        if not any(issubclass(type(module), original) for _, _, module, *_ in found):
+        if not any(issubclass(type(each.module), original) for each in found):
             raise ValueError(f"blocks has {original.__module__}.{original.__qualname__}, of which the model has none")
+    _check_not_nested([each for each in found if each.reason is None], declared)
+    states: dict[type[Fused], list[tuple[nn.Module, dict[str, Any]]]] = {}
+    for each in found:
+        if each.reason is None:
+            before = states.setdefault(each.fused, [])
+            before.append((each.module, each.fused.checked_state(each.module, each.name, before)))
+    of_module = {module: state for of_class in states.values() for module, state in of_class}
     entries = []
-    for name, block, module, fused, reason, state in found:
+    for name, block, module, fused, reason in found:
         if reason is None:
             if not isinstance(module, fused):
                 module.__class__ = fused
             module._fused_options = options
-            module.__dict__.update(state)
+            module.__dict__.update(of_module[module])
             noise = fused.why_not_this_noise(module)
             detail = f"functional.{fused.function(module)}"
             detail = f"{detail}, but not in this mode: {noise}" if noise else detail
@@ -101,14 +113,24 @@ def fuse_(
     return Report(tuple(entries))
 
 
+class _Found(NamedTuple):
+    """A block in a model."""
+
+    name: str
+    block: str  # the name of the class that it had
+    module: nn.Module
+    fused: type[Fused] | None  # what it becomes
+    reason: str | None  # why it is left
+
+
 def unfuse_(model: nn.Module) -> Report:
-    """Undo ``fuse_``, in place: every block gets its class back, and computes what it computed, to the last bit.
+    """Undo ``fuse_``, in place: every block gets its class back and computes what it did before, to the last bit.
 
     Args:
         model: a model, or any part of one.
 
     Returns:
-        What was restored; and what was left and why: blocks whose class or ``forward`` something else has changed
+        What was restored, what was left, and why: blocks whose class or ``forward`` something else has changed
         since (FSDP, parametrizations on the block itself, accelerate's hooks), and ``FusedMixerBlock``, which has no
         other class to go back to.
 
@@ -205,6 +227,21 @@ def _declared_classes(
             raise ValueError(f"fuse_ knows {original.__module__}.{original.__name__}: leave it out of blocks")
         declared[original] = declared_class(original, parts)
     return declared
+
+
+def _check_not_nested(fused: list[_Found], declared: dict[type, type[Fused]]) -> None:
+    """Raise ValueError for a block in a declared one: the kernels would compute the outer one without it."""
+    for outer in fused:
+        if not issubclass(outer.fused, Declared):
+            continue
+        parts = set(outer.module.modules()) - {outer.module}
+        inner = next((each for each in fused if each.module in parts), None)
+        if inner is not None:
+            either = outer.block + (f" or {inner.block}" if issubclass(inner.fused, Declared) else "")
+            raise ValueError(
+                f"block {inner.name!r}, {inner.block}, lies in block {outer.name!r}, {outer.block}, and kernels can "
+                f"compute only one of the two: leave {either} out of blocks, or unfuse_ the one of an earlier call"
+            )
 
 
 def _checked(model: Any) -> nn.Module:

@@ -140,6 +140,30 @@ def test_what_training_does_beside_is_computed_as_before(cls, calls, said) -> No
 # ------------------------------------------------------------------------------------------------ what is found wrong
 
 
+class Counting(Mine):
+    seen: list[nn.Module] = []
+
+    def __init__(self, sizes: int = 1, mask: int = 1) -> None:
+        super().__init__()
+        self.sizes = [sizes]
+        self.register_buffer("mask", torch.tensor(mask))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self)
+        return super().forward(x)
+
+
+def test_blocks_that_differ_in_their_weights_alone_are_checked_once() -> None:
+    tied = Counting()
+    tied.ln_b.bias = tied.ln_a.bias
+    alike = [trained(Counting()) for _ in range(3)]
+    model = nn.Sequential(*alike, Counting(sizes=2), Counting(mask=2), tied, Counting(sizes=2))
+    assert len(fuse_(model, blocks={Counting: MINE})) == 7
+    assert len(set(Counting.seen)) == 4
+    x = images()
+    torch.testing.assert_close(model[1](x), Counting.forward(model[1], x))
+
+
 class Drawing(Mine):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -221,6 +245,24 @@ def test_what_is_changed_later_ends_repeated_calls(change) -> None:
             block(x)
         change(block)
         assert torch.equal(block(x), Changing.forward(block, x))
+
+
+class Keyword(Mine):
+    def forward(self, inp: Tensor | None = None) -> Tensor:
+        return images(1).sum() if inp is None else super().forward(inp)
+
+
+@pytest.mark.usefixtures("through_functional")
+def test_calls_by_keyword_are_those_of_the_own_forward(calls) -> None:
+    block, x = trained(Keyword()).eval(), images()
+    expected = block(inp=x)
+    fuse_(block, blocks={Keyword: MINE})
+    torch.testing.assert_close(block(inp=x), expected)
+    torch.testing.assert_close(torch.compile(block, backend="eager", fullgraph=True)(inp=x), expected)
+    assert len(calls) == 2 and block().dim() == 0
+    for wrong in ({"x": x}, {"inp": x, "mask": x}):
+        with pytest.raises(TypeError, match="forward.. got an unexpected keyword argument"):
+            block(**wrong)
 
 
 @pytest.mark.usefixtures("through_functional")

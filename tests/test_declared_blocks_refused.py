@@ -71,6 +71,27 @@ class Broken(Mine):
         raise KeyError("mask")
 
 
+class Masked(Mine):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.any(-1, keepdim=True)
+
+
+class Clamped(Mine):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-65504, 65504)
+
+
+class Flushed(Mine):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.where(x.abs() > 1e-4, 0))
+
+
+class NotCopied(Mine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = self.ln_a.weight * 2
+
+
 WRONG = {
     "norms the wrong way round": (Mine, {"norm1": "ln_b", "norm2": "ln_a"}, "its token half differs by up to"),
     "one norm for two": (Mine, {"norm2": "ln_a"}, "its forward calls ln_a once, not twice"),
@@ -102,6 +123,9 @@ WRONG = {
     "no gradients": (WithoutGradients, {}, "its forward gives no gradients"),
     "two results": (Pair, {}, "it returns a tuple"),
     "another dtype": (Narrow, {}, "it returns a torch.float32 (2, 6, 16)"),
+    "a mask": (Masked, {}, "where x has a row of zeros, so that it depends on their size"),
+    "a bound": (Clamped, {}, "where x has a row of numbers around 1e+06"),
+    "small numbers": (Flushed, {}, "where x has a row of numbers around 0.001"),
     "an error": (Broken, {}, "its forward raised KeyError on a random float64 x (2, 6, 16), whose"),
 }
 
@@ -111,6 +135,26 @@ def test_a_wrong_declaration_is_an_error(make, change, expected) -> None:
     block = make()
     said = error(block, MixerParts(**PARTS | DROPS | change))
     assert said.startswith(f"blocks[{type(block).__name__}] does not describe the block: ") and expected in said, said
+
+
+def test_a_block_that_cannot_be_copied_is_named() -> None:
+    said = error_of(nn.Sequential(NotCopied()), {NotCopied: MINE})
+    assert said.startswith("blocks[NotCopied]: fuse_ checks a copy of block '0', but copy.deepcopy raised RuntimeError")
+
+
+class Outer(Mine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TokenHalf()
+
+
+def test_a_block_in_a_declared_block() -> None:
+    model = nn.Sequential(Outer())
+    said = error_of(model, {Outer: MINE, TokenHalf: TOKENS})
+    assert "block '0.inner', TokenHalf, lies in block '0', Outer" in said and "leave Outer or TokenHalf out" in said
+    assert type(model[0]) is Outer and type(model[0].inner) is TokenHalf
+    fuse_(model, blocks={TokenHalf: TOKENS})
+    assert "unfuse_ the one of an earlier call" in error_of(model, {Outer: MINE})
 
 
 def test_the_error_says_how_much_and_of_which_block() -> None:
@@ -202,6 +246,3 @@ def test_a_subclass_is_left() -> None:
     model = nn.Sequential(Mine(), Scaled())
     report = fuse_(model, blocks={Mine: MINE})
     assert [(entry.name, entry.detail) for entry in report.left] == [("1", "it is a Scaled, a subclass of Mine")]
-
-
-# -------------------------------------------------------------------------------------------------- before and after

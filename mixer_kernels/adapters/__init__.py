@@ -11,9 +11,9 @@ import importlib
 import sys
 
 from .base import Fused, Options
-from .declared import MixerParts, declared_class
+from .declared import Declared, MixerParts, declared_class
 
-__all__ = ["Fused", "MixerParts", "Options", "declared_class", "fused_classes"]
+__all__ = ["Declared", "Fused", "MixerParts", "Options", "declared_class", "fused_classes"]
 
 # Where blocks are defined, and the module here that knows them.
 ORIGINS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -51,7 +51,11 @@ class Fused(Watched, Freezable):
         super().__init_subclass__(**kwargs)
         if _is_for_blocks(cls) and not any(map(_is_for_blocks, cls.__bases__)):  # FSDP derives from it, and names that
             cls._defined_as = cls.__name__
-            cls.__name__, cls.__qualname__ = cls.original().__name__, cls.original().__qualname__
+            original = cls.original()
+            cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
+            own = inspect.signature(original.forward)
+            if [*own.parameters] != ["self", "x"]:
+                cls.forward = _forward_as(original, own)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Pickle would look for the class by the name that it has taken."""
@@ -134,8 +138,11 @@ class Fused(Watched, Freezable):
         return cls.why_not_known(block) or cls.why_not_covered(block)
 
     @classmethod
-    def checked_state(cls, block: nn.Module, name: str) -> dict[str, Any]:
-        """Attributes for this block, which ``name`` is of in the model, from what ``fuse_`` finds out by running it."""
+    def checked_state(
+        cls, block: nn.Module, name: str, before: Sequence[tuple[nn.Module, dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """Attributes for this block, called ``name`` in the model, from what ``fuse_`` finds out by running it;
+        ``before`` has what was found of other blocks of the same class."""
         return {}
 
     def why_not_kernels(self, x: Tensor) -> str | None:
@@ -183,6 +190,19 @@ class Fused(Watched, Freezable):
                 if parameter is not None and parameter.dtype != x.dtype:
                     return f"the input is {x.dtype}, a norm {parameter.dtype}"
         return None
+
+
+def _forward_as(original: type[nn.Module], signature: inspect.Signature) -> Callable[..., Tensor]:
+    """``Fused.forward``, called as the forward of ``original`` is: by position, or by its own name for x."""
+    name = [*signature.parameters][-1]
+
+    def forward(self: Fused, *inputs: Tensor, **named: Tensor) -> Tensor:
+        if len(inputs) + len(named) == 1 and (inputs or name in named):
+            return Fused.forward(self, *inputs, *named.values())
+        return original.forward(self, *inputs, **named)  # a default of its own, or Python's error
+
+    forward.__signature__ = signature
+    return forward
 
 
 def _is_for_blocks(cls: type) -> bool:
