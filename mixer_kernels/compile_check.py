@@ -51,6 +51,8 @@ class Case:
     noise: bool = False  # dropout and stochastic depth
     backward: bool = True  # the backward pass as well
     relative: str = ""  # one of RELATIVES; gmlp's F is D_C, patchtsmixer has S patches
+    gate: str = "softmax"  # of patchtsmixer
+    norm: str = "layer"  # the same; resmlp's is affine
 
 
 @dataclasses.dataclass
@@ -137,6 +139,9 @@ def _cases_of_relatives() -> Iterator[Case]:
                 shape = MixerShape(S=tokens, C=channels, D_S=0, D_C=0)
                 noise = tokens == channels and dtype != "fp32"
                 yield Case(shape, dtype, stream, noise=noise, relative="patchtsmixer")
+    for dtype, stream in PRODUCTS_AND_STREAMS:
+        shape = MixerShape(S=13, C=48, D_S=0, D_C=0)
+        yield Case(shape, dtype, stream, relative="patchtsmixer", gate="sigmoid", norm="affine")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -362,8 +367,8 @@ def _run(backend, case: Case) -> None:
     rate, seed = (0.1, torch.empty(1, dtype=torch.int64, device="meta")) if case.noise else (0.0, None)
     options = Options(
         dtype, activation="swiglu" if case.relative == "gmixer" else "gelu", approximate=case.approximate,
-        norm="affine" if case.relative == "resmlp" else "layer", dropout_p=rate, drop_path_p=rate, seed=seed,
-        precision=precision_of(dtype),
+        norm="affine" if case.relative == "resmlp" else case.norm, gate=case.gate, dropout_p=rate, drop_path_p=rate,
+        seed=seed, precision=precision_of(dtype),
     )  # fmt: skip
 
     if case.relative == "patchtsmixer":
@@ -412,6 +417,7 @@ def _title(case: Case) -> str:
     stream = "" if case.stream in (case.dtype, "fp32" if case.dtype == "tf32" else case.dtype) else f" on {case.stream}"
     tanh = " tanh" if case.approximate == "tanh" else ""
     relative = f"{case.relative} " if case.relative else ""
+    traits += "".join(f" {value}" for value in (case.gate, case.norm) if value not in ("softmax", "layer"))
     return f"{relative}{case.dtype}{stream} S={shape.S} C={shape.C}{tanh}{traits}"
 
 

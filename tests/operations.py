@@ -32,12 +32,16 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], str, str, dict[str, Any]]] = 
         "gamma:C beta:C w1:H,C b1:H gate_gamma:M gate_beta:M w_gate:S,S b_gate:S w2:C,M b2:C", {},
     ),
     "gated_mixing patches": (F.gated_mixing, "N,P,F", PATCHES, {"axis": -2}),
+    "gated_mixing sigmoid": (F.gated_mixing, "N,P,F", FEATURES, {"axis": -1, "gate": "sigmoid", "norm": "affine"}),
     "gated_mixing features": (F.gated_mixing, "N,P,F", FEATURES, {"axis": -1}),
     "gated_mixing channels": (
         F.gated_mixing, "N,P,F",
         "gamma:F beta:F w1:O,N b1:O w2:N,O b2:N w_gate:N,N b_gate:N", {"axis": -3, "gate_first": True},
     ),
     "gated_mixer_layer": (F.gated_mixer_layer, "N,P,F", PATCHES + FEATURES, {}),
+    "gated_mixer_layer sigmoid": (
+        F.gated_mixer_layer, "N,P,F", PATCHES + FEATURES, {"gate": "sigmoid", "norm": "affine"},
+    ),
 }  # fmt: skip
 
 

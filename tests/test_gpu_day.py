@@ -55,7 +55,7 @@ def test_what_goes_wrong_costs_its_own_rows(tmp_path):
     }, done.stdout[-4000:]
     truth = statuses(found, "truth")
     assert truth["channel_mixing, small cuda:sm90"] == "ok"  # between two that went wrong
-    assert sum(status == "ok" for status in truth.values()) == 2 * 12 + 2 * 3 + 3 - 3
+    assert sum(status == "ok" for status in truth.values()) == 2 * 14 + 2 * 3 + 3 - 3
     # Two strikes: no more of this backend. What it has not done was not reached, and did not fail.
     assert set(found.missing) == {f"truth: {name}, B/16 [cuda:sm90]" for name in plan.MIXER}
     speed = statuses(found, "speed")
@@ -80,7 +80,7 @@ def test_a_second_run_completes_the_first_and_both_give_one_table(tmp_path):
     assert "the build failed with exit status 2: x.cu(1): error: as planted" in done.stdout
     found = known(first)
     assert not found.bad and len(found.missing) == 2 * 2 * 3
-    assert set(statuses(found, "truth").values()) == {"ok"} and len(statuses(found, "truth")) == 2 * 12
+    assert set(statuses(found, "truth").values()) == {"ok"} and len(statuses(found, "truth")) == 2 * 14
     lines = first.read_text().splitlines(keepends=True)
     cut = next(index for index, line in enumerate(lines) if '"done", "task": "speed: model' in line)
     first.write_text("".join(lines[:cut]) + lines[cut][:20])  # the machine was taken away in the middle of a line

@@ -17,7 +17,8 @@ SMALL, FULL = SIZES = ("small", "B/16")
 MIXER = ("token_mixing", "channel_mixing", "mixer_block")
 RELATIVES = (
     "mixer_block swiglu", "token_linear", "channel_mixing affine", "spatial_gating", "gated_channel_mixing",
-    "gated_mixing patches", "gated_mixing features", "gated_mixing channels", "gated_mixer_layer",
+    "gated_mixing patches", "gated_mixing features", "gated_mixing channels", "gated_mixing sigmoid",
+    "gated_mixer_layer", "gated_mixer_layer sigmoid",
 )  # fmt: skip
 OPERATORS = {"triton": (*MIXER, *RELATIVES), "cuda": MIXER, HOPPER: MIXER}
 
