@@ -21,8 +21,8 @@ import torch
 
 from mixer_kernels import info
 from mixer_kernels.bench.progress import no_progress
-from mixer_kernels.bench.providers import provider_names
-from mixer_kernels.bench.report import Row, table
+from mixer_kernels.bench.providers import CannotRun, provider_names
+from mixer_kernels.bench.report import CANNOT_RUN, Row, table
 from mixer_kernels.bench.run import Group, is_defect, prepare_providers, release, run_group
 from mixer_kernels.bench.workloads import Workload, prepare_workload, workloads
 
@@ -77,10 +77,13 @@ def throughput(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Work
 
     def run(workload: Workload, provider: str) -> None:
         with _matmul_precision(workload):
-            if benchmark.disabled:
-                _run_once(benchmark, workload, provider)
-            else:
-                _measure(benchmark, request, workload, provider)
+            try:
+                if benchmark.disabled:
+                    _run_once(benchmark, workload, provider)
+                else:
+                    _measure(benchmark, request, workload, provider)
+            except CannotRun as reason:  # a library that is not here
+                pytest.skip(f"{CANNOT_RUN}: {reason}")
 
     return run
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PatchTSMixerConfig, PatchTSMixerForPrediction
 
 from mixer_kernels.bench import cli, series, series_models
+from mixer_kernels.bench.bare import bare_layers
 from mixer_kernels.bench.progress import no_progress
 from mixer_kernels.bench.series import series_rows, series_table
 
@@ -57,6 +58,20 @@ def test_onnx_runtime_computes_the_forecast():
     assert rows["ort"].reason is None and rows["ort"].ms > 0, rows["ort"]
 
 
+@pytest.mark.parametrize(("mode", "passes"), [("infer", 1), ("train", 3)])
+def test_bare_products_are_those_of_the_linear_layers(mode, passes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(series, "bare_layers", lambda *each: seen.append(each) or bare_layers(*each))
+    rows = rows_of(mode, "bare")
+    assert list(rows) == ["eager", "mixer_kernels", "bare"] and rows["bare"].ms > 0
+    [(products, repeated)] = seen
+    # of 2 x 7 series, 8 patches of 64 steps: the embedding; patches, features and their gates; the head
+    series_in_batch = 2 * series_models.CHANNELS
+    layer = 2 * (8 * 16 * 8) + 8 * 8 * 8 + 8 * (2 * (8 * 16) + 8 * 8)
+    expected = 8 * 64 * 8 + layer + 8 * 8 * series_models.PREDICTION
+    assert sum(rows * weight.numel() for rows, weight in products) == series_in_batch * expected and repeated == passes
+
+
 def test_runtimes_are_of_float32():
     assert "float32 alone" in rows_of("infer", "ort", dtype="bf16")["ort"].reason
 
@@ -93,7 +108,7 @@ def test_the_command_writes_rows_machine_and_versions(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--model", "S/32", "--device", "cpu", "--baseline", "ort"], "ort and openvino go with --model ptsm or ttm"),
-        (["--model", "ptsm", "--device", "cpu", "--baseline", "bare"], "bare is of the Mixer"),
+        (["--model", "gmixer_24", "--device", "cpu", "--mode", "train"], "--mode does not go with it"),
         (["--model", "ptsm", "--device", "cpu", "--dtype", "tf32"], "tf32 is a mode of CUDA devices"),
         (["--model", "ptsm", "--device", "cpu", "--dtype", "fp16"], "measured in fp32 or bf16"),
         (["--model", "ptsm", "--device", "cpu", "--img-size", "64"], "--img-size does not go with it"),

@@ -1,8 +1,8 @@
 """The bare matrix products: the same FLOPs through the library that PyTorch calls, and nothing else.
 
-No norm, bias, GELU, residual or transpose, all buffers allocated beforehand: what the rest of a block costs is what a
-provider takes longer than this. Of the token half's products there are several layouts; the fastest here is taken.
-Forward and backward are three times the forward products: each has two in the backward pass, of the same FLOPs.
+No norm, bias, activation, residual or transpose, all buffers allocated beforehand: what the rest of a block costs is
+what a provider takes longer than this. Of the token half's products there are several layouts; the fastest here is
+taken. Forward and backward are three times the forward products: each has two in the backward pass, of the same FLOPs.
 """
 
 from __future__ import annotations
@@ -86,6 +86,42 @@ def bare_model(case: Case, model: torch.nn.Module, inputs: list[Tensor]) -> Bare
         return logits
 
     return BareProducts(run, block.layout)
+
+
+def products_of(model: torch.nn.Module, x: Tensor) -> list[tuple[int, Tensor]]:
+    """(rows, weight) of each product with weights that ``model(x)`` computes, in their order."""
+    found: list[tuple[int, Tensor]] = []
+
+    def note(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        weight = module.weight.detach().flatten(1)
+        found.append((output.numel() // len(weight), weight))
+
+    layers = [each for each in model.modules() if isinstance(each, (torch.nn.Linear, torch.nn.Conv2d))]
+    hooks = [each.register_forward_hook(note) for each in layers]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def bare_layers(products: list[tuple[int, Tensor]], passes: int = 1) -> BareProducts:
+    """Those of ``products_of``, each ``passes`` times; operands of one size share a buffer, and so do results."""
+    operands: dict[tuple[int, int], Tensor] = {}
+    results: dict[tuple[int, int], Tensor] = {}
+    for rows, weight in products:
+        for buffers, columns in ((results, weight.shape[0]), (operands, weight.shape[1])):
+            if (rows, columns) not in buffers:
+                buffers[rows, columns] = torch.randn(rows, columns, dtype=weight.dtype, device=weight.device)
+
+    def run(x: Tensor) -> Tensor:
+        for rows, weight in products:
+            result = results[rows, weight.shape[0]]
+            for _ in range(passes):
+                torch.mm(operands[rows, weight.shape[1]], weight.T, out=result)
+        return result
+
+    return BareProducts(run, f"{len(products)} products")
 
 
 def _channel_products(case: Case, inputs: list[Tensor], num_blocks: int) -> BareProducts:

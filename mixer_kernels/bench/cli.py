@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ import torch
 from .. import info
 from ..models import FusedMixer
 from ..shapes import SPECS
-from .cases import DTYPES, MODES, check_img_size, model_case
+from .cases import DTYPES, MODES, Case, check_img_size, model_case
 from .host import host_rows, host_table
 from .memory import saved_rows, saved_table, write_saved_json
+from .other_models import MANY_SHAPES, OTHER_MODELS, make_other_model, prepare_other_model
 from .plot import check_plot, plot
 from .progress import progress_line
-from .providers import BACKENDS, provider_names
+from .providers import BACKENDS, CannotRun, provider_names
 from .report import Report, Row, closing_lines, group_lines, group_rows
 from .run import is_out_of_memory, release, run_group
 from .series import OURS, SERIES_BASELINES, SERIES_DTYPES, series_rows, series_table, write_series_json
@@ -28,6 +30,7 @@ from .training import Step
 from .whole_model import model_providers, randomize_, reference_of
 
 BASELINES = ("eager", "compile", "bare")
+OF_OTHER_MODELS = ("batch_size", "dtype", "device", "threads", "backend", "baseline", "seconds", "json", "plot")
 IN_CHANS = 3
 
 
@@ -46,18 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"there is no directory {str(Path(path).parent)!r} to write {path!r} into")
         if arguments.dtype == "tf32" and device.type != "cuda":
             raise ValueError("--dtype tf32 is a mode of CUDA devices; on a CPU use fp32")
-        if arguments.model in SERIES_MODELS:
-            return _series(arguments, parser, device)
+        if arguments.model in SERIES_MODELS and device.type == "cpu":
+            return _series(arguments, parser)
         if not set(BASELINES).issuperset(arguments.baseline or BASELINES):
-            raise ValueError(f"--baseline ort and openvino go with --model {' or '.join(SERIES_MODELS)}")
-        check_img_size(SPECS[arguments.model], arguments.img_size)
+            raise ValueError(f"--baseline ort and openvino go with --model {' or '.join(SERIES_MODELS)} on a CPU")
+        if arguments.model in OTHER_MODELS:
+            _check_alone(arguments, parser, "model", OF_OTHER_MODELS)
+            make_other_model(arguments.model)
+        else:
+            check_img_size(SPECS[arguments.model], arguments.img_size)
         if arguments.plot:
             check_plot(arguments.plot)
         if arguments.saved_bytes:
             _check_alone(arguments, parser, "saved_bytes", ("model", "img_size", "dtype", "json"))
         if arguments.host:
             _check_alone(arguments, parser, "host", ("seconds",))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, CannotRun) as error:
         parser.error(str(error))
     if arguments.saved_bytes:
         return _saved_bytes(arguments)
@@ -78,12 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     print(info.device_name(device))
     with progress_line(len(batch_sizes)) as (say, advance):
-        say(f"building Mixer-{arguments.model}")
-        model = FusedMixer.from_spec(arguments.model, img_size=arguments.img_size).to(device, dtype)
-        randomize_(model).train(training).requires_grad_(training)
+        measure = partial(_measure_other, arguments, dtype, device)
+        if arguments.model in SPECS:
+            say(f"building Mixer-{arguments.model}")
+            model = FusedMixer.from_spec(arguments.model, img_size=arguments.img_size).to(device, dtype)
+            measure = partial(_measure, arguments, randomize_(model).train(training).requires_grad_(training))
         with contextlib.suppress(KeyboardInterrupt):  # what there is, is printed
             for batch_size in batch_sizes:
-                of_batch = _measure(arguments, model, batch_size, wanted, say)
+                of_batch = measure(batch_size, wanted, say)
                 rows += of_batch
                 advance(group_lines(of_batch) + "\n")
     print(closing_lines(rows) if rows else "nothing was measured")
@@ -95,10 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if any(row.ms is not None and row.provider.split()[0] in BACKENDS for row in rows) else 1
 
 
-def _series(arguments: argparse.Namespace, parser: argparse.ArgumentParser, device: torch.device) -> int:
-    """A model of time series: another report, on the CPU alone."""
-    if device.type != "cpu":
-        raise ValueError(f"--model {arguments.model} is measured on the CPU: add --device cpu")
+def _series(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """A model of time series on the CPU: another report."""
     takes = ("device", "batch_size", "mode", "threads", "dtype", "baseline", "seconds", "json")
     _check_alone(arguments, parser, "model", takes)
     dtype = arguments.dtype or "fp32"
@@ -109,9 +116,7 @@ def _series(arguments: argparse.Namespace, parser: argparse.ArgumentParser, devi
         )
     baselines = arguments.baseline
     if baselines is None:
-        baselines = SERIES_BASELINES if dtype == "fp32" else ("compile",)
-    if "bare" in baselines:
-        raise ValueError(f"--baseline bare is of the Mixer, not of --model {arguments.model}")
+        baselines = SERIES_BASELINES if dtype == "fp32" else ("compile", "bare")
     batch_sizes = arguments.batch_size or [1, 32, 256]
     rows = []
     with progress_line(len(batch_sizes)) as (say, advance), contextlib.suppress(KeyboardInterrupt):
@@ -171,6 +176,34 @@ def _measure(
     return group.rows
 
 
+def _measure_other(
+    arguments: argparse.Namespace,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+    wanted: set[str],
+    say: Callable[[str], None],
+) -> list[Row]:
+    """A relative of the Mixer, or on a GPU a model of time series."""
+    say(f"batch {batch_size}: building {arguments.model}")
+    try:
+        prepared = prepare_other_model(arguments.model, dtype, batch_size, device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        case = Case("model", arguments.model, MANY_SHAPES, dtype, batch_size, 0, None)
+        names = [name for name in provider_names("model", "infer", device) if name in wanted]
+        return group_rows(case, device, names, {}, dict.fromkeys(names, "out of memory"), {})
+    providers = [each for each in prepared.providers if each.name in wanted]
+    progress = lambda text: say(f"batch {batch_size}: {text}")  # noqa: E731
+    group = run_group(
+        prepared.case, prepared.inputs, providers, prepared.reference, seconds=arguments.seconds, progress=progress
+    )
+    del prepared, providers
+    release(device)
+    return group.rows
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixer_kernels bench",
@@ -179,10 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model",
-        choices=[*SPECS, *SERIES_MODELS],
+        choices=[*SPECS, *OTHER_MODELS],
         default="B/16",
-        help="the paper's name, or on the CPU a model of time series: ptsm (PatchTSMixer), ttm (TinyTimeMixer) "
-        "(default: %(default)s)",
+        help="the paper's name; one of timm's relatives, in inference at 224 pixels; ptsm (PatchTSMixer) or ttm "
+        "(TinyTimeMixer) (default: %(default)s)",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="PyTorch's on a CPU (default: its own choice)")
     parser.add_argument(
@@ -217,7 +250,8 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline",
         nargs="*",
         choices=list(dict.fromkeys((*BASELINES, *SERIES_BASELINES))),
-        help="besides eager; ort and openvino of models of time series (default: all; on a CPU compile of those alone)",
+        help="besides eager; ort and openvino of models of time series on a CPU (default: all; on a CPU compile of "
+        "those alone)",
     )
     parser.add_argument(
         "--seconds", type=_seconds, default=1.0, help="to time each provider and batch size (default: %(default)s)"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Row, pixels, significant
+from .report import Row, model_name, significant
 
 # Okabe and Ito's palette: told apart with any colour vision, and in print.
 _COLORS = {"eager": "#999999", "compile": "#56B4E9", "bare": "#DDDDDD", "torch": "#009E73", "triton": "#D55E00"}
@@ -60,7 +60,7 @@ def plot(rows: Sequence[Row], device_name: str, path: str | Path) -> None:
     figure = Figure(figsize=(7.2, height), layout="constrained")
     what = "training step" if rows[0].mode == "train" else "inference"
     figure.suptitle(
-        f"Mixer-{rows[0].name} at {pixels(rows[0])}, {what}, {rows[0].dtype}, {device_name}",
+        f"{'Mixer-' if rows[0].S else ''}{model_name(rows[0])}, {what}, {rows[0].dtype}, {device_name}",
         fontsize=12,
         fontweight="bold",
     )

@@ -23,9 +23,10 @@ LEVEL_TITLES = {"token": "token mixing", "channel": "channel mixing", "block": "
 TRAINING_TITLES = {level: f"{title}, forward + backward" for level, title in LEVEL_TITLES.items()}
 TRAINING_TITLES["model"] = "whole model, training step (forward, loss, backward, AdamW)"
 LEGEND = (
-    "ms: median, on a GPU device time; call ms: what a caller sees, launches included. TFLOP/s: useful FLOPs of the "
-    "products.\nGB/s: least bytes. roofline: least possible time / time. vs eager, vs compile: their time / time, more "
-    "is better.\n/ bare: time / time of the bare matrix products, less is better. Ratios are within one run.\n"
+    "ms: median, on a GPU device time; call ms: what a caller sees, launches included. img/s: of time series, series.\n"
+    "TFLOP/s: useful FLOPs of the products. GB/s: least bytes. roofline: least possible time / time.\n"
+    "vs eager, vs compile: their time / time, more is better. / bare: time / time of the bare matrix products, less is "
+    "better.\nRatios are within one run.\n"
     "MiB: on a GPU, allocated at most during a call on top of what was before; on a CPU, what autograd saves to train."
 )
 
@@ -195,11 +196,16 @@ def pixels(row: Row) -> str:
     return f"{SPECS[row.name].patch_size * math.isqrt(row.S)} px" if row.name in SPECS else f"{row.S} tokens"
 
 
+def model_name(row: Row) -> str:
+    """What a whole model is called; one whose blocks have many shapes has no S."""
+    return f"{row.name} at {pixels(row)}" if row.S else row.name
+
+
 def _title(row: Row) -> str:
-    sizes = f"S {row.S}, C {row.C}, D_S {row.D_S}, D_C {row.D_C}"
+    sizes = f" (S {row.S}, C {row.C}, D_S {row.D_S}, D_C {row.D_C})" if row.S else ""
     title = (TRAINING_TITLES if row.mode == "train" else LEVEL_TITLES)[row.level]
-    name = f"{row.name} at {pixels(row)}" if row.level == "model" else row.name
-    return f"{title}, {name} ({sizes}), {row.dtype}, batch {row.batch_size}"
+    name = model_name(row) if row.level == "model" else row.name
+    return f"{title}, {name}{sizes}, {row.dtype}, batch {row.batch_size}"
 
 
 def _cell(row: Row, attribute: str, form: Callable[[float], str]) -> str:

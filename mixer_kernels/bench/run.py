@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,17 @@ logger = logging.getLogger("mixer_kernels")
 OUT_OF_MEMORY = "out of memory"
 NOT_MEASURED = "not measured"
 DRAWS = 2  # results are large here: the draws of a reference agree
+
+
+@dataclass
+class Prepared:
+    """A case with its tensors: what ``run_group`` takes."""
+
+    case: Case
+    inputs: list[Tensor]
+    providers: list[Provider]
+    reference: Callable[[Tensor], Any]
+    parameters: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Models of time series on the CPU: eager PyTorch, torch.compile, this package, ONNX Runtime, OpenVINO; in one run.
+"""Models of time series on the CPU: eager PyTorch, torch.compile, ONNX Runtime, OpenVINO, this package, and the bare
+matrix products of the model's linear layers; in one run.
 
 Each round takes the providers in turn, beginning with another one. A ratio is eager's time divided by a provider's in
 the same round; the row has the median of the rounds' ratios and their 20th and 80th percentile. With one thread the
@@ -24,13 +25,14 @@ from torch import Tensor, nn
 
 from .. import info
 from ..patch import fuse_
+from .bare import bare_layers, products_of
 from .cases import DTYPES
 from .run import describe
 from .series_models import CHANNELS, CONTEXT, PREDICTION, Forecast, series_model
 from .timing import HostClock, measure
 
 OURS = "mixer_kernels"
-SERIES_BASELINES = ("compile", "ort", "openvino")
+SERIES_BASELINES = ("compile", "ort", "openvino", "bare")
 SAMPLE_SECONDS = 0.02  # at least, by as many calls
 MIN_ROUNDS = 9
 # RMS, of a result or a gradient, beside eager's in the same dtype.
@@ -69,7 +71,7 @@ def series_rows(
     say: Callable[[str], None],
     dtype: str = "fp32",
 ) -> list[SeriesRow]:
-    """Measure model ``name`` with ``torch.set_num_threads(threads)``; eager first, then ``baselines``, then ours."""
+    """Measure model ``name`` with ``torch.set_num_threads(threads)``: eager, ``baselines``, ours, and last "bare"."""
     torch.set_num_threads(threads)
     model = series_model(name).to(DTYPES[dtype])
     generator = torch.Generator().manual_seed(0)
@@ -79,9 +81,14 @@ def series_rows(
     reasons: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         expected = None
-        for provider in ("eager", *(each for each in SERIES_BASELINES if each in baselines), OURS):
+        others = [each for each in SERIES_BASELINES if each in baselines and each != "bare"]
+        for provider in ("eager", *others, OURS, *(["bare"] if "bare" in baselines else [])):
             say(f"preparing {provider}")
             try:
+                if provider == "bare":  # computes less: there is no result to compare
+                    products = products_of(Forecast(model), past)
+                    functions[provider] = bare_layers(products, 3 if mode == "train" else 1).run
+                    continue
                 if mode == "train":
                     function, check = _step(provider, model, future)
                 else:

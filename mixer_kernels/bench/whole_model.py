@@ -89,8 +89,8 @@ def compare_model(model: nn.Module, images: Tensor, *, name: str = "model", seco
 
     Args:
         model: a ``FusedMixer``, or timm's ``MlpMixer`` with ``FusedMixerBlock``, in eval mode.
-        images: one batch ``[B, in_chans, H, W]``, on the model's device and in its dtype. Its shape, dtype and device
-            count; the values that are measured are random.
+        images: one batch ``[B, in_chans, H, W]``, on the model's device and in its dtype. Only its shape, dtype and
+            device are used; the values are random.
         name: what the table calls it.
         seconds: about how long to measure each of the two.
 

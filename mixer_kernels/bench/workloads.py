@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..models import FusedMixer
 from ..shapes import SPECS
-from .cases import DTYPES, Case, function_case, model_case
-from .providers import EAGER, Provider, Weights, function_providers
+from .cases import DTYPES, function_case, model_case
+from .other_models import OTHER_MODELS, prepare_other_model
+from .providers import EAGER, Weights, function_providers
+from .run import Prepared
 from .timing import rotated_inputs
 from .training import Step, gradients_reference, with_gradients
 from .whole_model import model_providers, randomize_, reference_of
@@ -26,7 +25,7 @@ class Workload:
     """One group of benchmarks. Its text is part of their ids: ``-k "block and B/16 and bf16-256"``."""
 
     level: str  # one of cases.LEVELS
-    name: str  # one of shapes.SPECS
+    name: str  # one of shapes.SPECS, or of OTHER_MODELS at level "model" in mode "infer"
     dtype: str  # one of cases.DTYPES
     batch_size: int
     num_blocks: int | None = None  # of a whole model; None for as many as it has
@@ -41,17 +40,6 @@ class Workload:
         return self.name if self.num_blocks is None else f"{self.name}:{self.num_blocks} blocks"
 
 
-@dataclass
-class Prepared:
-    """A workload with its tensors: what ``run_group`` takes."""
-
-    case: Case
-    inputs: list[Tensor]
-    providers: list[Provider]
-    reference: Callable[[Tensor], Any]
-    parameters: list[Tensor] = field(default_factory=list)
-
-
 def prepare_workload(
     workload: Workload, device: torch.device, *, smoke: bool = False, compile_mode: str | None = None
 ) -> Prepared:
@@ -59,6 +47,11 @@ def prepare_workload(
     training = workload.mode == "train"
     dtype, compiler = DTYPES[workload.dtype], {"compiler": "eager" if smoke else "inductor"}
     compiler["compile_mode"] = compile_mode
+    if workload.name in OTHER_MODELS:
+        name, batch_size, num_blocks = workload.name, workload.batch_size, workload.num_blocks
+        return prepare_other_model(
+            name, dtype, batch_size, device, num_blocks=num_blocks, smoke=smoke, compile_mode=compile_mode
+        )
     if workload.level != "model":
         case = function_case(workload.level, workload.name, dtype, workload.batch_size, IMG_SIZE, workload.mode)
         weights = Weights.random(case.shape, dtype, device)
@@ -93,6 +86,8 @@ def workloads(level: str, device: torch.device, mode: str = "infer") -> list[Wor
     chosen = [Workload(level, name, "bf16", batch_size) for name in SPECS for batch_size in on_all]
     if level in ("token", "channel"):
         chosen += [Workload(level, "B/16", "bf16", batch_size) for batch_size in (32, 1)]
+    if level == "model":
+        chosen += [Workload(level, name, "bf16", batch_size) for name in OTHER_MODELS for batch_size in (256, 1)]
     return chosen + [Workload(level, "B/16", dtype, 256) for dtype in ("fp16", "fp32")]
 
 
