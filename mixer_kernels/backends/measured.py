@@ -24,5 +24,5 @@ def passed_on(backend: str, sources: str) -> list[str]:
 
 @functools.cache  # a file of the installed package
 def _measured() -> dict[str, list[str] | dict[str, str]]:
-    package = __package__.split(".")[0]
+    package = __package__.rpartition(".")[0]
     return json.loads(importlib.resources.files(package).joinpath(MEASURED_FILE).read_text(encoding="utf-8"))

@@ -19,6 +19,8 @@ from ..backends.backward import Pass, differentiate
 from ..backends.new_tensors import new_like
 from .packs import NewPacks, packs_of
 
+# That of this package, wherever it is: two copies of it, from the kernel hub, have each their own.
+NAMESPACE = __package__.rpartition(".")[0].replace(".", "_")
 _defined: set[str] = set()  # by this import of the module: what an earlier one has defined stays
 
 _OPTIONS = (
@@ -174,15 +176,15 @@ def packed(function: str, packs: Mapping[str, Tensor], *arguments: Any) -> Tenso
 def define_operator(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
     """PyTorch registers a name once, for as long as the process lives, and models may hold the operator when this
     package is removed from ``sys.modules`` and imported again: one that is there stays."""
-    qualified = f"mixer_kernels::{name}"
-    if hasattr(torch.ops.mixer_kernels, name):
+    qualified = f"{NAMESPACE}::{name}"
+    if hasattr(getattr(torch.ops, NAMESPACE), name):
         _defined.discard(name)
     else:
         torch.library.define(qualified, schema)
         torch.library.impl(qualified, "default", implementation)
         torch.library.register_fake(qualified, fake)
         _defined.add(name)
-    operator = getattr(torch.ops.mixer_kernels, name).default
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     if operator._schema != torch._C.parse_schema(qualified + schema):
         raise ImportError(f"{qualified} was registered with another schema by another version: start Python anew")
     return operator
@@ -190,7 +192,7 @@ def define_operator(name: str, schema: str, implementation: Callable, fake: Call
 
 def differentiate_operator(name: str, gradient: Callable, save: Callable | None = None) -> None:
     if name in _defined:
-        torch.library.register_autograd(f"mixer_kernels::{name}", gradient, setup_context=save)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=save)
 
 
 def no_gradient(ctx: Any, *_: Any) -> None:

@@ -16,7 +16,7 @@ from ...environment import asked_instruction_set
 from ..remembered import forget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # computed in float32
-MODULE = "mixer_kernels._cpu"
+MODULE = f"{__package__.rpartition('.backends')[0]}._cpu"
 ISA_VARIABLE = asked_instruction_set.name
 
 

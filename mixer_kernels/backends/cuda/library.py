@@ -21,7 +21,7 @@ from ..remembered import forget
 
 logger = logging.getLogger("mixer_kernels")
 
-MODULE = "mixer_kernels._C"
+MODULE = f"{__package__.rpartition('.backends')[0]}._C"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # mk_type in csrc/mixer_kernels.h
 PRODUCT_DTYPES = (torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, cp.async
