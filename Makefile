@@ -15,12 +15,13 @@ ARCH ?= all
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
+DOCS_VENV := .venv-docs
 OLDEST_TRITON := 3.6.0
 OLDEST_TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
 CSRC = $(shell find csrc tests/cuda_on_host tests/cpu_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-cpu cpu cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day dist wheels clean
+.PHONY: help demo test lint format bench bench-cpu cpu cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day docs hub dist wheels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +73,12 @@ compile-check-oldest: $(VENV)/.installed $(OLDEST_TRITON_DIR)/.installed ## the 
 gpu-day: $(VENV)/.installed ## on a machine with a GPU: do the kernels agree, how fast are they
 	$(BIN)/python tools/gpu_day.py $(ARGS)
 
+docs: $(DOCS_VENV)/.installed ## the documentation site, into build/site; links are checked
+	$(DOCS_VENV)/bin/mkdocs build --strict $(ARGS)
+
+hub: ## a kernel repository of the Hugging Face kernels library, in build/hub
+	$(PYTHON) tools/make_hub.py $(ARGS)
+
 dist: $(VENV)/.installed ## source distribution and wheel, in dist/
 	$(BIN)/python -m build
 
@@ -79,7 +86,7 @@ wheels: ## manylinux wheels with the CPU kernels, in dist/wheels: make wheels PY
 	$(PYTHON) tools/wheels.py $(if $(PIP_ARGS),--pip-args="$(PIP_ARGS)") $(PYTHONS)
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.* mixer_kernels/_cpu.* mixer_kernels/_metadata.*
+	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.* mixer_kernels/_cpu.* mixer_kernels/_metadata.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt
@@ -92,6 +99,12 @@ $(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt
 # compiles only what has changed.
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py _build.py mixer_kernels/__init__.py
 	MIXER_KERNELS_BUILD_CUDA=0 $(PIP) install $(PIP_ARGS) --no-deps -e .
+	touch $@
+
+# An environment of its own, without torch: the API reference is read from the sources.
+$(DOCS_VENV)/.installed: requirements-docs.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) -r requirements-docs.txt
 	touch $@
 
 $(OLDEST_TRITON_DIR)/.installed: | $(VENV)/.installed

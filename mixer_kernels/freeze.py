@@ -21,26 +21,26 @@ _BUFFER = "_pack{}"
 
 
 def freeze_(model: nn.Module) -> Report:
-    """Have the fused blocks of ``model`` keep their weights as the kernels take them, in place.
+    """Pack the weights of the fused blocks of ``model`` once, in place, instead of in every call.
 
-    Promise by this that the weights stay: no training, no loading, no averaging, no merging until ``unfreeze_``. In
-    return no call packs weights, nor does a replay of a CUDA graph that was captured afterwards. Worth it at small
-    batches: docs/use_in_your_model.md has what it saves.
+    By calling it you promise that the weights will not change: no training, loading, averaging or merging until
+    ``unfreeze_``. In return, no call packs weights, and neither does the replay of a CUDA graph that is captured
+    afterwards. It pays at small batches: docs/use_in_your_model.md says how much it saves.
 
     Call it where the model will run: in eval mode, on its device, under the autocast and with the backend of inference.
-    For another dtype or backend a block packs in each call, as if it was not frozen. ``.to()`` another device,
+    With another dtype or backend a block packs in each call, as if it were not frozen. ``.to()`` another device,
     ``copy.deepcopy`` and ``pickle`` take along what was packed.
 
-    A frozen block raises RuntimeError, which names it and says what to call, in training mode; in grad mode, if one of
-    its parameters requires a gradient; and where PyTorch counts that a parameter was written to, replaced or converted.
-    A write through ``.data`` is not counted, and a compiled or captured call is not watched.
+    A frozen block raises RuntimeError, which names the block and says what to call, in three cases: in training mode;
+    in grad mode, if one of its parameters requires a gradient; and if PyTorch has counted that a parameter was written
+    to, replaced or converted. Writes through ``.data`` are not counted, and compiled or captured calls are not watched.
 
     Args:
         model: a model with blocks that ``fuse_`` fused or ``FusedMixerBlock``, or any part of one.
 
     Returns:
-        What was frozen, by which backend and how many bytes; and what was left, and why: blocks that run on the
-        ``torch`` backend or eagerly, and those whose weights the kernels take as they are. A second call packs anew.
+        What was frozen, for which backend and how many bytes; and what was left, and why: blocks that run on the
+        ``torch`` backend or eagerly, and those whose weights need no packing. A second call packs them again.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -54,7 +54,7 @@ def freeze_(model: nn.Module) -> Report:
 
 
 def unfreeze_(model: nn.Module) -> Report:
-    """Undo ``freeze_``: the blocks of ``model`` drop what they kept, and pack in each call what is there.
+    """Undo ``freeze_``: the blocks of ``model`` drop what they kept, and pack their weights in each call again.
 
     Args:
         model: a model, or any part of one.

@@ -79,7 +79,7 @@ def unchanged_in_python(modules: Sequence[Remembered]) -> bool:
 @functools.cache  # what is installed does not change
 def _compiled() -> ModuleType | None:
     with contextlib.suppress(ImportError):
-        return importlib.import_module("mixer_kernels._metadata")
+        return importlib.import_module("._metadata", __package__)
 
 
 @functools.cache  # as _compiled

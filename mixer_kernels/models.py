@@ -81,7 +81,7 @@ class PatchEmbed(nn.Module):
 
 
 class FusedMixer(nn.Module):
-    """MLP-Mixer for images ``[B, in_chans, H, W]``; logits ``[B, num_classes]``. timm's ``MlpMixer`` in all it offers.
+    """MLP-Mixer: images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``, with all that timm's ``MlpMixer`` has.
 
     Args:
         num_classes: classes; 0 for no classifier (the forward pass then returns the pooled features).
@@ -96,8 +96,8 @@ class FusedMixer(nn.Module):
         stem_norm: normalise after the patch embedding.
         global_pool: "avg" for the mean over tokens, "" for none (logits ``[B, S, num_classes]``).
         device, dtype: of the parameters.
-        memory: what training keeps, "fast" or "min" as in ``FusedMixerBlock``. ``block_layer`` gets it only if it is
-            not the default, so that blocks that know no ``memory`` work.
+        memory: what training keeps, "fast" or "min" as in ``FusedMixerBlock``. It is passed to ``block_layer`` only if
+            it is not the default, so that other blocks work too.
 
     Raises:
         ValueError: unknown ``global_pool`` or ``memory``, or an image smaller than a patch.

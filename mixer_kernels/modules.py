@@ -43,11 +43,11 @@ class FusedMixerBlock(Watched, Freezable, nn.Module):
         x = x + drop_path(mlp_tokens(norm1(x).transpose(1, 2)).transpose(1, 2))
         x = x + drop_path(mlp_channels(norm2(x)))
 
-    and computed just so, with one warning for each reason on the logger "mixer_kernels", where the kernels do not
-    cover the submodules (``why_not_fused`` says why): norms other than LayerNorm over C, MLPs other than ``Mlp`` with
-    GELU (erf or tanh), ReLU or SiLU and timm's ``GluMlp`` with SiLU, active dropouts that differ, stochastic depth that
-    does not rescale, hooks on a submodule. On the ``torch`` backend it is computed just so without a warning: a seed
-    gives timm's dropout masks; on the kernels it gives others.
+    It is computed exactly so, with one warning for each reason on the logger "mixer_kernels", if the kernels do not
+    cover the submodules: norms other than LayerNorm over C, MLPs other than ``Mlp`` with GELU (erf or tanh), ReLU or
+    SiLU and timm's ``GluMlp`` with SiLU, active dropouts that differ, stochastic depth that does not rescale, hooks on
+    a submodule. On the ``torch`` backend it is computed so without a warning. There a seed gives timm's dropout masks;
+    on the kernels it gives others.
 
     Args:
         dim: channels C.

@@ -19,32 +19,32 @@ class Entry:
     outcome: str
     """"fused", "frozen", "restored" or "left"."""
     detail: str
-    """Of a fused block the function of ``mixer_kernels.functional`` that computes it; of a frozen one the
-    backend and what is kept; of one that was left, why."""
+    """For a fused block, the function of ``mixer_kernels.functional`` that computes it; for a frozen one, the backend
+    and what it keeps; for one that was left, the reason."""
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What ``fuse_``, ``freeze_`` or their inverse did to the blocks of a model. Printing it gives a table.
+    """What ``fuse_``, ``unfuse_``, ``freeze_`` or ``unfreeze_`` did to the blocks of a model. ``print`` shows a table.
 
-    ``len`` counts the blocks to which something was done; a report of none is false. Iterating gives each ``Entry``.
+    ``len`` counts the blocks that were changed; a report without any is false. Iterating gives each ``Entry``.
     """
 
     entries: tuple[Entry, ...]
 
     @property
     def fused(self) -> tuple[Entry, ...]:
-        """The blocks that the kernels now compute, those of an earlier ``fuse_`` among them."""
+        """The blocks that the kernels now compute, including those of an earlier ``fuse_``."""
         return self._with(FUSED)
 
     @property
     def restored(self) -> tuple[Entry, ...]:
-        """The blocks that ``unfuse_`` gave their own class back, or ``unfreeze_`` their freedom."""
+        """The blocks that ``unfuse_`` or ``unfreeze_`` restored."""
         return self._with(RESTORED)
 
     @property
     def frozen(self) -> tuple[Entry, ...]:
-        """The blocks that keep their weights as the kernels take them."""
+        """The blocks that keep their weights packed for the kernels."""
         return self._with(FROZEN)
 
     @property
@@ -69,7 +69,7 @@ class Report:
         counts = [f"{len(self._with(outcome))} {outcome}" for outcome in (FUSED, RESTORED, FROZEN, LEFT)]
         summary = ", ".join(count for count in counts if not count.startswith("0 "))
         if not summary:
-            return "no block to do this to: none that fuse_ knows, or none that was fused or frozen"
+            return "no blocks found: none that fuse_ knows, or none that was fused or frozen"
         return "\n".join((*_table(self.entries), summary))
 
 

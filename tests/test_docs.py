@@ -11,21 +11,25 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import tsfm_stub
+from sktime.libs import granite_ttm
 
+import mixer_kernels
 from mixer_kernels import __main__ as program
-from mixer_kernels import functional
+from mixer_kernels import convert, functional
 
 # Of torch's exporter, in itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DATA = Path(__file__).parent / "data"
 
 
@@ -80,7 +84,25 @@ def readers_checkpoint() -> dict:
     return {}
 
 
-READERS: dict[str, Callable[[], dict]] = {"README": readers_block, "convert_weights": readers_checkpoint}
+def readers_granite() -> dict:
+    tsfm_stub.define_packages()
+    return {}
+
+
+def readers_forecaster() -> dict:
+    """Of sktime's forecaster, once it is fitted, its model."""
+    config = granite_ttm.TinyTimeMixerConfig(
+        context_length=32, prediction_length=8, patch_length=8, patch_stride=8, num_input_channels=1, d_model=8
+    )
+    return {"forecaster": SimpleNamespace(model_=granite_ttm.TinyTimeMixerForPrediction(config))}
+
+
+READERS: dict[str, Callable[[], dict]] = {
+    "README": readers_block,
+    "convert_weights": readers_checkpoint,
+    "huggingface": readers_granite,
+    "sktime": readers_forecaster,
+}
 CHECKS = {"README": the_block_is_what_the_readme_says}
 
 
@@ -123,8 +145,17 @@ def readers_file(name: str, origin: str) -> None:
 
 def test_every_page_is_linked() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme]
-    assert not missing, f"README.md does not link to {', '.join(missing)}"
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT).as_posix() for page in PAGES[1:]]
+    missing = [page for page in pages if page not in readme or page.removeprefix("docs/") not in site]
+    assert not missing, f"README.md or mkdocs.yml does not link to {', '.join(missing)}"
+
+
+def test_everything_public_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    names = [*mixer_kernels.__all__, *convert.__all__, *filter(str.islower, functional.__all__)]
+    missing = [name for name in names if not re.search(rf"\b{name}\b", reference) and name != "__version__"]
+    assert not missing, f"docs/reference.md lacks {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mixer_kernels"
 PARTS = ("backends", "functional", "ops", "tuning")
 MODULES = (
-    "coverage", "environment", "freeze", "layers", "modules", "repeat", "report", "shapes", "snapshot", "tracing",
-    "words",
+    "coverage", "environment", "freeze", "layers", "metadata", "modules", "repeat", "report", "shapes", "snapshot",
+    "tracing", "words",
 )  # fmt: skip
 VERSION = 1  # raised with each addition to what is public
 DEVICES = ("cpu", "cuda", "rocm")

@@ -64,9 +64,10 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mixer_k
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the block's calls on ``name``, one of ``CHOICES``, inside the ``with`` statement.
+    """``with use_backend("torch"): ...`` runs the calls inside the ``with`` statement on one backend.
 
-    Wins over ``MIXER_KERNELS_BACKEND``; a ``backend=`` argument wins over both. Holds for the current thread or task.
+    ``name`` is "auto", "cuda", "cuda:sm90", "triton", "cpu" or "torch". It wins over ``MIXER_KERNELS_BACKEND``; a
+    ``backend=`` argument wins over both. It holds for the current thread or task.
     A function compiled by ``torch.compile`` keeps the backend that it was compiled with.
     """
     token = _requested.set(one_of("use_backend", name, CHOICES))

@@ -22,10 +22,10 @@ PACKAGES = ("torch.nn", "timm", "mlp_mixer_pytorch", "einops.layers.torch", "mix
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
-    """What a ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.pth.tar`` or ``.ckpt`` file holds, on the CPU.
+    """The contents of a ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.pth.tar`` or ``.ckpt`` file, on the CPU.
 
-    ``torch.load`` with ``weights_only=True``: no code of the file's is executed. Of a whole model, made of modules of
-    PyTorch, timm, lucidrains and this package, its state_dict; those modules are made for that.
+    It is read by ``torch.load`` with ``weights_only=True``: no code from the file is executed. For a whole model made
+    of modules of PyTorch, timm, lucidrains and this package, its state_dict is returned.
 
     Raises:
         ValueError: another suffix, or the file is not what its suffix says.
@@ -64,7 +64,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_state_dict(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write tensors to a file that ``load_state_dict`` reads; its suffix says of which kind.
+    """Write tensors to a file that ``load_state_dict`` reads. Its suffix decides the format.
 
     Raises:
         ValueError: another suffix.

@@ -47,8 +47,8 @@ def from_google_npz(file: str | os.PathLike | IO[bytes]) -> StateDict:
     or by ``model_arguments(state_dict, origin="google")``.
 
     Args:
-        file: path or open binary file of an ``.npz``, of either generation of names. Of a training checkpoint, the
-            parameters (``opt/target/`` or ``params/``) are read. Pickled objects are never loaded.
+        file: path or open binary file of an ``.npz``, of either generation of names. From a training checkpoint only
+            the parameters (``opt/target/`` or ``params/``) are read. Pickled objects are never loaded.
 
     Raises:
         ValueError: not such a file; keys are missing or left over, or shapes do not fit; the message names them.

@@ -78,10 +78,10 @@ def from_timm(checkpoint: Mapping[str, Any]) -> StateDict:
     """The state_dict of a timm ``mixer_*`` model, checked; the keys stay.
 
     Args:
-        checkpoint: a state_dict, or what a trainer saves: of that the averaged weights (``state_dict_ema``), if there
-            are any, else ``state_dict``, ``model`` or ``model_state_dict``, as ``timm.models.load_checkpoint`` does.
-            The prefixes of DistributedDataParallel and torch.compile are dropped, and one that a Mixer has inside
-            another module: ``model.`` and ``net.`` of Lightning, ``base_model.model.`` of PEFT.
+        checkpoint: a state_dict, or what a trainer saves. Then the averaged weights (``state_dict_ema``) are taken if
+            there are any, else ``state_dict``, ``model`` or ``model_state_dict``, as ``timm.models.load_checkpoint``
+            does. The prefixes of DistributedDataParallel and torch.compile are dropped, and so is the prefix of a Mixer
+            inside another module: Lightning's ``model.`` and ``net.``, PEFT's ``base_model.model.``.
 
     Raises:
         ValueError: keys are missing or left over, or shapes do not fit; the message names them.

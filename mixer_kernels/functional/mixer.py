@@ -54,7 +54,7 @@ def token_mixing(
         backend: "auto", "cuda", "cuda:sm90", "triton", "cpu" or "torch"; None for what ``use_backend`` or
             ``MIXER_KERNELS_BACKEND`` says. The cpu backend takes float32, without gradients and noise.
         activation: "gelu", "relu", "silu" or "swiglu"; the cuda and cpu backends have GELU alone.
-        packs: the weights as kernels take them, of a block that ``freeze_`` froze.
+        packs: the packed weights of a block that ``freeze_`` froze.
 
     Returns:
         ``u [B, S, C]`` in ``x``'s dtype.
@@ -157,9 +157,9 @@ def mixer_block(
     activation: str = "gelu",
     packs: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """A whole Mixer block: ``channel_mixing(token_mixing(x, ...), ...)``; as one operator where no gradient is needed.
+    """A whole Mixer block: ``channel_mixing(token_mixing(x, ...), ...)``, as one operator if no gradient is needed.
 
-    With ``memory=None`` that is taken for granted: autograd then raises where it is asked for one.
+    ``memory=None`` promises that none is needed: autograd raises if it is asked for one.
 
     Args:
         x: ``[B, S, C]``, any strides.
