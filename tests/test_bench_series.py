@@ -73,7 +73,7 @@ def test_bare_products_are_those_of_the_linear_layers(mode, passes, monkeypatch)
 
 
 def test_runtimes_are_of_float32():
-    assert "float32 alone" in rows_of("infer", "ort", dtype="bf16")["ort"].reason
+    assert "float32 only" in rows_of("infer", "ort", dtype="bf16")["ort"].reason
 
 
 def test_who_does_not_train_says_so():

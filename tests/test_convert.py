@@ -356,7 +356,7 @@ def test_to_timm_names_what_is_wrong() -> None:
 
 def test_model_arguments() -> None:
     model = FusedMixer(7, img_size=8, in_chans=1, patch_size=(4, 2), embed_dim=13, mlp_ratio=(0.5, 3.1), stem_norm=True)
-    with pytest.raises(ValueError, match=r"8 tokens are no square: say grid=\(rows, columns\)"):
+    with pytest.raises(ValueError, match=r"8 tokens do not form a square: pass grid=\(rows, columns\)"):
         convert.model_arguments(model.state_dict())
     with pytest.raises(ValueError, match=r"built for 8 tokens, but grid=\(3, 4\) has 12"):
         convert.model_arguments(model.state_dict(), grid=(3, 4))

@@ -76,7 +76,7 @@ def test_command_timm_checkpoint_with_arguments_and_resize(tmp_path: Path, capsy
     assert all(torch.equal(resized[name], tensor) for name, tensor in expected.items())
     with pytest.raises(SystemExit, match="2"):
         run_command(command)
-    assert "exists: name another file, or say --force" in capsys.readouterr().err
+    assert "exists: choose another file or pass --force" in capsys.readouterr().err
     assert run_command([*command, "--force"]) == 0
     assert "S=6" in capsys.readouterr().out
 

@@ -95,7 +95,7 @@ def test_training_compiles_for_any_batch_in_one_graph(mode):
 def test_saved_tensors_that_come_back_as_others_raise(layer):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t):
         y = layer(x().requires_grad_())
-    with pytest.raises(RuntimeError, match="saved tensor hooks gave back tensors of another dtype"):
+    with pytest.raises(RuntimeError, match="saved tensor hooks returned tensors of another dtype"):
         y.sum().backward()
 
 

@@ -210,7 +210,7 @@ LEFT = {
     "a name that is taken": (
         Named,
         lambda block: None,
-        "it has 'norms', a name that fused blocks need: call it otherwise",
+        "it has 'norms', a name that fused blocks use: rename it",
     ),
     "a hook": (Mine, lambda b: b.mixers["tok"].register_forward_hook(print), "mixers.tok has hooks or a replaced"),
     "another norm": (Mine, lambda b: setattr(b, "ln_a", nn.RMSNorm(C)), "norm1 (ln_a) is RMSNorm"),

@@ -181,7 +181,7 @@ class Declared(Fused):
             return None
         own = {*dir(cls.original()), *block._modules, *block._parameters, *block._buffers, *block.__dict__}
         clash = sorted(_NAMES_OF_FUSED & own)
-        return f"it has {clash[0]!r}, a name that fused blocks need: call it otherwise" if clash else None
+        return f"it has {clash[0]!r}, a name that fused blocks use: rename it" if clash else None
 
     @classmethod
     def why_not_covered(cls, block: nn.Module) -> str | None:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = _device(arguments.device)
         if arguments.threads:
             if device.type != "cpu":
-                raise ValueError("--threads is of the CPU: it goes with --device cpu")
+                raise ValueError("--threads is for the CPU: add --device cpu")
             torch.set_num_threads(arguments.threads)
         for path in filter(None, (arguments.json, arguments.plot)):
             if not Path(path).parent.is_dir():

@@ -125,7 +125,7 @@ def _forecast(provider: str, model: nn.Module, past: Tensor, threads: int, folde
     """Inference: a call returns the forecast, in a list."""
     model = Forecast(copy.deepcopy(model)).eval()
     if provider in ("ort", "openvino") and past.dtype is not torch.float32:
-        raise ValueError("it is measured in float32 alone")
+        raise ValueError("it is measured in float32 only")
     if provider == "ort":
         import onnxruntime
 

@@ -55,7 +55,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     if arguments.resize_method != "auto" and not arguments.resize_tokens:
         raise ValueError("--resize-method goes with --resize-tokens")
     if arguments.output.exists() and not arguments.force:
-        raise ValueError(f"{arguments.output} exists: name another file, or say --force")
+        raise ValueError(f"{arguments.output} exists: choose another file or pass --force")
     if arguments.origin == "google":
         state_dict = from_google_npz(arguments.input)
     elif arguments.origin == "lucidrains":

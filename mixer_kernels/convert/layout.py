@@ -228,7 +228,7 @@ def square_grid(tokens: int) -> tuple[int, int]:
     """As many rows as columns of so many tokens."""
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise ValueError(f"{tokens} tokens are no square: say grid=(rows, columns)")
+        raise ValueError(f"{tokens} tokens do not form a square: pass grid=(rows, columns)")
     return side, side
 
 

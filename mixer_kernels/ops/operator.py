@@ -144,7 +144,7 @@ class Operator:
             return (None,) * self.count + of_rest
         *tensors, seed = saved = ctx.saved_tensors
         if [None if t is None else (t.dtype, t.shape) for t in saved] != ctx.saved_as:
-            raise RuntimeError("saved tensor hooks gave back tensors of another dtype or shape than they were given")
+            raise RuntimeError("saved tensor hooks returned tensors of another dtype or shape than they got")
         kept, inputs = tensors[: self.kept], tensors[self.kept :]
         rest = (*ctx.rest[:_SEED], seed, *ctx.rest[_SEED + 1 :])
         wanted = ctx.needs_input_grad[: self.count]
@@ -186,7 +186,7 @@ def define_operator(name: str, schema: str, implementation: Callable, fake: Call
         _defined.add(name)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     if operator._schema != torch._C.parse_schema(qualified + schema):
-        raise ImportError(f"{qualified} was registered with another schema by another version: start Python anew")
+        raise ImportError(f"{qualified} was registered with another schema by another version: restart Python")
     return operator
 
 
