@@ -81,22 +81,21 @@ def unfused(model: nn.Module) -> nn.Module:
 
 
 def compilations(model: nn.Module) -> int:
-    """In both modes, with and without gradients, for three batch sizes."""
+    """In inference and training, each for three batch sizes."""
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
     for training in (False, True):
         model.train(training)
-        for enabled in (True, False):
-            with torch.set_grad_enabled(enabled):
-                for batch in (2, 3, 5, 2):
-                    compiled(images(batch))
+        with torch.set_grad_enabled(training):
+            for batch in (2, 3, 5):
+                compiled(images(batch).to(model.head.weight.device))
     return counter.frame_count
 
 
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_a_fused_model_compiles_no_more_often(backend, device) -> None:
-    model = make_model().to(device)
+    model = make_model(num_blocks=1).to(device)
     expected = compilations(model)
     fuse_(model, backend=backend)
     assert 0 < compilations(model) <= expected
