@@ -14,6 +14,13 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc/cpu"
 X86 = platform.machine() in ("x86_64", "AMD64")
 SIZES = {4: [], 8: ["-mavx2", "-mfma"], 16: ["-mavx2", "-mfma"]}  # lanes; 16 as pairs of 8, where there is no AVX-512
+BF16, TILES = ("-DMIXER_KERNELS_BF16",), ("-DMIXER_KERNELS_BF16", "-DMIXER_KERNELS_AMX")  # by tests/cpu_kernels/bf16.h
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+ISAS = {
+    "avx2": (8, SIZES[8]),
+    "avx512_bf16": (16, [*AVX512, "-mavx512bf16", *BF16]),
+    "avx512_amx": (16, [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *TILES]),
+}
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="waits for a machine with a C++ compiler")
@@ -38,9 +45,10 @@ def run_driver(folder: Path, lanes: int, *options: str, csrc: Path = CSRC) -> su
     return subprocess.run([program], capture_output=True, text=True, timeout=300, env=environment)
 
 
-@pytest.mark.parametrize("lanes", SIZES)
-def test_vectors_of_every_length_under_sanitizers(lanes, tmp_path):
-    result = run_driver(tmp_path, lanes, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
+@pytest.mark.parametrize(("lanes", "products"), [(4, BF16), (8, ()), (16, TILES)])
+def test_vectors_of_every_length_under_sanitizers(lanes, products, tmp_path):
+    options = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover", *products)
+    result = run_driver(tmp_path, lanes, *options, csrc=on_host(tmp_path))
     assert (result.returncode, result.stdout) == (0, "right\n"), result.stdout + result.stderr[-3000:]
 
 
@@ -70,10 +78,17 @@ def test_a_race_is_caught(right, wrong, tmp_path):
     assert "WARNING: ThreadSanitizer: data race" in result.stderr, result.stdout + result.stderr
 
 
-def planted(folder: Path, name: str, right: str, wrong: str) -> Path:
-    """csrc/cpu in ``folder``, with one thing changed."""
+def on_host(folder: Path) -> Path:
+    """csrc/cpu in ``folder``, with products of bfloat16 in plain C++."""
     csrc = folder / "cpu"
     shutil.copytree(CSRC, csrc)
+    shutil.copy(ROOT / "tests/cpu_kernels/bf16.h", csrc)
+    return csrc
+
+
+def planted(folder: Path, name: str, right: str, wrong: str) -> Path:
+    """The same, with one thing changed."""
+    csrc = on_host(folder)
     text = (csrc / name).read_text()
     assert right in text, f"{name} has no {right!r}: bring the planted bug up to date"
     (csrc / name).write_text(text.replace(right, wrong))
@@ -114,22 +129,65 @@ PLANTED = {  # file of csrc/cpu, what is there, what is planted
 }  # fmt: skip
 
 
+OF_BF16 = {  # the same, in products of bfloat16
+    "the last pair forgotten": ("product_bf16.h", "round_up(divided_up(K, 2), kTile)", "round_up(K / 2, kTile)"),
+    "what lies behind an odd K": ("product_bf16.h", "k + 1 < K ? function", "true ? function"),
+    "bias of a tile dropped": ("product_bf16.h", "(bias ? bias[m + r] : 0.0f)", "0.0f"),
+    "rows of the first tile twice": ("product_bf16.h", "a + (words + k) * kTile", "a + k * kTile"),
+    "no tiles configured": ("kernels.cpp", "const TilesInUse tiles;", ""),
+    "GELU's root": ("functions.h", "-0.0173797794f", "0.0173797794f"),
+}
+
+
 @pytest.mark.parametrize(("name", "right", "wrong"), PLANTED.values(), ids=PLANTED.keys())
 def test_bug_is_caught(name, right, wrong, tmp_path):
-    result = run_driver(tmp_path, 4, csrc=planted(tmp_path, name, right, wrong))
+    assert_caught(run_driver(tmp_path, 4, csrc=planted(tmp_path, name, right, wrong)))
+
+
+@pytest.mark.parametrize(("name", "right", "wrong"), OF_BF16.values(), ids=OF_BF16.keys())
+def test_bug_in_products_of_bfloat16_is_caught(name, right, wrong, tmp_path):
+    assert_caught(run_driver(tmp_path, 16, *TILES, csrc=planted(tmp_path, name, right, wrong)))
+
+
+def assert_caught(result: subprocess.CompletedProcess[str]) -> None:
     assert result.returncode == 1 and "expected" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.skipif(not X86, reason="waits for a machine with several instruction sets: x86-64")
-@pytest.mark.parametrize("optimised", ("-O0", "-O3"))
-def test_instruction_sets_share_no_function(optimised, tmp_path):
+@pytest.mark.parametrize(("isa", "optimised"), [("avx2", "-O0"), ("avx2", "-O3"), ("avx512_amx", "-O1")])
+def test_instruction_sets_share_no_function(isa, optimised, tmp_path):
     """A function with a name of its own for the linker could be taken from the object for a newer CPU."""
-    obj = tmp_path / "kernels.o"
-    command = [
-        COMPILER, "-std=c++17", optimised, "-Wno-psabi", "-DMIXER_KERNELS_ISA=avx2", "-DMIXER_KERNELS_LANES=8",
-        "-mavx2", "-mfma", "-c", CSRC / "kernels.cpp", "-o", obj,
-    ]  # fmt: skip
-    subprocess.run(command, check=True, timeout=300)
+    obj = compiled(tmp_path, "kernels.cpp", isa, optimised, "-c")
     symbols = subprocess.run(["nm", "-C", obj], capture_output=True, text=True, check=True).stdout
     shared = [line for line in symbols.splitlines() if line.split()[-2] in "TVWDBRu"]
-    assert [line.split()[-1] for line in shared] == ["mixer_kernels::cpu::kernels_avx2"], symbols
+    assert [line.split()[-1] for line in shared] == [f"mixer_kernels::cpu::kernels_{isa}"], symbols
+    code = subprocess.run(["objdump", "-d", obj], capture_output=True, text=True, check=True).stdout
+    for name in ("tdpbf16ps", "tileloadd", "tilestored", "ldtilecfg", "tilerelease", "vcvtne2ps2bf16"):
+        assert (name in code) == (isa == "avx512_amx"), name
+
+
+def compiled(folder: Path, source: str, isa: str, *options: str, csrc: Path = CSRC) -> Path:
+    """``source`` of csrc, or of the tests' folder, for an instruction set."""
+    lanes, flags = ISAS[isa]
+    there = csrc / source if (csrc / source).exists() else ROOT / "tests/cpu_kernels" / source
+    result = folder / f"{there.stem}-{csrc.parent.name}"
+    command = [
+        COMPILER, "-std=c++17", "-fno-exceptions", "-Wno-psabi", f"-DMIXER_KERNELS_ISA={isa}",
+        f"-DMIXER_KERNELS_LANES={lanes}", *flags, f"-I{csrc}", *options, there, "-o", result,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "unrecognized" in done.stderr or "unknown argument" in done.stderr:
+        pytest.skip(f"waits for a compiler that knows {isa}")
+    assert done.returncode == 0, done.stderr
+    return result
+
+
+def test_plain_dot_products_are_the_instructions(tmp_path):
+    """Bit for bit, over pairs of all kinds of numbers: what stands in for an instruction computes what it does."""
+    if not (Path("/proc/cpuinfo").exists() and "avx512_bf16" in Path("/proc/cpuinfo").read_text()):
+        pytest.skip("waits for a CPU with avx512_bf16")
+    results = []
+    for csrc in (CSRC, on_host(tmp_path)):
+        program = compiled(tmp_path, "dots.cpp", "avx512_bf16", "-O1", csrc=csrc)
+        results.append(subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines())
+    assert len(results[0]) > 1000 and results[0] == results[1]

@@ -46,18 +46,20 @@ T* at(uintptr_t address) {
 
 Input input_of(const py::tuple& tuple) {
     Fields fields(tuple);
-    Input x{fields.address<const float>(), {}, {}};
+    Input x{};
+    x.data = fields.address<const void>();
     for (int64_t& size : x.sizes) size = fields.next<int64_t>();
     for (int64_t& stride : x.strides) stride = fields.next<int64_t>();
+    x.bf16 = fields.next<bool>();
     return x;
 }
 
 Mixer mixer_of(const py::tuple& tuple) {
     Fields fields(tuple);
     Mixer mixer{};
-    for (const float** parameter :
+    for (const void** parameter :
          {&mixer.gamma, &mixer.beta, &mixer.w1, &mixer.b1, &mixer.w2, &mixer.b2, &mixer.w_gate, &mixer.b_gate})
-        *parameter = fields.address<const float>();
+        *parameter = fields.address<const void>();
     mixer.hidden = fields.next<int64_t>();
     mixer.eps = fields.next<float>();
     return mixer;
@@ -78,18 +80,21 @@ Options options_of(const py::tuple& tuple) {
     options.sigmoid = fields.next<bool>();
     options.affine = fields.next<bool>();
     options.tanh = fields.next<bool>();
+    options.bf16 = fields.next<bool>();
     options.dropout_p = fields.next<float>();
     options.seeds = fields.address<const int64_t>();
     return options;
 }
 
+// `mixers`: a tuple for each, and whether their parameters are bfloat16
 Call call_of(const py::tuple& x, int axis, const py::tuple& mixers, const py::tuple& options) {
     Call call{};
     call.x = input_of(x);
     call.axis = axis;
-    call.mixers = static_cast<int>(mixers.size());
+    call.mixers = static_cast<int>(mixers.size()) - 1;
     if (call.mixers != 1 && call.mixers != 2) throw std::invalid_argument("a call has one mixer or two");
     for (int i = 0; i < call.mixers; ++i) call.mixer[i] = mixer_of(mixers[i]);
+    call.bf16 = mixers[call.mixers].cast<bool>();
     call.options = options_of(options);
     return call;
 }
@@ -109,8 +114,8 @@ class Forward {
 
     void operator()(uintptr_t x, uintptr_t y, uintptr_t u, int threads) const {
         Call call = call_;
-        call.x.data = at<const float>(x);
-        call.y = at<float>(y);
+        call.x.data = at<const void>(x);
+        call.y = at<void>(y);
         call.u = at<float>(u);
         const py::gil_scoped_release release;
         run_forward(kernels_, call, threads, packs_);

@@ -73,6 +73,23 @@ inline Vector gelu(Vector z) {
     return (z > 0.0f ? bounded : z) * normal_tail(minus) + (z > 0.0f ? z : Vector{});
 }
 
+#ifdef MIXER_KERNELS_BF16
+// The same for results that are rounded to bfloat16: off by a tenth of such a rounding at most.
+template <bool Tanh>
+inline Vector gelu_to_round(Vector z) {
+    if constexpr (Tanh) return gelu<true>(z);
+    constexpr float kEnd = -6.0f;
+    constexpr float kRoot[] = {0.957614243f,    0.047930941f,    -0.0173797794f, 0.00175569381f,
+                               0.000842589361f, 7.42656994e-05f, 2.01421881e-06f};  // of the tail, the 16th
+    const Vector minus = minus_magnitude(z);
+    const Vector bounded = minus > kEnd ? minus : all(kEnd);
+    Vector tail = polynomial(kRoot, bounded);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) tail *= tail;
+    return bounded * tail + (z < 0.0f ? z * 0.0f : z);  // minus infinity times 0 is NaN, as in PyTorch
+}
+#endif
+
 // GELU's value in place of z, and its slope.
 template <bool Tanh>
 inline Vector gelu_and_slope(Vector& z) {

@@ -52,17 +52,17 @@ struct Tile {
           dbeta(backward ? arena.take(round_up(shape.F, kLanes)) : nullptr),
           noise_rows(reinterpret_cast<uint32_t*>(arena.take(call.options.dropout_p > 0.0f ? stride : 0))),
           noise_images(reinterpret_cast<uint32_t*>(arena.take(call.options.dropout_p > 0.0f ? stride : 0))),
-          mlp(arena, mixer, matrices_of(call, plan, which), shape, call.mixers == 1 && call.options.gate_first,
-              call.options.sigmoid, call.options.tanh, columns_of(shape, most), backward) {
+          mlp(arena, mixer, matrices_of(call, plan, which), shape, storage_of(call, which, backward),
+              call.mixers == 1 && call.options.gate_first, call.options.sigmoid, call.options.tanh,
+              columns_of(shape, most)) {
         if (call.options.dropout_p > 0.0f && call.options.seeds)
             dropout = {call.options.dropout_p, static_cast<uint64_t>(call.options.seeds[which]), noise_rows,
                        noise_images};
         if (!gamma) return;
-        for (int64_t f = 0; f < round_up(shape.F, kLanes); ++f) {
-            const int64_t at = shape.first + f;
-            gamma[f] = f < shape.F && mixer.gamma ? mixer.gamma[at] : (f < shape.F ? 1.0f : 0.0f);
-            beta[f] = f < shape.F && mixer.beta ? mixer.beta[at] : 0.0f;
-        }
+        if (call.bf16)
+            read_norm<Bf16>();
+        else
+            read_norm<float>();
     }
 
     static Shape shape_of(const Call& call, int which) {
@@ -70,25 +70,30 @@ struct Tile {
         return {call.x.sizes[axis], call.x.sizes[3], axis == 3, 0, call.x.sizes[3]};
     }
 
-    // `use(matrix, rows, columns, place)` for the matrices of mixer `which`, packed behind those of the one before it.
-    template <class USE>
-    static Matrices packed_matrices(Arena& arena, const Call& call, int which, USE use) {
-        const int64_t K = shape_of(call, which).K;
-        Matrices matrices = Matrices::of(call.mixer[which], K);
-        matrices.each(arena, call.mixer[which].hidden, K, call.dy != nullptr, use);
-        return matrices;
+    static Storage storage_of(const Call& call, [[maybe_unused]] int which, bool backward) {
+#ifdef MIXER_KERNELS_BF16
+        return {call.bf16, call.options.bf16 && call.dy == nullptr, backward};
+#else
+        return {call.bf16, false, backward};
+#endif
+    }
+
+    // The matrices of mixer `which`, packed behind those of the one before it.
+    static Matrices packed_matrices(Arena& arena, const Call& call, int which) {
+        return Matrices::packed(arena, call.mixer[which], shape_of(call, which).K,
+                                storage_of(call, which, call.dy != nullptr));
     }
 
     static Matrices matrices_of(const Call& call, const Plan& plan, int which) {
         if (!plan.packed) return Matrices::of(call.mixer[which], shape_of(call, which).K);
         Arena arena(const_cast<float*>(plan.packed));
-        const auto there = [](Left& matrix, int64_t, int64_t, float* place) { matrix = {place, 0, 0}; };
-        for (int i = 0; i < which; ++i) packed_matrices(arena, call, i, there);
-        return packed_matrices(arena, call, which, there);
+        for (int i = 0; i < which; ++i) packed_matrices(arena, call, i);
+        return packed_matrices(arena, call, which);
     }
 
     // out = in + branch, of `count` images or rows; the first of all that there are is number `first`.
-    void forward(int64_t first, int64_t count, const float* const* in, float* const* out) {
+    template <class IN, class OUT>
+    void forward(int64_t first, int64_t count, const IN* const* in, OUT* const* out) {
         normalised(first, count, in, false);
         for (int64_t c = 0, all = columns_of(shape, count); c < all; c += mlp.columns)
             mlp.forward(plane, stride, c, least(mlp.columns, all - c), dropout);
@@ -125,7 +130,18 @@ struct Tile {
     }
 
   private:
-    void normalised(int64_t first, int64_t count, const float* const* in, bool keep) {
+    template <class T>
+    void read_norm() {
+        const T *of_gamma = static_cast<const T*>(mixer.gamma), *of_beta = static_cast<const T*>(mixer.beta);
+        for (int64_t f = 0; f < round_up(shape.F, kLanes); ++f) {
+            const int64_t at = shape.first + f;
+            gamma[f] = f < shape.F && of_gamma ? widened(of_gamma[at]) : (f < shape.F ? 1.0f : 0.0f);
+            beta[f] = f < shape.F && of_beta ? widened(of_beta[at]) : 0.0f;
+        }
+    }
+
+    template <class T>
+    void normalised(int64_t first, int64_t count, const T* const* in, bool keep) {
         Plane{shape, count, stride, plane, rows}.fill([&](int64_t row, int64_t number, float** places) {
             const Statistics s = affine ? no_statistics() : statistics_of(in + row, number, shape.row, mixer.eps);
             for (int64_t i = 0; i < number; ++i)
@@ -231,23 +247,23 @@ int64_t tile_of(const Call& call, int64_t parts) {
 
 int64_t pack_size(const Call& call) {
     Arena arena(nullptr);
-    for (int i = 0; i < call.mixers; ++i) Tile::packed_matrices(arena, call, i, [](Left&, int64_t, int64_t, float*) {});
+    for (int i = 0; i < call.mixers; ++i) Tile::packed_matrices(arena, call, i);
     return arena.used();
 }
 
-// What a call packs for itself.
+// What a call packs for itself: all that is not read as it is, and where it pays.
 int64_t packs_of(const Call& call) {
     for (int i = 0; i < call.mixers; ++i)
-        if (elements_of(call) / Tile::shape_of(call, i).K < kPackedColumns) return 0;
+        if (!call.bf16 && !Tile::storage_of(call, i, false).pairs &&
+            elements_of(call) / Tile::shape_of(call, i).K < kPackedColumns)
+            return 0;
     return pack_size(call);
 }
 
 void pack(const Call& call, float* packs) {
     Arena arena(packs);
     for (int i = 0; i < call.mixers; ++i)
-        Tile::packed_matrices(arena, call, i, [](Left& matrix, int64_t rows, int64_t columns, float* place) {
-            pack(matrix, rows, columns, place);
-        });
+        Matrices::pack(arena, call.mixer[i], Tile::shape_of(call, i).K, Tile::storage_of(call, i, call.dy != nullptr));
 }
 
 // Features to a task: fewer than there are where tiles alone would leave threads without work.
@@ -295,26 +311,41 @@ void consecutive(POINTER data, int64_t rows, int64_t F, POINTER* to) {
     for (int64_t r = 0; r < rows; ++r) to[r] = data + r * F;
 }
 
-void forward(const Call& call, const Plan& plan, int64_t task, float* memory) {
+// x and y are of T's
+template <class T>
+void forward_of(const Call& call, const Plan& plan, int64_t task, float* memory) {
     Arena arena(memory);
     Work work(arena, call, plan, false);
     const int64_t used = arena.used();
     const int64_t first = task % plan.tiles * plan.tile, count = least(plan.tile, count_of(call) - first);
     const int axis = call.mixers == 2 ? 2 : call.axis;
-    Layout::of(call, axis, false).addresses(call.x.data, first, count, work.in);
-    Layout::of(call, axis, true).addresses(call.y, first, count, work.out);
+    const T** in = reinterpret_cast<const T**>(work.in);
+    T** out = reinterpret_cast<T**>(work.out);
+    Layout::of(call, axis, false).addresses(static_cast<const T*>(call.x.data), first, count, in);
+    Layout::of(call, axis, true).addresses(static_cast<T*>(call.y), first, count, out);
     if (call.mixers == 1) {
         Shape shape = Tile::shape_of(call, 0);
         shape.first = task / plan.tiles * plan.slice;
         shape.F = least(plan.slice, shape.row - shape.first);
-        return Tile(arena, call, plan, 0, plan.tile, false, shape).forward(first, count, work.in, work.out);
+        return Tile(arena, call, plan, 0, plan.tile, false, shape).forward(first, count, in, out);
     }
 
     const int64_t patches = call.x.sizes[2], F = call.x.sizes[3], rows = count * patches;
     consecutive(call.u ? call.u + first * patches * F : work.u_values, rows, F, work.u);
-    Tile(arena, call, plan, 0, plan.tile, false).forward(first, count, work.in, work.u);
+    Tile(arena, call, plan, 0, plan.tile, false).forward(first, count, in, work.u);
     arena.back_to(used);
-    Tile(arena, call, plan, 1, plan.tile * patches, false).forward(first * patches, rows, work.u, work.out);
+    Tile(arena, call, plan, 1, plan.tile * patches, false)
+        .forward(first * patches, rows, const_cast<const float* const*>(work.u), out);
+}
+
+void forward(const Call& call, const Plan& plan, int64_t task, float* memory) {
+#ifdef MIXER_KERNELS_AMX
+    const TilesInUse tiles;
+#endif
+    if (call.x.bf16)
+        forward_of<Bf16>(call, plan, task, memory);
+    else
+        forward_of<float>(call, plan, task, memory);
 }
 
 void backward(const Call& call, const Plan& plan, int64_t task, float* memory, float* memory_of_sums) {
@@ -334,7 +365,7 @@ void backward(const Call& call, const Plan& plan, int64_t task, float* memory, f
         Work work(arena, call, plan, true);
         const int64_t used = arena.used();
         const int64_t first = tile * plan.tile, count = least(plan.tile, count_of(call) - first);
-        Layout::of(call, axis, false).addresses(call.x.data, first, count, work.in);
+        Layout::of(call, axis, false).addresses(static_cast<const float*>(call.x.data), first, count, work.in);
         Layout::of(call, axis, true).addresses(call.dy, first, count, work.dy);
         Layout::of(call, axis, true).addresses(call.dx, first, count, work.out);
         if (call.mixers == 1) {

@@ -1,6 +1,6 @@
-// The CPU kernels: PatchTSMixer's mixer and layer, forward and backward, float32; equations (30) to (35) of
-// docs/maths.md. A mixer of patches without a gate is the token half of an MLP-Mixer, (1) to (5). Torch-free:
-// addresses, sizes, strides in elements.
+// The CPU kernels: PatchTSMixer's mixer and layer, forward and backward; equations (30) to (35) of docs/maths.md. A
+// mixer of patches without a gate is the token half of an MLP-Mixer, (1) to (5). Torch-free: addresses, sizes, strides
+// in elements. Numbers in memory are float32; those of a forward pass may be bfloat16, and multiplied as such.
 //
 // kernels.cpp is compiled once for each instruction set; run.cpp chooses one and puts the tasks of a call on threads.
 #pragma once
@@ -11,15 +11,15 @@ namespace mixer_kernels::cpu {
 
 // The parameters of one mixer, along an axis of K elements. Any but w1 and w2 may be null.
 struct Mixer {
-    const float* gamma;   // [F]
-    const float* beta;    // [F]
-    const float* w1;      // [H, K]
-    const float* b1;      // [H]
-    const float* w2;      // [K, H]
-    const float* b2;      // [K]
-    const float* w_gate;  // [K, K]
-    const float* b_gate;  // [K]
-    int64_t hidden;       // H
+    const void* gamma;   // [F]
+    const void* beta;    // [F]
+    const void* w1;      // [H, K]
+    const void* b1;      // [H]
+    const void* w2;      // [K, H]
+    const void* b2;      // [K]
+    const void* w_gate;  // [K, K]
+    const void* b_gate;  // [K]
+    int64_t hidden;      // H
     float eps;
 };
 
@@ -33,13 +33,15 @@ struct Options {
     bool sigmoid;     // the gate, else softmax
     bool affine;      // gamma * x + beta in the place of LayerNorm
     bool tanh;        // GELU's form
+    bool bf16;        // products of a forward pass, where the instruction set has them
     float dropout_p;
     const int64_t* seeds;  // one to a mixer; null without dropout
 };
 
 // x [B, C, P, F] with features side by side.
 struct Input {
-    const float* data;
+    const void* data;
+    bool bf16;  // and so are results; else float32
     int64_t sizes[4];
     int64_t strides[3];  // of the first three axes
 };
@@ -50,12 +52,13 @@ struct Call {
     int axis;  // 1, 2 or 3, that a single mixer mixes
     int mixers;
     Mixer mixer[2];
+    bool bf16;  // the parameters; else float32
     Options options;
 
-    float* y;
+    void* y;
     float* u;  // what the first mixer of a layer gives; null if it is not kept
 
-    // Backward: u may be null, then it is computed again.
+    // Backward, all in float32: u may be null, then it is computed again.
     const float* dy;
     const float* kept_u;
     float* dx;
@@ -86,7 +89,7 @@ struct Kernels {
     void (*add_sums)(const Call&, const Plan&, float* sums);  // of all tasks, in order, into the gradients
 };
 
-extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;
+extern const Kernels kernels_avx512_amx, kernels_avx512_bf16, kernels_avx512, kernels_avx2, kernels_baseline;
 
 // ---------------------------------------------------------------------------------------------------- what run.cpp has
 

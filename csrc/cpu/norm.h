@@ -11,7 +11,8 @@ struct Statistics {
 };
 
 // Of up to kLanes rows, so that their sums are taken at once.
-inline Statistics statistics_of(const float* const* x, int64_t rows, int64_t F, float eps) {
+template <class T>
+inline Statistics statistics_of(const T* const* x, int64_t rows, int64_t F, float eps) {
     const float scale = 1.0f / F;
     Vector parts[kLanes], squares[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -47,7 +48,8 @@ inline Statistics no_statistics() {
 }
 
 // `out`, `gamma` and `beta` have whole vectors; what lies behind the features in `out` is not to be used.
-inline void normalise(const float* x, float mean, float rstd, int64_t F, const float* gamma, const float* beta,
+template <class T>
+inline void normalise(const T* x, float mean, float rstd, int64_t F, const float* gamma, const float* beta,
                       float* out) {
     for (int64_t f = 0; f < F; f += kLanes)
         store(out + f, (load(x + f, F - f) - mean) * rstd * load(gamma + f) + load(beta + f));

@@ -2,9 +2,13 @@
 //
 // A is read by broadcasts: as it lies in memory, transposed or not, or packed in the order in which it is read. B and C
 // have rows of whole vectors. The sum of an element is over k in order, whatever the sizes and wherever the element is.
+// A and B have WORDs: floats, or with bf16.h pairs of bfloat16, of two k.
 #pragma once
 
 #include "vectors.h"
+#ifdef MIXER_KERNELS_BF16
+#include "bf16.h"
+#endif
 
 namespace {
 
@@ -12,12 +16,20 @@ namespace {
 constexpr int kBlockRows = kLanes == 16 ? 8 : 6;
 constexpr int kBlockVectors = kLanes == 16 ? 3 : 2;
 
-struct Left {
-    const float* data;
+template <class WORD>
+struct LeftOf {
+    const WORD* data;
     int64_t row, column;  // strides; 0 where it is packed
 
     bool is_packed() const { return row == 0; }
 };
+
+typedef LeftOf<float> Left;
+
+inline Vector plus_product(Vector sum, float a, Vector b) { return sum + all(a) * b; }
+#ifdef MIXER_KERNELS_BF16
+inline Vector plus_product(Vector sum, uint32_t a, Unsigned b) { return dot(sum, a + Unsigned{}, b); }
+#endif
 
 inline Left by_rows(const float* data, int64_t columns) { return {data, columns, 1}; }
 inline Left transposed(const float* data, int64_t columns) { return {data, 1, columns}; }
@@ -27,36 +39,37 @@ inline int64_t rows_of_block(int64_t left) {
     return left <= kBlockRows || left >= 2 * kBlockRows ? least(left, kBlockRows) : (left + 1) / 2;
 }
 
-// A [M, K] in the order in which blocks read it.
-inline void pack(Left a, int64_t M, int64_t K, float* to) {
+// A [M, K] in the order in which blocks read it; `word(m, k)` is one of its elements.
+template <class WORD, class READ>
+inline void pack(int64_t M, int64_t K, READ word, WORD* to) {
     for (int64_t m = 0; m < M;) {
         const int64_t rows = rows_of_block(M - m);
         for (int64_t r = 0; r < rows; ++r)
-            for (int64_t k = 0; k < K; ++k) to[k * rows + r] = a.data[(m + r) * a.row + k * a.column];
+            for (int64_t k = 0; k < K; ++k) to[k * rows + r] = word(m + r, k);
         to += rows * K;
         m += rows;
     }
 }
 
-template <int Rows, int Vectors>
-inline __attribute__((always_inline)) void block(int64_t K, Left a, const float* b, int64_t stride_b, const float* bias,
-                                                 bool add, float* c, int64_t stride_c) {
+template <int Rows, int Vectors, class WORD>
+inline __attribute__((always_inline)) void block(int64_t K, LeftOf<WORD> a, const WORD* b, int64_t stride_b,
+                                                 const float* bias, bool add, float* c, int64_t stride_c) {
     Vector sums[Rows][Vectors];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 3
         for (int v = 0; v < Vectors; ++v)
             sums[r][v] = add ? load(c + r * stride_c + v * kLanes) : all(bias ? bias[r] : 0.0f);
-    const float* left = a.data;
+    const WORD* left = a.data;
     for (int64_t k = 0; k < K; ++k) {
-        Vector right[Vectors];
+        decltype(load(b)) right[Vectors];
 #pragma GCC unroll 3
         for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
-            const Vector one = all(left[r * a.row]);
+            const WORD one = left[r * a.row];
 #pragma GCC unroll 3
-            for (int v = 0; v < Vectors; ++v) sums[r][v] += one * right[v];
+            for (int v = 0; v < Vectors; ++v) sums[r][v] = plus_product(sums[r][v], one, right[v]);
         }
         left += a.column;
         b += stride_b;
@@ -67,8 +80,8 @@ inline __attribute__((always_inline)) void block(int64_t K, Left a, const float*
         for (int v = 0; v < Vectors; ++v) store(c + r * stride_c + v * kLanes, sums[r][v]);
 }
 
-template <int Rows, int Vectors>
-__attribute__((noinline)) void repeat_block(int64_t count, int64_t K, Left a, const float* b, int64_t stride_b,
+template <int Rows, int Vectors, class WORD>
+__attribute__((noinline)) void repeat_block(int64_t count, int64_t K, LeftOf<WORD> a, const WORD* b, int64_t stride_b,
                                             const float* bias, bool add, float* c, int64_t stride_c) {
     const int64_t next = Rows * (a.is_packed() ? K : a.row);
     if (a.is_packed()) a = {a.data, 1, Rows};
@@ -80,16 +93,17 @@ __attribute__((noinline)) void repeat_block(int64_t count, int64_t K, Left a, co
     }
 }
 
-template <int Vectors, int Rows = kBlockRows>
-inline void repeat_rows(int64_t rows, int64_t count, int64_t K, Left a, const float* b, int64_t stride_b,
+template <int Vectors, class WORD, int Rows = kBlockRows>
+inline void repeat_rows(int64_t rows, int64_t count, int64_t K, LeftOf<WORD> a, const WORD* b, int64_t stride_b,
                         const float* bias, bool add, float* c, int64_t stride_c) {
     if (rows == Rows) return repeat_block<Rows, Vectors>(count, K, a, b, stride_b, bias, add, c, stride_c);
-    if constexpr (Rows > 1) repeat_rows<Vectors, Rows - 1>(rows, count, K, a, b, stride_b, bias, add, c, stride_c);
+    if constexpr (Rows > 1)
+        repeat_rows<Vectors, WORD, Rows - 1>(rows, count, K, a, b, stride_b, bias, add, c, stride_c);
 }
 
-template <int Vectors>
-inline void blocks_down(int64_t M, int64_t K, Left a, const float* b, int64_t stride_b, const float* bias, bool add,
-                        float* c, int64_t stride_c) {
+template <int Vectors, class WORD>
+inline void blocks_down(int64_t M, int64_t K, LeftOf<WORD> a, const WORD* b, int64_t stride_b, const float* bias,
+                        bool add, float* c, int64_t stride_c) {
     for (int64_t m = 0; m < M;) {
         const int64_t rows = rows_of_block(M - m);
         const int64_t count = largest((M - m) / kBlockRows - (M % kBlockRows > 0), 1), done = count * rows;
@@ -102,7 +116,8 @@ inline void blocks_down(int64_t M, int64_t K, Left a, const float* b, int64_t st
 }
 
 // Whole vectors of B and C are read and written: up to kLanes - 1 columns behind N.
-inline void product(int64_t M, int64_t N, int64_t K, Left a, const float* b, int64_t stride_b, const float* bias,
+template <class WORD>
+inline void product(int64_t M, int64_t N, int64_t K, LeftOf<WORD> a, const WORD* b, int64_t stride_b, const float* bias,
                     bool add, float* c, int64_t stride_c) {
     int64_t vectors = divided_up(N, kLanes);
     while (vectors > 0) {

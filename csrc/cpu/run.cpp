@@ -5,6 +5,10 @@
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(MIXER_KERNELS_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <initializer_list>
@@ -18,7 +22,7 @@ namespace {
 
 #ifdef MIXER_KERNELS_X86
 struct X86 {
-    bool avx2, avx512;
+    bool avx2, avx512, avx512_bf16, amx;
 };
 
 // What the CPU has and the operating system saves. __builtin_cpu_supports() would ask a run-time library that Zig's
@@ -30,7 +34,11 @@ X86 asked_x86() {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
     const unsigned ymm = 0x6, zmm = 0xe6, wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     const bool avx2 = (saved & ymm) == ymm && (b & bit_AVX2);
-    return {avx2, avx2 && (saved & zmm) == zmm && (b & wanted) == wanted};
+    const bool avx512 = avx2 && (saved & zmm) == zmm && (b & wanted) == wanted;
+    const unsigned tiles = 0x60000, bf16_and_tiles = 1u << 22 | 1u << 24;
+    const bool amx = (saved & tiles) == tiles && (d & bf16_and_tiles) == bf16_and_tiles;
+    const bool bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+    return {avx2, avx512, bf16, bf16 && amx};
 }
 
 // Asked once: a virtual machine takes microseconds for each answer.
@@ -38,6 +46,19 @@ X86 x86() {
     static const X86 found = asked_x86();
     return found;
 }
+
+#ifdef MIXER_KERNELS_AMX
+// Linux gives a process the memory for tiles when it asks, once for all of its threads.
+bool may_use_tiles() {
+#ifdef __linux__
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM; the state's bit in XCR0
+    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
+#endif
 #endif
 
 struct InstructionSet {
@@ -48,6 +69,12 @@ struct InstructionSet {
 
 const InstructionSet kInstructionSets[] = {
 #ifdef MIXER_KERNELS_X86
+#ifdef MIXER_KERNELS_AMX
+    {"avx512_amx", &kernels_avx512_amx, [] { return x86().amx && may_use_tiles(); }},
+#endif
+#ifdef MIXER_KERNELS_BF16
+    {"avx512_bf16", &kernels_avx512_bf16, [] { return x86().avx512_bf16; }},
+#endif
     {"avx512", &kernels_avx512, [] { return x86().avx512; }},
     {"avx2", &kernels_avx2, [] { return x86().avx2; }},
 #endif
@@ -121,9 +148,15 @@ bool has_sums(const Call& call) {
 
 constexpr const char* kNames[] = {
 #ifdef MIXER_KERNELS_X86
-    "avx512", "avx2",
+#ifdef MIXER_KERNELS_AMX
+    "avx512_amx",
 #endif
-    "baseline", nullptr};
+#ifdef MIXER_KERNELS_BF16
+    "avx512_bf16",
+#endif
+    "avx512",      "avx2",
+#endif
+    "baseline",    nullptr};
 
 }  // namespace
 

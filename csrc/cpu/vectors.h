@@ -21,6 +21,12 @@ typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Unsigned __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+// A bfloat16 in memory: the upper half of a float.
+struct Bf16 {
+    uint16_t bits;
+};
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -30,6 +36,14 @@ inline int64_t round_up(int64_t a, int64_t multiple) { return divided_up(a, mult
 inline Vector all(float value) { return value - Vector{}; }
 inline Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<UnalignedVector*>(p) = v; }
+
+inline Unsigned load(const uint32_t* p) {
+    Unsigned v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+inline void store(uint32_t* p, Unsigned v) { memcpy(p, &v, sizeof(v)); }
 
 template <int... I>
 inline Integers counted(std::integer_sequence<int, I...>) {
@@ -66,6 +80,56 @@ inline void store(float* p, Vector v, int64_t lanes) {
     store(values, v);
     for (int64_t i = 0; i < lanes; ++i) p[i] = values[i];
 #endif
+}
+
+inline Vector widened(Halves h) { return (Vector)(__builtin_convertvector(h, Unsigned) << 16); }
+
+// To the nearest bfloat16, of two the even one; NaN stays NaN.
+inline Halves narrowed(Vector v) {
+#if defined(__AVX512BF16__) && MIXER_KERNELS_LANES == 16
+    return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    const Unsigned bits = (Unsigned)v, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, Halves);
+#endif
+}
+
+inline Vector load(const Bf16* p) {
+    Halves h;
+    memcpy(&h, p, sizeof(h));
+    return widened(h);
+}
+
+inline Vector load(const Bf16* p, int64_t lanes) {
+    if (lanes >= kLanes) return load(p);
+#if defined(__AVX512BW__) && MIXER_KERNELS_LANES == 16
+    return widened((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << lanes) - 1), p));
+#else
+    Halves h{};
+    memcpy(&h, p, 2 * lanes);
+    return widened(h);
+#endif
+}
+
+inline void store(Bf16* p, Vector v, int64_t lanes) {
+    const Halves h = narrowed(v);
+    if (lanes >= kLanes) {
+        memcpy(p, &h, sizeof(h));
+        return;
+    }
+#if defined(__AVX512BW__) && MIXER_KERNELS_LANES == 16
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1 << lanes) - 1), (__m256i)h);
+#else
+    memcpy(p, &h, 2 * lanes);
+#endif
+}
+
+inline float widened(float value) { return value; }
+inline float widened(Bf16 h) {
+    const uint32_t bits = static_cast<uint32_t>(h.bits) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 // Zero behind the first `lanes` elements.

@@ -91,8 +91,10 @@ def requested_backend() -> str:
 def least_on_cpu(operator: str, dtype: torch.dtype) -> tuple[int, int] | None:
     """Of ``FASTER_ON_CPU``; None if ``auto`` does not take ``cpu`` for ``operator`` with products in ``dtype``."""
     least = FASTER_ON_CPU.get(dtype, {}).get(operator)
-    if dtype is not torch.float32 and operator in _IF_EMULATED and not load("cpu").emulates(dtype):
-        return None
+    if dtype is not torch.float32 and operator in _IF_EMULATED:
+        cpu = load("cpu")
+        if not cpu.emulates(dtype):
+            return FASTER_ON_CPU[torch.float32][operator] if cpu.multiplies(dtype) else None
     return least
 
 

@@ -34,6 +34,12 @@ namespace {
 
 std::mt19937 generator(1);
 
+#ifdef MIXER_KERNELS_BF16
+constexpr bool kMultipliesBf16 = true;
+#else
+constexpr bool kMultipliesBf16 = false;
+#endif
+
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
 
@@ -44,12 +50,29 @@ Floats random_floats(int64_t size, float scale, float offset = 0.0f) {
     return values;
 }
 
+using Halves = std::vector<uint16_t>;  // bfloat16
+
+Halves halves_of(const Floats& values) {
+    Halves halves(values.size());
+    for (size_t i = 0; i < values.size(); ++i) memcpy(&halves[i], reinterpret_cast<const char*>(&values[i]) + 2, 2);
+    return halves;
+}
+
+Floats floats_of(const Halves& halves) {
+    Floats values(halves.size());
+    for (size_t i = 0; i < halves.size(); ++i) memcpy(reinterpret_cast<char*>(&values[i]) + 2, &halves[i], 2);
+    return values;
+}
+
 struct Parameters {
     Floats of[8];  // gamma, beta, w1, b1, w2, b2, w_gate, b_gate; empty where there is none
     int64_t hidden;
 
-    Mixer mixer() const {
-        const auto at = [&](int i) { return of[i].empty() ? nullptr : of[i].data(); };
+    Mixer mixer() const { return mixer_of(of); }
+
+    template <class T>
+    Mixer mixer_of(const T* tensors) const {
+        const auto at = [&](int i) { return tensors[i].empty() ? nullptr : tensors[i].data(); };
         return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), hidden, 1e-5f};
     }
 };
@@ -136,6 +159,37 @@ bool close(const char* what, const float* actual, const Doubles& expected, doubl
 
 Doubles wide(const Floats& values) { return Doubles(values.begin(), values.end()); }
 
+// The call with x, its parameters and its products in bfloat16, by the bits of `which`.
+bool check_bf16(Call call, unsigned which, Floats x, const Parameters* parameters,
+                const std::function<Doubles(const Doubles*)>& evaluate, int64_t size) {
+    const bool of_x = which & 1, of_parameters = which & 2;
+    const Halves x_halves = halves_of(x);
+    Halves halves[2][8], y_halves(size, 0x7FC0);
+    Floats y(size, NAN);
+    Doubles point[17];
+    if (of_x) x = floats_of(x_halves);
+    for (int64_t i = 0; i < size; ++i) {  // as check() has laid it out
+        const int64_t F = call.x.sizes[3], P = call.x.sizes[2], C = call.x.sizes[1];
+        point[0].push_back(x[i / (C * P * F) * call.x.strides[0] + i / (P * F) % C * call.x.strides[1] +
+                             i / F % P * call.x.strides[2] + i % F]);
+    }
+    for (int i = 0; i < 8 * call.mixers; ++i) {
+        halves[i / 8][i % 8] = halves_of(parameters[i / 8].of[i % 8]);
+        point[1 + i] = wide(of_parameters ? floats_of(halves[i / 8][i % 8]) : parameters[i / 8].of[i % 8]);
+    }
+    call.x.bf16 = of_x;
+    call.x.data = of_x ? static_cast<const void*>(x_halves.data()) : x.data();
+    call.y = of_x ? static_cast<void*>(y_halves.data()) : y.data();
+    call.u = nullptr;
+    call.bf16 = of_parameters;
+    call.options.bf16 = which & 4;
+    for (int i = 0; i < call.mixers && of_parameters; ++i) call.mixer[i] = parameters[i].mixer_of(halves[i]);
+    run_forward(kernels_baseline, call, 3);
+    if (of_x) y = floats_of(y_halves);
+    const double tolerance = of_x ? 4e-3 : 2e-5;  // half a unit in the last place of the largest
+    return close("y in bfloat16", y.data(), evaluate(point), kMultipliesBf16 && which & 4 ? 1.5e-2 : tolerance);
+}
+
 // One call forward and backward; gradients are checked along one random direction in each of their tensors.
 bool check(int64_t B, int64_t C, int64_t P, int64_t F, int axis, bool gate_first, bool sigmoid, bool affine,
            bool tanh_form, unsigned present) {
@@ -159,7 +213,7 @@ bool check(int64_t B, int64_t C, int64_t P, int64_t F, int axis, bool gate_first
         parameters[i] = random_parameters(sizes[axes[i]], F, 2 * sizes[axes[i]] + 1, present >> (8 * i));
         call.mixer[i] = parameters[i].mixer();
     }
-    call.options = {gate_first, sigmoid, affine, tanh_form, 0.0f, nullptr};
+    call.options = {gate_first, sigmoid, affine, tanh_form, false, 0.0f, nullptr};
     Floats y(dense.size(), NAN), u(dense.size(), NAN), dx(dense.size(), NAN), dy = random_floats(dense.size(), 1.0f);
     call.y = y.data();
     call.u = layer ? u.data() : nullptr;
@@ -177,6 +231,12 @@ bool check(int64_t B, int64_t C, int64_t P, int64_t F, int axis, bool gate_first
         y.assign(y.size(), NAN);
         run_forward(kernels, call, threads);
         if (!close("y", y.data(), expected, 2e-5)) return false;
+    }
+    static unsigned calls = 0;
+    const unsigned which = 1 + calls++ % 7;
+    if (!check_bf16(call, which, x, parameters, evaluate, dense.size())) {
+        printf("in bfloat16: %u (1: x, 2: parameters, 4: products)\n", which);
+        return false;
     }
 
     Floats gradients[17];

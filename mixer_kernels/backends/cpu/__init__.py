@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import torch as torch_backend
 from ..arguments import GatedHalf, Half, Options
-from .library import emulates, instruction_set, loaded, why_not, why_not_auto
+from .library import emulates, instruction_set, loaded, multiplies, why_not, why_not_auto
 from .plan import (
     ForwardPlan,
     Packing,
@@ -41,6 +41,7 @@ __all__ = [
     "gated_mixing_plan",
     "has",
     "mixer_block_forward",
+    "multiplies",
     "token_mixing_forward",
     "token_mixing_plan",
     "why_not",
@@ -154,7 +155,7 @@ def _backward(dy, u, x, axis, mixers, eps, options, gate_first, wanted) -> list[
     if x.numel() == 0:
         gradients = [None if gradient is None else gradient.zero_() for gradient in gradients]
     else:
-        x, dy, mixers = readable(x), dense(dy), [in_float32(mixer) for mixer in mixers]
+        x, dy, mixers = readable(x.float()), dense(dy), [in_float32(mixer) for mixer in mixers]
         addresses = [tuple(map(address, gradients[i : i + 8])) for i in range(0, len(gradients), 8)]
         u = None if u is None else dense(u)
         loaded().backward(

@@ -15,9 +15,11 @@ import torch
 from ...environment import asked_instruction_set
 from ..remembered import forget
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # computed in float32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODULE = f"{__package__.rpartition('.backends')[0]}._cpu"
 ISA_VARIABLE = asked_instruction_set.name
+WITH_BF16 = ("avx512_amx", "avx512_bf16")
+"""The instruction sets that multiply bfloat16; all else is computed in float32."""
 
 
 def loaded() -> ModuleType:
@@ -58,6 +60,11 @@ def emulates(dtype: torch.dtype) -> bool:
     """Whether this CPU has no products in ``dtype``, of 16 bits, that PyTorch could use."""
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     return asked is not None and not getattr(torch.ops.mkldnn, asked, bool)()
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the kernels that ``auto`` takes multiply in ``dtype``, of 16 bits."""
+    return dtype is torch.bfloat16 and why_not_auto(dtype) is None and instruction_set() in WITH_BF16
 
 
 @functools.cache  # as _instruction_set
