@@ -113,6 +113,23 @@ def test_forms_of_a_mixer(mixer, options):
         assert_matches_eager(functools.partial(of_mixer.evaluate, mixer), x, given, **options)
 
 
+@pytest.mark.parametrize("memory", F.MEMORY_MODES)
+def test_gradients_match_eager(memory):
+    """A backward pass is float32, of what a forward pass has rounded."""
+    of_series.assert_layer_matches_eager(*make_layer((3, 7, 13, 20), BF16, CPU), memory=memory)
+
+
+def test_dropout_has_the_masks_of_float32():
+    x, parameters = make_layer((2, 3, 10, 20), torch.float32, CPU)
+    results = []
+    for products in (BF16, torch.float32):
+        torch.manual_seed(11)
+        with torch.autocast("cpu", BF16, enabled=products is BF16):
+            results.append(of_layer.evaluate(x, parameters, "cpu", dropout_p=0.3)["output"])
+    difference = (results[0] - results[1]).abs().max()
+    assert 0 < difference < 0.05, "another mask would change whole elements"
+
+
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 70), st.integers(1, 70)),

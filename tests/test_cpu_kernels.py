@@ -135,7 +135,6 @@ OF_BF16 = {  # the same, in products of bfloat16
     "bias of a tile dropped": ("product_bf16.h", "(bias ? bias[m + r] : 0.0f)", "0.0f"),
     "rows of the first tile twice": ("product_bf16.h", "a + (words + k) * kTile", "a + k * kTile"),
     "no tiles configured": ("kernels.cpp", "const TilesInUse tiles;", ""),
-    "GELU's root": ("functions.h", "-0.0173797794f", "0.0173797794f"),
 }
 
 
@@ -146,7 +145,7 @@ def test_bug_is_caught(name, right, wrong, tmp_path):
 
 @pytest.mark.parametrize(("name", "right", "wrong"), OF_BF16.values(), ids=OF_BF16.keys())
 def test_bug_in_products_of_bfloat16_is_caught(name, right, wrong, tmp_path):
-    assert_caught(run_driver(tmp_path, 16, *TILES, csrc=planted(tmp_path, name, right, wrong)))
+    assert_caught(run_driver(tmp_path, 4, *TILES, csrc=planted(tmp_path, name, right, wrong)))
 
 
 def assert_caught(result: subprocess.CompletedProcess[str]) -> None:
