@@ -69,9 +69,6 @@ struct InstructionSet {
 
 const InstructionSet kInstructionSets[] = {
 #ifdef MIXER_KERNELS_X86
-#ifdef MIXER_KERNELS_AMX
-    {"avx512_amx", &kernels_avx512_amx, [] { return x86().amx && may_use_tiles(); }},
-#endif
 #ifdef MIXER_KERNELS_BF16
     {"avx512_bf16", &kernels_avx512_bf16, [] { return x86().avx512_bf16; }},
 #endif
@@ -79,6 +76,9 @@ const InstructionSet kInstructionSets[] = {
     {"avx2", &kernels_avx2, [] { return x86().avx2; }},
 #endif
     {"baseline", &kernels_baseline, [] { return true; }},
+#ifdef MIXER_KERNELS_AMX  // behind baseline, which always runs: it has to be asked for until it has run on such a CPU
+    {"avx512_amx", &kernels_avx512_amx, [] { return x86().amx && may_use_tiles(); }},
+#endif
 };
 
 const InstructionSet* named(const char* name) {
@@ -148,15 +148,16 @@ bool has_sums(const Call& call) {
 
 constexpr const char* kNames[] = {
 #ifdef MIXER_KERNELS_X86
-#ifdef MIXER_KERNELS_AMX
-    "avx512_amx",
-#endif
 #ifdef MIXER_KERNELS_BF16
     "avx512_bf16",
 #endif
     "avx512",      "avx2",
 #endif
-    "baseline",    nullptr};
+    "baseline",
+#ifdef MIXER_KERNELS_AMX
+    "avx512_amx",
+#endif
+    nullptr};
 
 }  // namespace
 

@@ -42,8 +42,7 @@ NEVER, LEAST_OF_A_MIXER = sys.maxsize, 32768  # elements of x
 # single mixer of 7,168 elements trained at 0.9 of their speed, of 57,344 at 1.0 to 1.8. The token half of an MLP-Mixer
 # ran at 1.1 to 2.1; where x is small the call costs what it gains, and at batch 1 it trained slower. In 16 bits blocks
 # ran at 2 to 4 times the speed of PyTorch's emulated products, but the token half at 0.7 to 1.2 of a CPU's own. Where
-# the kernels multiply bfloat16 too, it ran at 1.5 to 2.0 with AVX512_BF16; with AMX a prototype had 4.2 to 4.7, and the
-# kernels themselves have not been measured.
+# the kernels multiply bfloat16 too, it ran at 1.5 to 2.0 with AVX512_BF16. Where PyTorch has AMX they need it as well.
 _OF_SERIES = {"gated_mixer_layer": (0, 0), "gated_mixing": (0, 32768)}
 _OF_MIXERS_IN_16_BITS = {"token_mixing": (1, NEVER), "mixer_block": (1, NEVER)}  # with the kernels' products or none
 FASTER_ON_CPU = {

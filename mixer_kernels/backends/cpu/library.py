@@ -18,7 +18,8 @@ from ..remembered import forget
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODULE = f"{__package__.rpartition('.backends')[0]}._cpu"
 ISA_VARIABLE = asked_instruction_set.name
-WITH_BF16 = ("avx512_amx", "avx512_bf16")
+AMX = "avx512_amx"  # has to be asked for: no CPU has run it yet
+WITH_BF16 = (AMX, "avx512_bf16")
 """The instruction sets that multiply bfloat16; all else is computed in float32."""
 
 
@@ -63,8 +64,10 @@ def emulates(dtype: torch.dtype) -> bool:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the kernels that ``auto`` takes multiply in ``dtype``, of 16 bits."""
-    return dtype is torch.bfloat16 and why_not_auto(dtype) is None and instruction_set() in WITH_BF16
+    """Whether the kernels that ``auto`` takes multiply in ``dtype``, of 16 bits, by the CPU's best instructions."""
+    if dtype is not torch.bfloat16 or why_not_auto(dtype) is not None or instruction_set() not in WITH_BF16:
+        return False
+    return instruction_set() == AMX or AMX not in loaded().built or not loaded().runs_here(AMX)
 
 
 @functools.cache  # as _instruction_set
