@@ -39,7 +39,8 @@ def fuse_(
     Known blocks: timm's ``MixerBlock`` (also gMixer's), ``ResBlock`` (ResMLP) and ``SpatialGatingBlock`` (gMLP);
     ``PreNormResidual`` of lucidrains' ``MLPMixer`` and ``MLPMixer3D``; the layers of Hugging Face's PatchTSMixer and of
     granite-tsfm's TinyTimeMixer (sktime's too) and TSPulse, and the feature, patch and channel mixing blocks in them;
-    the MLP-Mixer in PyTorch Geometric's GraphMixer; and what ``blocks`` declares.
+    the MLP-Mixer in PyTorch Geometric's GraphMixer; the layers of darts' TSMixerModel and of neuralforecast's
+    TSMixer and TSMixerx, and the time and feature mixing in and around them; and what ``blocks`` declares.
 
     Fused blocks compute what they did before, by the accuracy rule of this package: in training and inference, under
     autocast and gradient checkpointing. They keep their parameters and ``state_dict`` keys. If a block later becomes

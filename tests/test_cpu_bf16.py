@@ -41,7 +41,7 @@ def module_in_cpp(folder: Path):
     import pybind11
 
     csrc = on_host(folder)
-    sources = [csrc / name for name in ("bind.cpp", "run.cpp", "kernels.cpp")]
+    sources = [csrc / name for name in ("bind.cpp", "run.cpp", "kernels.cpp", "tsmixer.cpp")]
     flags = [
         "-O1", "-w", "-DMIXER_KERNELS_ISA=baseline", "-DMIXER_KERNELS_LANES=16", *TILES,
         *(SIZES[16] if has_avx2() else []), f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,40 @@ def has_avx2() -> bool:
 def run_driver(folder: Path, lanes: int, *options: str, csrc: Path = CSRC) -> subprocess.CompletedProcess[str]:
     """Compile the kernels with vectors of ``lanes`` floats, and check them by tests/cpu_kernels/driver.cpp."""
     program = folder / "driver"
-    flags = SIZES[lanes] if has_avx2() else []
-    command = [
-        COMPILER, "-std=c++17", "-O1", "-Wno-psabi", "-ffp-contract=fast", "-DMIXER_KERNELS_ISA=baseline",
-        f"-DMIXER_KERNELS_LANES={lanes}", f"-I{csrc}", *flags, *options, csrc / "kernels.cpp", csrc / "run.cpp",
-        ROOT / "tests/cpu_kernels/driver.cpp", "-rdynamic", "-pthread", "-ldl", "-o", program,
+    flags = [
+        "-std=c++17", "-O1", "-Wno-psabi", "-ffp-contract=fast", "-DMIXER_KERNELS_ISA=baseline",
+        f"-DMIXER_KERNELS_LANES={lanes}", *(SIZES[lanes] if has_avx2() else []), *options,
     ]  # fmt: skip
-    compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert compiled.returncode == 0, compiled.stderr
+    sources = [*(csrc / f"{name}.cpp" for name in ("kernels", "tsmixer", "run")), ROOT / "tests/cpu_kernels/driver.cpp"]
+    objects = [compiled(source, flags, csrc) for source in sources]
+    compile_(*flags, *objects, "-rdynamic", "-pthread", "-ldl", "-o", program)
     environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run([program], capture_output=True, text=True, timeout=300, env=environment)
+
+
+_objects: dict[tuple, Path] = {}
+
+
+def compiled(source: Path, flags: list[str], csrc: Path) -> Path:
+    """Its object, made once from the same text: a planted bug leaves most of them as they are."""
+    rule = compile_(*flags, f"-I{csrc}", "-MM", source)
+    text = [Path(name).read_bytes() for name in rule.split(":", 1)[1].replace("\\\n", " ").split()]
+    key = (source.name, *flags, *text)
+    if key not in _objects:
+        obj = Path(tempfile.mkdtemp(dir=_folder.name), f"{source.stem}.o")
+        compile_(*flags, f"-I{csrc}", "-c", source, "-o", obj)
+        _objects[key] = obj
+    return _objects[key]
+
+
+_folder = tempfile.TemporaryDirectory(prefix="mixer_kernels_cpu_")
+
+
+def compile_(*arguments: str | Path) -> str:
+    """Run the compiler; what it prints."""
+    result = subprocess.run([COMPILER, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize(("lanes", "products"), [(4, BF16), (8, ()), (16, TILES)])
@@ -96,8 +121,8 @@ def planted(folder: Path, name: str, right: str, wrong: str) -> Path:
 
 
 PLANTED = {  # file of csrc/cpu, what is there, what is planted
-    "b1 dropped": ("mixing.h", "in, in_stride, mixer.b1, false, hidden", "in, in_stride, nullptr, false, hidden"),
-    "b2 dropped forward": ("mixing.h", "stride, mixer.b2, false, n, n_stride", "stride, nullptr, false, n, n_stride"),
+    "b1 dropped": ("mixing.h", "in, in_stride, b1, false, hidden", "in, in_stride, nullptr, false, hidden"),
+    "b2 dropped forward": ("mixing.h", "hidden, stride, b2, false, value", "hidden, stride, nullptr, false, value"),
     "the last vector forgotten": ("product.h", "divided_up(N, kLanes)", "N / kLanes"),
     "rows left forgotten": ("product.h", "m += done;", "m += M;"),
     "eps dropped": ("norm.h", "Vector{}) + eps;", "Vector{}) + 300 * eps;"),
@@ -116,15 +141,22 @@ PLANTED = {  # file of csrc/cpu, what is there, what is planted
         "norm.h", "store(m, affine ? Vector{} :", "store(m, false ? Vector{} :"),
     "residual dropped": (
         "kernels.cpp", "load(in[row + i] + shape.first + f, shape.F - f) + load(branch[i] + f)", "load(branch[i] + f)"),
-    "the first slice's gamma": ("kernels.cpp", "mixer.gamma ? mixer.gamma[at]", "mixer.gamma ? mixer.gamma[f]"),
+    "the first slice's gamma": ("kernels.cpp", "widened(of_gamma[at])", "widened(of_gamma[f])"),
     "statistics of a slice": ("kernels.cpp", "number, shape.row, mixer.eps", "number, shape.F, mixer.eps"),
     "a slice on the first one's place": ("kernels.cpp", "shape.first + f,\n", "f,\n"),
     "x as if contiguous": (
-        "kernels.cpp", "axis, false).addresses(call.x.data", "axis, true).addresses(call.x.data"),
+        "kernels.cpp", "axis, false).addresses(static_cast<const T*>(call.x", "axis, true).addresses(static_cast<const T*>(call.x"),
     "images of another axis": ("kernels.cpp", "image / inner_size * outer", "image / inner_size * inner"),
     "w2's gradient not turned": ("kernels.cpp", "H, K, width, true)", "H, K, width)"),
     "sums of the first task only": ("kernels.cpp", "task < plan.tasks; ++task", "task < 1; ++task"),
     "one set of sums for all tasks": ("run.cpp", "sums.get() + task * size : nullptr", "sums.get() : nullptr"),
+    "one term of the joint norm's gradient": ("joint_norm.h", "(d - a - xhat * b)", "(d - a)"),
+    "channels behind the end in the joint statistics": (
+        "joint_norm.h", "only(function(load(x + (s + i) * stride + c, C - c)), C - c)",
+        "function(load(x + (s + i) * stride + c, C - c))"),
+    "features' residual dropped": ("feature_mixing.h", "p.w_skip ? p.b_skip : x;", "p.w_skip ? p.b_skip : nullptr;"),
+    "tokens' residual dropped backward": ("time_mixing.h", "load(g_ + at) + load(dn + at)", "load(dn + at)"),
+    "kept rows of whole vectors": ("feature_mixing.h", "call_.kept_v ? O : whole(O)", "whole(O)"),
     "weights packed in another order": ("product.h", "to[k * rows + r] =", "to[r * K + k] ="),
 }  # fmt: skip
 
@@ -153,20 +185,29 @@ def assert_caught(result: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.skipif(not X86, reason="waits for a machine with several instruction sets: x86-64")
-@pytest.mark.parametrize(("isa", "optimised"), [("avx2", "-O0"), ("avx2", "-O3"), ("avx512_amx", "-O1")])
-def test_instruction_sets_share_no_function(isa, optimised, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "isa", "optimised"),
+    [
+        ("kernels", "avx2", "-O0"),
+        ("kernels", "avx2", "-O3"),
+        ("kernels", "avx512_amx", "-O1"),
+        ("tsmixer", "avx2", "-O0"),
+        ("tsmixer", "avx2", "-O3"),
+    ],
+)
+def test_instruction_sets_share_no_function(source, isa, optimised, tmp_path):
     """A function with a name of its own for the linker could be taken from the object for a newer CPU."""
-    obj = compiled(tmp_path, "kernels.cpp", isa, optimised, "-c")
+    obj = compiled_for(isa, tmp_path, f"{source}.cpp", optimised, "-c")
     symbols = subprocess.run(["nm", "-C", obj], capture_output=True, text=True, check=True).stdout
     shared = [line for line in symbols.splitlines() if line.split()[-2] in "TVWDBRu"]
-    assert [line.split()[-1] for line in shared] == [f"mixer_kernels::cpu::kernels_{isa}"], symbols
+    assert [line.split()[-1] for line in shared] == [f"mixer_kernels::cpu::{source}_{isa}"], symbols
     code = subprocess.run(["objdump", "-d", obj], capture_output=True, text=True, check=True).stdout
     for name in ("tdpbf16ps", "tileloadd", "tilestored", "ldtilecfg", "tilerelease", "vcvtne2ps2bf16"):
         assert (name in code) == (isa == "avx512_amx"), name
 
 
-def compiled(folder: Path, source: str, isa: str, *options: str, csrc: Path = CSRC) -> Path:
-    """``source`` of csrc, or of the tests' folder, for an instruction set."""
+def compiled_for(isa: str, folder: Path, source: str, *options: str, csrc: Path = CSRC) -> Path:
+    """``source`` of csrc, or of the tests' folder, with the instructions of ``isa``."""
     lanes, flags = ISAS[isa]
     there = csrc / source if (csrc / source).exists() else ROOT / "tests/cpu_kernels" / source
     result = folder / f"{there.stem}-{csrc.parent.name}"
@@ -187,6 +228,6 @@ def test_plain_dot_products_are_the_instructions(tmp_path):
         pytest.skip("waits for a CPU with avx512_bf16")
     results = []
     for csrc in (CSRC, on_host(tmp_path)):
-        program = compiled(tmp_path, "dots.cpp", "avx512_bf16", "-O1", csrc=csrc)
+        program = compiled_for("avx512_bf16", tmp_path, "dots.cpp", "-O1", csrc=csrc)
         results.append(subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines())
     assert len(results[0]) > 1000 and results[0] == results[1]

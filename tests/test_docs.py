@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import neuralforecast_stub
 import numpy as np
 import pytest
 import timm
@@ -25,8 +26,10 @@ import mixer_kernels
 from mixer_kernels import __main__ as program
 from mixer_kernels import convert, functional
 
-# Of torch's exporter, in itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.isinstance.treespec, LeafSpec:FutureWarning",  # of torch's exporter, in itself
+    "ignore::UserWarning:(pytorch_lightning|lightning_fabric|torch.utils.data)",  # of darts' short fit
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -97,10 +100,17 @@ def readers_forecaster() -> dict:
     return {"forecaster": SimpleNamespace(model_=granite_ttm.TinyTimeMixerForPrediction(config))}
 
 
+def readers_tsmixer() -> dict:
+    """Of neuralforecast a model."""
+    neuralforecast_stub.define_packages()
+    return {"model": importlib.import_module("neuralforecast.models.tsmixerx").TSMixerx(12, 24, n_series=7)}
+
+
 READERS: dict[str, Callable[[], dict]] = {
     "README": readers_block,
     "convert_weights": readers_checkpoint,
     "huggingface": readers_granite,
+    "neuralforecast": readers_tsmixer,
     "sktime": readers_forecaster,
 }
 CHECKS = {"README": the_block_is_what_the_readme_says}

@@ -41,6 +41,8 @@ AT_IMPORT = {
     "tsfm_public": {"adapters.tinytimemixer", "adapters.tspulse"},
     "sktime": {"adapters.sktime"},
     "torch_geometric": {"adapters.pyg"},
+    "darts": {"adapters.darts"},
+    "neuralforecast": {"adapters.neuralforecast"},
 }
 
 

@@ -1,4 +1,5 @@
-// The Python module mixer_kernels._cpu: kernels.h with addresses as integers and structs as tuples of their fields.
+// The Python module mixer_kernels._cpu: kernels.h and tsmixer.h with addresses as integers and structs as tuples of
+// their fields.
 //
 // No PyTorch here. mixer_kernels/backends/cpu is what calls these functions, and what says which tensors they take.
 #include <pybind11/pybind11.h>
@@ -8,6 +9,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "tsmixer.h"
 
 namespace py = pybind11;
 
@@ -149,6 +151,73 @@ void backward(const std::string& name, uintptr_t dy, const py::tuple& x, int axi
     run_backward(kernels, call, threads);
 }
 
+template <class FLOAT>
+TsmixerParameters<FLOAT> tsmixer_parameters_of(const py::tuple& tuple) {
+    Fields fields(tuple);
+    TsmixerParameters<FLOAT> p{};
+    for (FLOAT** parameter : {&p.gamma, &p.beta, &p.w1, &p.b1, &p.w2, &p.b2, &p.w_skip, &p.b_skip})
+        *parameter = fields.address<FLOAT>();
+    return p;
+}
+
+// `form`: the sizes B, S, C, H, O, what is mixed, how.
+TsmixerCall tsmixer_call_of(uintptr_t x, const py::tuple& form, const py::tuple& parameters) {
+    Fields fields(form);
+    TsmixerCall call{};
+    call.x = at<const float>(x);
+    for (int64_t* size : {&call.B, &call.S, &call.C, &call.H, &call.O}) *size = fields.next<int64_t>();
+    call.features = fields.next<bool>();
+    call.norm_first = fields.next<bool>();
+    call.affine = fields.next<bool>();
+    call.activation = static_cast<Activation>(fields.next<int>());
+    call.eps = fields.next<float>();
+    call.dropout_p = fields.next<float>();
+    call.seed = fields.address<const int64_t>();
+    call.parameters = tsmixer_parameters_of<const float>(parameters);
+    return call;
+}
+
+const TsmixerKernels& tsmixer_of(const std::string& name) {
+    const TsmixerKernels* kernels = find_tsmixer(name.c_str());
+    if (!kernels) throw std::invalid_argument("no kernels for " + name + " that run here");
+    return *kernels;
+}
+
+// A forward pass, all but the addresses of x and of what it writes.
+class TsmixerForward {
+  public:
+    TsmixerForward(const std::string& name, const py::tuple& form, const py::tuple& parameters)
+        : kernels_(tsmixer_of(name)), call_(tsmixer_call_of(0, form, parameters)) {}
+
+    void operator()(uintptr_t x, uintptr_t y, uintptr_t z, uintptr_t v, int threads) const {
+        TsmixerCall call = call_;
+        call.x = at<const float>(x);
+        call.y = at<float>(y);
+        call.z = at<float>(z);
+        call.v = at<float>(v);
+        const py::gil_scoped_release release;
+        run_forward(kernels_, call, threads);
+    }
+
+  private:
+    const TsmixerKernels& kernels_;
+    const TsmixerCall call_;
+};
+
+void tsmixer_backward(const std::string& name, uintptr_t dy, uintptr_t x, const py::tuple& form,
+                      const py::tuple& parameters, uintptr_t z, uintptr_t v, uintptr_t dx, const py::tuple& gradients,
+                      int threads) {
+    const TsmixerKernels& kernels = tsmixer_of(name);
+    TsmixerCall call = tsmixer_call_of(x, form, parameters);
+    call.dy = at<const float>(dy);
+    call.kept_z = at<const float>(z);
+    call.kept_v = at<const float>(v);
+    call.dx = at<float>(dx);
+    call.gradients = tsmixer_parameters_of<float>(gradients);
+    const py::gil_scoped_release release;
+    run_backward(kernels, call, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -163,6 +232,10 @@ PYBIND11_MODULE(_cpu, module) {
         .def(py::init<const std::string&, const py::tuple&, int, const py::tuple&, const py::tuple&, uintptr_t>())
         .def("__call__", &Forward::operator());
     module.def("backward", &backward);
+    py::class_<TsmixerForward>(module, "TsmixerForward")
+        .def(py::init<const std::string&, const py::tuple&, const py::tuple&>())
+        .def("__call__", &TsmixerForward::operator());
+    module.def("tsmixer_backward", &tsmixer_backward);
 }
 
 }  // namespace mixer_kernels::cpu

@@ -1,6 +1,7 @@
 // One mixer on the columns of a plane, forward and backward: equations (30), (31), (33) to (35) of docs/maths.md.
 #pragma once
 
+#include "arena.h"
 #include "functions.h"
 #include "kernels.h"
 #include "noise.h"
@@ -13,27 +14,6 @@
 namespace {
 
 using mixer_kernels::cpu::Mixer;
-
-// Memory of a thread, cut into pieces; without memory it counts them.
-class Arena {
-  public:
-    explicit Arena(float* memory) : memory_(memory) {}
-
-    float* take(int64_t floats) {
-        const int64_t first = used_;
-        used_ += round_up(floats, 16);
-        most_ = largest(most_, used_);
-        return memory_ ? memory_ + first : nullptr;
-    }
-
-    int64_t used() const { return used_; }
-    int64_t most() const { return most_; }
-    void back_to(int64_t used) { used_ = used; }
-
-  private:
-    float* memory_;
-    int64_t used_ = 0, most_ = 0;
-};
 
 // Where a task's sums for the gradients of one mixer lie. w2's are those of its transpose.
 struct Sums {
@@ -235,7 +215,7 @@ struct Mlp {
 
         if (sums) {  // of fc2
             add_rows(K, count, g, n_stride, sums->b2);
-            turn(g, n_stride, count);
+            turn(g, n_stride, K, count, across);
             add_product(H, count, hidden, stride, sums->w2);
         }
         // hidden becomes the gradient of z.
@@ -243,7 +223,7 @@ struct Mlp {
         multiply(H, count, slope, stride, hidden, stride);
         if (sums) {  // of fc1
             add_rows(H, count, hidden, stride, sums->b1);
-            turn(in, in_stride, count);
+            turn(in, in_stride, K, count, across);
             add_product(H, count, hidden, stride, sums->w1);
         }
         product(K, count, H, matrices.w1_back, hidden, stride, nullptr, false, g, n_stride);
@@ -347,7 +327,7 @@ struct Mlp {
         product(K, count, K, matrices.w_gate_back, logits, stride, nullptr, true, g, g_stride);
         if (!sums) return;
         add_rows(K, count, logits, stride, sums->b_gate);
-        turn(v, v_stride, count);
+        turn(v, v_stride, K, count, across);
         add_product(K, count, logits, stride, sums->w_gate);
     }
 
@@ -361,31 +341,10 @@ struct Mlp {
             }
     }
 
-    // across = plane', rows of whole vectors
-    void turn(const float* plane, int64_t plane_stride, int64_t count) const {
-        const int64_t width = round_up(shape.K, kLanes);
-        for (int64_t c = 0; c < count; c += kLanes)
-            for (int64_t k = 0; k < shape.K; k += kLanes) {
-                Vector tile[kLanes];
-                for (int i = 0; i < kLanes; ++i)
-                    tile[i] = k + i < shape.K ? load(plane + (k + i) * plane_stride + c) : Vector{};
-                transpose(tile);
-                for (int i = 0; i < kLanes; ++i) store(across + (c + i) * width + k, tile[i]);
-            }
-    }
-
     // to [rows, K] += plane . across
     void add_product(int64_t rows, int64_t count, const float* plane, int64_t stride, float* to) const {
         const int64_t width = round_up(shape.K, kLanes);
         product(rows, shape.K, count, by_rows(plane, stride), across, width, nullptr, true, to, width);
-    }
-
-    static void add_rows(int64_t rows, int64_t count, const float* plane, int64_t stride, float* to) {
-        for (int64_t r = 0; r < rows; ++r) {
-            Vector total{};
-            for (int64_t c = 0; c < count; c += kLanes) total += only(load(plane + r * stride + c), count - c);
-            to[r] += sum(total);
-        }
     }
 };
 

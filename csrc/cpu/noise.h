@@ -41,9 +41,23 @@ struct Dropout {
 
     // The factors of element i of the columns from `column`.
     Vector kept(int64_t i, int64_t column, Site site) const {
-        Unsigned c0 = static_cast<uint32_t>(i) + Unsigned{}, c1, c2, c3 = static_cast<uint32_t>(site) + Unsigned{};
+        Unsigned c1, c2;
         memcpy(&c1, rows + column, sizeof(c1));
         memcpy(&c2, images + column, sizeof(c2));
+        return factors(static_cast<uint32_t>(i) + Unsigned{}, c1, c2, site);
+    }
+
+    // The factors of the elements from i on of one row.
+    Vector kept_of_row(int64_t i, int64_t row, int64_t image, Site site) const {
+        const Unsigned elements = (Unsigned)counted(std::make_integer_sequence<int, kLanes>());
+        return factors(static_cast<uint32_t>(i) + elements, static_cast<uint32_t>(row) + Unsigned{},
+                       static_cast<uint32_t>(image) + Unsigned{}, site);
+    }
+
+  private:
+    // Of the counter (c0, c1, c2, site).
+    Vector factors(Unsigned c0, Unsigned c1, Unsigned c2, Site site) const {
+        Unsigned c3 = static_cast<uint32_t>(site) + Unsigned{};
         uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
         for (int round = 0; round < 10; ++round) {
             Unsigned high_a, low_a, high_b, low_b;

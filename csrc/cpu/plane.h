@@ -96,4 +96,25 @@ struct Plane {
     }
 };
 
+// across = plane', K columns in rows of whole vectors.
+inline void turn(const float* plane, int64_t stride, int64_t K, int64_t count, float* across) {
+    const int64_t width = round_up(K, kLanes);
+    for (int64_t c = 0; c < count; c += kLanes)
+        for (int64_t k = 0; k < K; k += kLanes) {
+            Vector tile[kLanes];
+            for (int i = 0; i < kLanes; ++i) tile[i] = k + i < K ? load(plane + (k + i) * stride + c) : Vector{};
+            transpose(tile);
+            for (int i = 0; i < kLanes; ++i) store(across + (c + i) * width + k, tile[i]);
+        }
+}
+
+// to [rows] += the sums of a plane's rows.
+inline void add_rows(int64_t rows, int64_t count, const float* plane, int64_t stride, float* to) {
+    for (int64_t r = 0; r < rows; ++r) {
+        Vector total{};
+        for (int64_t c = 0; c < count; c += kLanes) total += only(load(plane + r * stride + c), count - c);
+        to[r] += sum(total);
+    }
+}
+
 }  // namespace

@@ -16,6 +16,7 @@
 #include <new>
 
 #include "kernels.h"
+#include "tsmixer.h"
 
 namespace mixer_kernels::cpu {
 namespace {
@@ -64,26 +65,30 @@ bool may_use_tiles() {
 struct InstructionSet {
     const char* name;
     const Kernels* kernels;
+    const TsmixerKernels* tsmixer;
     bool (*runs_here)();
 };
 
 const InstructionSet kInstructionSets[] = {
 #ifdef MIXER_KERNELS_X86
 #ifdef MIXER_KERNELS_BF16
-    {"avx512_bf16", &kernels_avx512_bf16, [] { return x86().avx512_bf16; }},
+    {"avx512_bf16", &kernels_avx512_bf16, &tsmixer_avx512_bf16, [] { return x86().avx512_bf16; }},
 #endif
-    {"avx512", &kernels_avx512, [] { return x86().avx512; }},
-    {"avx2", &kernels_avx2, [] { return x86().avx2; }},
+    {"avx512", &kernels_avx512, &tsmixer_avx512, [] { return x86().avx512; }},
+    {"avx2", &kernels_avx2, &tsmixer_avx2, [] { return x86().avx2; }},
 #endif
-    {"baseline", &kernels_baseline, [] { return true; }},
-#ifdef MIXER_KERNELS_AMX  // behind baseline, which always runs: it has to be asked for until it has run on such a CPU
-    {"avx512_amx", &kernels_avx512_amx, [] { return x86().amx && may_use_tiles(); }},
+    {"baseline", &kernels_baseline, &tsmixer_baseline, [] { return true; }},
+#if defined(MIXER_KERNELS_X86) && defined(MIXER_KERNELS_AMX)
+    // Behind baseline, which always runs: it has to be asked for until it has run on such a CPU.
+    // for until it has run on such a CPU
+    {"avx512_amx", &kernels_avx512_amx, &tsmixer_avx512_amx, [] { return x86().amx && may_use_tiles(); }},
 #endif
 };
 
+// That called `name`; null if it was not built or does not run here.
 const InstructionSet* named(const char* name) {
     for (const InstructionSet& set : kInstructionSets)
-        if (strcmp(set.name, name) == 0) return &set;
+        if (strcmp(set.name, name) == 0) return set.runs_here() ? &set : nullptr;
     return nullptr;
 }
 
@@ -134,7 +139,10 @@ std::unique_ptr<float, Free> packed(const Kernels& kernels, const Call& call, Pl
     return packs;
 }
 
-int threads_for(const Plan& plan, int threads) { return static_cast<int>(plan.tasks < threads ? plan.tasks : threads); }
+template <class PLAN>
+int threads_for(const PLAN& plan, int threads) {
+    return static_cast<int>(plan.tasks < threads ? plan.tasks : threads);
+}
 
 // Whether a parameter of the call has a gradient.
 bool has_sums(const Call& call) {
@@ -154,7 +162,7 @@ constexpr const char* kNames[] = {
     "avx512",      "avx2",
 #endif
     "baseline",
-#ifdef MIXER_KERNELS_AMX
+#if defined(MIXER_KERNELS_X86) && defined(MIXER_KERNELS_AMX)
     "avx512_amx",
 #endif
     nullptr};
@@ -167,7 +175,12 @@ bool runs_here(const char* name) { return find(name) != nullptr; }
 
 const Kernels* find(const char* name) {
     const InstructionSet* set = named(name);
-    return set && set->runs_here() ? set->kernels : nullptr;
+    return set ? set->kernels : nullptr;
+}
+
+const TsmixerKernels* find_tsmixer(const char* name) {
+    const InstructionSet* set = named(name);
+    return set ? set->tsmixer : nullptr;
 }
 
 bool has_pool() { return pool() != nullptr; }
@@ -194,6 +207,31 @@ void run_backward(const Kernels& kernels, const Call& call, int threads) {
         kernels.backward(call, plan, task, work.get() + thread * plan.work, sums ? sums.get() + task * size : nullptr);
     });
     if (sums) kernels.add_sums(call, plan, sums.get());
+}
+
+void run_forward(const TsmixerKernels& kernels, const TsmixerCall& call, int threads) {
+    TsmixerPlan plan = kernels.plan(call);
+    const auto packs = allocated(plan.packs);
+    kernels.pack(call, packs.get());
+    plan.packed = packs.get();
+    threads = threads_for(plan, threads);
+    const auto work = allocated(threads * plan.work);
+    on_threads(plan.tasks, threads, [&](int64_t task, int64_t thread) {
+        kernels.forward(call, plan, task, work.get() + thread * plan.work);
+    });
+}
+
+void run_backward(const TsmixerKernels& kernels, const TsmixerCall& call, int threads) {
+    TsmixerPlan plan = kernels.plan(call);
+    const auto packs = allocated(plan.packs);
+    kernels.pack(call, packs.get());
+    plan.packed = packs.get();
+    threads = threads_for(plan, threads);
+    const auto work = allocated(threads * plan.work), sums = allocated(plan.tasks * plan.sums);
+    on_threads(plan.tasks, threads, [&](int64_t task, int64_t thread) {
+        kernels.backward(call, plan, task, work.get() + thread * plan.work, sums.get() + task * plan.sums);
+    });
+    kernels.add_sums(call, plan, sums.get());
 }
 
 }  // namespace mixer_kernels::cpu

@@ -24,6 +24,9 @@ ORIGINS = {
     "tsfm_public.models.tspulse.modeling_tspulse": "tspulse",
     "torch_geometric.nn.models.graph_mixer": "pyg",
     "sktime.libs.granite_ttm.modeling_tinytimemixer": "sktime",
+    "darts.models.forecasting.tsmixer_model": "darts",
+    "neuralforecast.models.tsmixer": "neuralforecast",
+    "neuralforecast.models.tsmixerx": "neuralforecast",
 }
 
 

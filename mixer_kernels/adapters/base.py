@@ -38,6 +38,8 @@ class Fused(Watched, Freezable):
 
     dimensions: ClassVar[int] = 3
     """Of the input that the kernels take."""
+    inputs_of_forward: ClassVar[int] = 1
+    """That its own ``forward`` takes; the kernels take the first."""
     submodules: ClassVar[frozenset[str]]
     optional_submodules: ClassVar[frozenset[str]] = frozenset()
     parameters_of_its_own: ClassVar[frozenset[str]] = frozenset()
@@ -54,7 +56,7 @@ class Fused(Watched, Freezable):
             original = cls.original()
             cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
             own = inspect.signature(original.forward)
-            if [*own.parameters] != ["self", "x"]:
+            if [*own.parameters] != ["self", "x"] and "forward" not in cls.__dict__:
                 cls.forward = _forward_as(original, own)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
@@ -121,7 +123,7 @@ class Fused(Watched, Freezable):
             return "its forward was replaced"
         if original.forward.__module__ != original.__module__:
             return f"{name}.forward was replaced"
-        if len(inspect.signature(original.forward).parameters) != 2:
+        if len(inspect.signature(original.forward).parameters) != 1 + cls.inputs_of_forward:
             return f"this version's {name} takes more than x"
         more = block._modules.keys() - cls.submodules
         if (
@@ -170,11 +172,15 @@ class Fused(Watched, Freezable):
         if self._frozen is not None:
             self.check_frozen()
         if isinstance(x, Tensor) and checks.runs_on_torch(options.backend, x, self.operator_on_cpu(x), self):
-            return super().forward(x)
+            return self.own_forward(x)
         reason = self.why_not_kernels(x)
         if reason is None:
             return self.compute(x, options._replace(memory=memory_of(self, options.memory)))
         self.say_why(reason)
+        return self.own_forward(x)
+
+    def own_forward(self, x: Tensor) -> Tensor:
+        """The block by its own modules."""
         return super().forward(x)
 
     @classmethod

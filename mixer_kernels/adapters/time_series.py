@@ -12,7 +12,6 @@ from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from .. import functional
@@ -28,6 +27,7 @@ from ..coverage import (
 )
 from ..freeze import kept
 from .base import Fused, Options
+from .batch_norm import affine_of, why_not_affine, why_not_statistics
 
 
 class Mixing(Fused):
@@ -98,7 +98,7 @@ class Mixing(Fused):
                 for name, t in zip(names, gate, strict=True)
             ]
         norm = _norm(self)
-        affine = _affine_of(norm) if is_batch_norm(self) else weight_and_bias(norm)
+        affine = affine_of(norm) if is_batch_norm(self) else weight_and_bias(norm)
         return *affine, *weight_and_bias(mlp["fc1"]), *weight_and_bias(mlp["fc2"]), *gate
 
     def is_repeatable(self) -> bool:
@@ -278,15 +278,6 @@ def _features(mixer: nn.Module) -> int:
     return norm.num_features if is_batch_norm(mixer) else norm.normalized_shape[-1]
 
 
-def _affine_of(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm does in inference, as a factor and an addend of the features."""
-    weight, bias = norm.weight, norm.bias
-    gamma = (norm.running_var + norm.eps).rsqrt()
-    gamma = gamma if weight is None else weight * gamma
-    beta = -norm.running_mean * gamma
-    return gamma, beta if bias is None else beta + bias
-
-
 def _why_not_batch_norm(name: str, norm: nn.Module, features: int) -> str | None:
     if type(norm) is not nn.BatchNorm1d:
         return f"{name} is {type(norm).__name__}, not a plain BatchNorm1d"
@@ -296,14 +287,12 @@ def _why_not_batch_norm(name: str, norm: nn.Module, features: int) -> str | None
 
 
 def _why_not_these_statistics(mixer: nn.Module) -> str | None:
-    norm = _norm(mixer)
-    takes = is_batch_norm(mixer) and (norm.training or norm.running_mean is None or norm.running_var is None)
-    return "its BatchNorm takes its statistics from the batch" if takes else None
+    return why_not_statistics(_norm(mixer)) if is_batch_norm(mixer) else None
 
 
 def _why_not_folded(x: Tensor, *mixers: nn.Module) -> str | None:
-    is_narrow = x.dtype not in (torch.float32, torch.float64) and any(map(is_batch_norm, mixers))
-    return f"BatchNorm as an affine map would round more than it does in {x.dtype}" if is_narrow else None
+    reason = why_not_affine(x)
+    return reason if reason and any(map(is_batch_norm, mixers)) else None
 
 
 def _dropouts(mixer: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -54,6 +54,28 @@ class AffineLinear(NamedTuple):
     scale: Tensor | None
 
 
+class TimeMixer(NamedTuple):
+    """Norm and linear layer of TSMixer's time mixing."""
+
+    gamma: Tensor | None  # [S, C], as in the other one
+    beta: Tensor | None
+    w: Tensor
+    b: Tensor | None
+
+
+class FeatureMixer(NamedTuple):
+    """Norm, MLP and projected residual of TSMixer's feature mixing."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    w_in: Tensor
+    b_in: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None
+    w_skip: Tensor | None
+    b_skip: Tensor | None
+
+
 class Norm(NamedTuple):
     """LayerNorm on rows whose statistics are known; without statistics the affine map alone."""
 

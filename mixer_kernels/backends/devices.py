@@ -18,5 +18,7 @@ def device_of(x: Tensor) -> AbstractContextManager:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """The plain products of backward have their dtypes already, also where backward is called under autocast."""
-    known = x.device.type != "meta"  # autocast does not know that device
-    return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know that device
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)

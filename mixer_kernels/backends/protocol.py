@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .arguments import (
     AffineLinear,
+    FeatureMixer,
     GatedHalf,
     GatedMixingGradients,
     Half,
@@ -20,6 +21,7 @@ from .arguments import (
     NormGradients,
     Options,
     SpatialGate,
+    TimeMixer,
 )
 
 
@@ -71,6 +73,29 @@ class Backend(Protocol):
         keep_u: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """``y`` of ``x [B, channels, patches, features]``, and u, what the patches' mixer gives, if kept."""
+
+    def time_mixing_forward(
+        self, x: Tensor, mixer: TimeMixer, options: Options, norm_first: bool, keep_z: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """``y`` of ``x [B, S, C]``, mixed along S, and z ``[B, S, C]`` in float32 if kept."""
+
+    def feature_mixing_forward(
+        self, x: Tensor, mixer: FeatureMixer, options: Options, norm_first: bool, keep_z: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``y [B, S, O]`` of ``x [B, S, C]``, mixed along C, and if kept z ``[B, S, H]`` and, where the norm is last,
+        what it takes, ``[B, S, O]``, in float32."""
+
+    def tsmixer_layer_forward(
+        self,
+        x: Tensor,
+        time: TimeMixer,
+        features: FeatureMixer,
+        options: Options,
+        eps2: float,
+        norm_first: bool,
+        keep_z: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """``y [B, S, O]`` of ``x [B, S, C]``, and if kept u, what mixes features takes, and what both mixers keep."""
 
     # ------------------------------------------------------------------------------------------------ backward: Mixer
     # Kernels take ``norm`` and ``weights`` as the two functions here make them: all packs of a half at once.
@@ -181,3 +206,29 @@ class Backend(Protocol):
         eps2: float,
     ) -> Sequence[Tensor | None]:
         """Gradients of x and the parameters of both mixers; ``u`` None: recompute it."""
+
+    # ---------------------------------------------------------------------------------------------- backward: TSMixer
+
+    def time_mixing_backward(
+        self,
+        dy: Tensor,
+        z: Tensor | None,
+        x: Tensor,
+        mixer: TimeMixer,
+        options: Options,
+        wanted: Sequence[bool],
+        norm_first: bool,
+    ) -> Sequence[Tensor | None]:
+        """Gradients of x and the four parameters from ``dy``, contiguous; ``z`` None: recompute it."""
+
+    def feature_mixing_backward(
+        self,
+        dy: Tensor,
+        kept: tuple[Tensor | None, Tensor | None],
+        x: Tensor,
+        mixer: FeatureMixer,
+        options: Options,
+        wanted: Sequence[bool],
+        norm_first: bool,
+    ) -> Sequence[Tensor | None]:
+        """Gradients of x and the eight parameters from ``dy``, contiguous; what is None of ``kept`` is recomputed."""

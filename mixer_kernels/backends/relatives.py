@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import AffineLinear, GatedHalf, Half, Norm, Options, SpatialGate
+from .arguments import AffineLinear, FeatureMixer, GatedHalf, Half, Norm, Options, SpatialGate, TimeMixer
 from .backward import Gradients, Pass
 from .new_tensors import new_like
 from .protocol import Backend
@@ -134,6 +134,35 @@ def gated_mixer_layer_backward(
         return *(None,) * 9, *gradients
     of_first = Pass(backend, du, (), x, first, wanted[:9])
     return *gated_mixing_backward(of_first, patches, axis=2, gate_first=False), *gradients
+
+
+def time_mixing_backward(given: Pass, mixer: TimeMixer, norm_first: bool, keep_z: bool = True) -> Gradients:
+    """Of ``x, gamma, beta, w, b``. Kept is z, which is recomputed if it is None."""
+    backend, dy, (z,), x, options, wanted = given
+    return backend.time_mixing_backward(dy, z, x, mixer, options, wanted, norm_first)
+
+
+def feature_mixing_backward(given: Pass, mixer: FeatureMixer, norm_first: bool, keep_z: bool = True) -> Gradients:
+    """Of x and the eight parameters. Kept are z and what a last norm takes, which are recomputed if they are None."""
+    backend, dy, kept, x, options, wanted = given
+    return backend.feature_mixing_backward(dy, tuple(kept), x, mixer, options, wanted, norm_first)
+
+
+def tsmixer_layer_backward(
+    given: Pass, time: TimeMixer, features: FeatureMixer, eps2: float, norm_first: bool, keep_z: bool = True
+) -> Gradients:
+    """Of x and the parameters of both mixers. Kept are u and what they keep, which is recomputed where it is None."""
+    backend, dy, (u, z, *kept), x, options, wanted = given
+    first, second = halves_of_layer(options, eps2)
+    if u is None:
+        u, _ = backend.time_mixing_forward(x, time, first, norm_first)
+    wanted_of_features = (any(wanted[:5]), *wanted[5:])
+    du, *gradients = backend.feature_mixing_backward(
+        dy, tuple(kept), u, features, second, wanted_of_features, norm_first
+    )
+    if du is None:
+        return *(None,) * 5, *gradients
+    return *backend.time_mixing_backward(du, z, x, time, first, wanted[:5], norm_first), *gradients
 
 
 def halves_of_layer(options: Options, eps2: float) -> tuple[Options, Options]:

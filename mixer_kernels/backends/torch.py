@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import AffineLinear, GatedHalf, Half, Options, SpatialGate
+from .arguments import AffineLinear, FeatureMixer, GatedHalf, Half, Options, SpatialGate, TimeMixer
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -75,16 +75,38 @@ def gated_mixing_forward(x: Tensor, half: GatedHalf, options: Options, axis: int
     return y.to(x.dtype)  # autocast's softmax is float32
 
 
-def _mlp(n: Tensor, half: Half | GatedHalf, options: Options) -> Tensor:
+def time_mixing_forward(x: Tensor, mixer: TimeMixer, options: Options, norm_first: bool) -> Tensor:
+    """``y [B, S, C]`` from ``x [B, S, C]``, ``w [S, S]``."""
+    n = _joint_norm(x, mixer, options) if norm_first else x
+    z = _linear(n.transpose(1, 2), mixer.w, mixer.b, options)
+    y = x + _dropout(_activate(z, options), options).transpose(1, 2)  # (37)
+    return y if norm_first else _joint_norm(y, mixer, options)
+
+
+def feature_mixing_forward(x: Tensor, mixer: FeatureMixer, options: Options, norm_first: bool) -> Tensor:
+    """``y [B, S, O]`` from ``x [B, S, C]``, ``w_in [H, C]``, ``w_out [O, H]``, ``w_skip [O, C]`` or None."""
+    n = _joint_norm(x, mixer, options) if norm_first else x
+    skip = x if mixer.w_skip is None else _linear(x, mixer.w_skip, mixer.b_skip, options)
+    y = skip + _mlp(n, mixer, options)  # (38)
+    return (y if norm_first else _joint_norm(y, mixer, options)).to(x.dtype)
+
+
+def _joint_norm(x: Tensor, mixer: TimeMixer | FeatureMixer, options: Options) -> Tensor:
+    if options.norm == "affine":
+        return _affine(x, mixer.gamma, mixer.beta)
+    return _layer_norm(x, mixer.gamma, mixer.beta, options.eps, axes=2).to(x.dtype)  # (36)
+
+
+def _mlp(n: Tensor, half: Half | GatedHalf | FeatureMixer, options: Options) -> Tensor:
     return _output(_hidden(n, half, options), half, options)
 
 
-def _hidden(n: Tensor, half: Half | GatedHalf, options: Options) -> Tensor:
+def _hidden(n: Tensor, half: Half | GatedHalf | FeatureMixer, options: Options) -> Tensor:
     z = _linear(n, half.w_in, half.b_in, options)  # (3) or (6)
     return _dropout(_activate(z, options), options)  # (4) or (22), (11)
 
 
-def _output(a: Tensor, half: Half | GatedHalf, options: Options) -> Tensor:
+def _output(a: Tensor, half: Half | GatedHalf | FeatureMixer, options: Options) -> Tensor:
     return _dropout(_linear(a, half.w_out, half.b_out, options), options)  # (5) or (7), (11)
 
 
@@ -116,10 +138,10 @@ def _affine(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     return x * gamma if beta is None else torch.addcmul(beta, gamma, x)
 
 
-def _layer_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+def _layer_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, axes: int = 1) -> Tensor:
     affine = gamma if gamma is not None else beta
     wide = x.dtype if affine is None else torch.promote_types(x.dtype, affine.dtype)
-    return F.layer_norm(x.to(wide), x.shape[-1:], _to(gamma, wide), _to(beta, wide), eps)
+    return F.layer_norm(x.to(wide), x.shape[-axes:], _to(gamma, wide), _to(beta, wide), eps)
 
 
 def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -27,6 +27,7 @@ from .checks import ACTIVATIONS, APPROXIMATIONS, MEMORY_MODES, NORMS, SUPPORTED_
 from .mixer import channel_mixing, mixer_block, token_mixing
 from .relatives import gated_channel_mixing, spatial_gating, token_linear
 from .time_series import gated_mixer_layer, gated_mixing
+from .tsmixer import feature_mixing, time_mixing, tsmixer_layer
 
 __all__ = [
     "ACTIVATIONS",
@@ -35,11 +36,14 @@ __all__ = [
     "NORMS",
     "SUPPORTED_DTYPES",
     "channel_mixing",
+    "feature_mixing",
     "gated_channel_mixing",
     "gated_mixer_layer",
     "gated_mixing",
     "mixer_block",
     "spatial_gating",
+    "time_mixing",
     "token_linear",
     "token_mixing",
+    "tsmixer_layer",
 ]

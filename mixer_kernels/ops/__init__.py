@@ -10,10 +10,11 @@ Halves and layers have gradients; ``mixer_block`` is for when none is wanted. Re
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..backends import backward, relatives
-from ..backends.arguments import AffineLinear, GatedHalf, Half, Options, SpatialGate
+from ..backends.arguments import AffineLinear, FeatureMixer, GatedHalf, Half, Options, SpatialGate, TimeMixer
 from ..backends.new_tensors import new_like, new_statistics, new_z
 from .operator import Operator
 
@@ -41,6 +42,26 @@ def _gated_channel_mixing_fake(x: Tensor, half: Half, gate: SpatialGate, options
 
 def _gated_mixer_layer_fake(x: Tensor, *_, keep_u: bool, **__):
     return new_like(x), new_like(x) if keep_u else None
+
+
+def _time_mixing_fake(x: Tensor, mixer: TimeMixer, options: Options, norm_first: bool, keep_z: bool):
+    return new_like(x), x.new_empty(x.shape, dtype=torch.float32) if keep_z else None
+
+
+def _feature_mixing_fake(x: Tensor, mixer: FeatureMixer, options: Options, norm_first: bool, keep_z: bool):
+    def of(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return x.new_empty(*x.shape[:2], width, dtype=dtype)
+
+    y, z = of(mixer.w_out.shape[0], x.dtype), of(mixer.w_in.shape[0]) if keep_z else None
+    return y, z, of(mixer.w_out.shape[0]) if keep_z and not norm_first else None
+
+
+def _tsmixer_layer_fake(
+    x: Tensor, time: TimeMixer, features: FeatureMixer, options: Options, eps2, norm_first: bool, keep_z: bool
+):
+    _, z1 = _time_mixing_fake(x, time, options, norm_first, keep_z)
+    y, *of_features = _feature_mixing_fake(x, features, options, norm_first, keep_z)
+    return y, new_like(x) if keep_z else None, z1, *of_features
 
 
 token_mixing, token_mixing_backward = Operator(
@@ -87,4 +108,28 @@ gated_mixer_layer, gated_mixer_layer_backward = Operator(
     further="float eps2, bool keep_u",
     kept=1,  # u
     backward=relatives.gated_mixer_layer_backward,
+).define()
+time_mixing, time_mixing_backward = Operator(
+    "time_mixing",
+    (TimeMixer,),
+    _time_mixing_fake,
+    further="bool norm_first, bool keep_z",
+    kept=1,  # z
+    backward=relatives.time_mixing_backward,
+).define()
+feature_mixing, feature_mixing_backward = Operator(
+    "feature_mixing",
+    (FeatureMixer,),
+    _feature_mixing_fake,
+    further="bool norm_first, bool keep_z",
+    kept=2,  # z, what a last norm takes
+    backward=relatives.feature_mixing_backward,
+).define()
+tsmixer_layer, tsmixer_layer_backward = Operator(
+    "tsmixer_layer",
+    (TimeMixer, FeatureMixer),
+    _tsmixer_layer_fake,
+    further="float eps2, bool norm_first, bool keep_z",
+    kept=4,  # u, what the mixers keep
+    backward=relatives.tsmixer_layer_backward,
 ).define()

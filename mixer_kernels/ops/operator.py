@@ -75,7 +75,7 @@ class Operator:
         """``<name>_packed(x, parameters, options, backend, further, packs, names) -> result``: inference on packs that
         were made before. What a call does not find among them, for another layout of x or another dtype, it packs."""
         name, schema = f"{self.name}_packed", f"({self.arguments}, Tensor[] packs, str[] names) -> Tensor"
-        self._call_packed = define_operator(name, schema, self._packed, lambda x, *_: new_like(x))
+        self._call_packed = define_operator(name, schema, self._packed, self._packed_fake)
         differentiate_operator(name, no_gradient)
 
     def packed(self, packs: Mapping[str, Tensor], *arguments: Any) -> Tensor:
@@ -91,6 +91,10 @@ class Operator:
     def _packed(self, *arguments: Any) -> Tensor:
         *arguments, packs, names = arguments
         return self._compute_packed(dict(zip(names, packs, strict=True)), *arguments)[0]
+
+    def _packed_fake(self, *arguments: Any) -> Tensor:
+        results = self._forward_fake(*arguments[:-2])
+        return results[0] if self.kept else results
 
     def _compute_packed(self, kept: dict[str, Tensor], x: Tensor, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
         parameters, options, backend, further = self.objects(x, *arguments)

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "tsmixer.h"
 
 using namespace mixer_kernels::cpu;
 
@@ -190,6 +191,29 @@ bool check_bf16(Call call, unsigned which, Floats x, const Parameters* parameter
     return close("y in bfloat16", y.data(), evaluate(point), tolerance, which & 4 ? 1.0 : 1e-30);
 }
 
+// Gradient number i, of point[i], along one random direction, beside differences of `evaluate`.
+template <class EVALUATE>
+bool right_along_a_direction(int i, const Floats& gradient, const Doubles (&point)[17], const Floats& dy,
+                             EVALUATE evaluate) {
+    const Floats direction = random_floats(point[i].size(), 1.0f);
+    Doubles ends[2][17];
+    double along = 0.0, magnitude = 0.0, difference = 0.0;
+    const double step = 1e-5;
+    for (int side = 0; side < 2; ++side) {
+        for (int j = 0; j < 17; ++j) ends[side][j] = point[j];
+        for (size_t j = 0; j < direction.size(); ++j) ends[side][i][j] += (side ? step : -step) * direction[j];
+    }
+    const Doubles low = evaluate(ends[0]), high = evaluate(ends[1]);
+    for (size_t j = 0; j < dy.size(); ++j) difference += dy[j] * (high[j] - low[j]) / (2 * step);
+    for (size_t j = 0; j < direction.size(); ++j) {
+        along += static_cast<double>(gradient[j]) * direction[j];
+        magnitude += fabs(static_cast<double>(gradient[j]) * direction[j]);
+    }
+    if (fabs(along - difference) <= 2e-5 * magnitude + 1e-5) return true;
+    printf("gradient %d along a direction is %.8g, expected %.8g\n", i, along, difference);
+    return false;
+}
+
 // One call forward and backward; gradients are checked along one random direction in each of their tensors.
 bool check(int64_t B, int64_t C, int64_t P, int64_t F, int axis, bool gate_first, bool sigmoid, bool affine,
            bool tanh_form, unsigned present) {
@@ -256,26 +280,117 @@ bool check(int64_t B, int64_t C, int64_t P, int64_t F, int axis, bool gate_first
         run_backward(kernels, call, 3);
         for (int i = 0; i <= 8 * mixers; ++i) {
             if (point[i].empty()) continue;
-            const Floats direction = random_floats(point[i].size(), 1.0f);
-            Doubles ends[2][17];
-            double along = 0.0, magnitude = 0.0, difference = 0.0;
-            const double step = 1e-5;
-            for (int side = 0; side < 2; ++side) {
-                for (int j = 0; j < 17; ++j) ends[side][j] = point[j];
-                for (size_t j = 0; j < direction.size(); ++j) ends[side][i][j] += (side ? step : -step) * direction[j];
-            }
-            const Doubles low = evaluate(ends[0]), high = evaluate(ends[1]);
-            for (size_t j = 0; j < dy.size(); ++j) difference += dy[j] * (high[j] - low[j]) / (2 * step);
-            const Floats& gradient = i == 0 ? dx : gradients[i];
-            for (size_t j = 0; j < direction.size(); ++j) {
-                along += static_cast<double>(gradient[j]) * direction[j];
-                magnitude += fabs(static_cast<double>(gradient[j]) * direction[j]);
-            }
-            if (!(fabs(along - difference) <= 2e-5 * magnitude + 1e-5)) {
-                printf("gradient %d along a direction is %.8g, expected %.8g\n", i, along, difference);
-                return false;
-            }
+            if (!right_along_a_direction(i, i == 0 ? dx : gradients[i], point, dy, evaluate)) return false;
         }
+    }
+    return true;
+}
+
+double activated(double z, Activation kind) {
+    if (kind == Activation::kRelu) return z > 0.0 ? z : 0.0;
+    return kind == Activation::kSilu ? z / (1.0 + exp(-z)) : gelu(z, kind == Activation::kGeluTanh);
+}
+
+// y of p[0], x, and the eight parameters behind it.
+struct TsmixerReference {
+    const TsmixerCall& call;
+
+    void norm(Doubles& v, int64_t C, const Doubles* p) const {
+        const int64_t size = call.S * C;
+        for (int64_t image = 0; image < call.B; ++image) {
+            double mean = 0.0, variance = 0.0;
+            double* values = v.data() + image * size;
+            for (int64_t i = 0; i < size && !call.affine; ++i) mean += values[i] / size;
+            for (int64_t i = 0; i < size; ++i) variance += (values[i] - mean) * (values[i] - mean) / size;
+            for (int64_t i = 0; i < size; ++i)
+                values[i] = (values[i] - mean) / (call.affine ? 1.0 : sqrt(variance + call.eps)) *
+                                (p[1].empty() ? 1.0 : p[1][i]) +
+                            (p[2].empty() ? 0.0 : p[2][i]);
+        }
+    }
+
+    // x . w' + b, of rows of `columns`
+    static Doubles linear(const Doubles& x, const Doubles& w, const Doubles& b, int64_t columns) {
+        const int64_t rows = x.size() / columns, results = w.size() / columns;
+        Doubles y(rows * results);
+        for (int64_t i = 0; i < rows * results; ++i) {
+            y[i] = b.empty() ? 0.0 : b[i % results];
+            for (int64_t k = 0; k < columns; ++k) y[i] += x[i / results * columns + k] * w[i % results * columns + k];
+        }
+        return y;
+    }
+
+    Doubles turned(const Doubles& x, int64_t rows, int64_t columns) const {
+        Doubles y(x.size());
+        for (size_t i = 0; i < x.size(); ++i) {
+            const int64_t place = i % (rows * columns);
+            y[i - place + place % columns * rows + place / columns] = x[i];
+        }
+        return y;
+    }
+
+    Doubles operator()(const Doubles* p) const {
+        Doubles n = p[0], y = p[0];
+        if (call.norm_first) norm(n, call.C, p);
+        Doubles branch =
+            linear(call.features ? n : turned(n, call.S, call.C), p[3], p[4], call.features ? call.C : call.S);
+        for (double& z : branch) z = activated(z, call.activation);
+        branch = call.features ? linear(branch, p[5], p[6], call.H) : turned(branch, call.C, call.S);
+        if (!p[7].empty()) y = linear(y, p[7], p[8], call.C);
+        for (size_t i = 0; i < y.size(); ++i) y[i] += branch[i];
+        if (!call.norm_first) norm(y, call.O, p);
+        return y;
+    }
+};
+
+bool check_tsmixer(int64_t B, int64_t S, int64_t C, int64_t H, int64_t O, Activation activation, unsigned form,
+                   unsigned present) {
+    TsmixerCall call{};
+    call.B = B, call.S = S, call.C = C;
+    call.features = form & 1, call.norm_first = form & 2, call.affine = form & 4;
+    call.H = call.features ? H : S, call.O = call.features ? O : C;
+    call.activation = activation;
+    call.eps = 1e-5f;
+    const int64_t of_norm = S * (call.norm_first ? C : call.O), skip = call.features && C != O ? O : 0;
+    const int64_t in = call.features ? C : S;
+    const int64_t sizes[8] = {of_norm,  of_norm, call.H * in, call.H, call.features ? O * H : 0, call.features ? O : 0,
+                              skip * C, skip};
+    Floats x = random_floats(B * S * C, 1.0f, 0.5f), parameters[8], gradients[9], y(B * S * call.O, NAN);
+    Doubles point[17] = {wide(x)};
+    const float* given[8];
+    float* wanted[8];
+    gradients[0].assign(x.size(), NAN);
+    for (int i = 0; i < 8; ++i) {
+        const float scale = i == 2 || i == 6 ? powf(in, -0.5f) : i == 4 ? powf(H, -0.5f) : 0.3f;
+        if (i == 2 || i == 4 || i == 6 || present >> i & 1) parameters[i] = random_floats(sizes[i], scale, i == 0);
+        point[1 + i] = wide(parameters[i]);
+        gradients[1 + i].assign(parameters[i].size(), NAN);
+        given[i] = parameters[i].empty() ? nullptr : parameters[i].data();
+        wanted[i] = parameters[i].empty() ? nullptr : gradients[1 + i].data();
+    }
+    call.x = x.data();
+    call.parameters = {given[0], given[1], given[2], given[3], given[4], given[5], given[6], given[7]};
+    const TsmixerReference reference{call};
+    const TsmixerKernels& kernels = tsmixer_baseline;
+    const Doubles expected = reference(point);
+    Floats z(B * S * (call.features ? H : C), NAN), v(y.size(), NAN);
+    call.y = y.data();
+    for (int threads : {1, 3}) {
+        y.assign(y.size(), NAN);
+        run_forward(kernels, call, threads);
+        if (!close("y", y.data(), expected, 2e-5)) return false;
+        call.z = z.data(), call.v = v.data();
+    }
+    const Floats dy = random_floats(y.size(), 1.0f);
+    call.dy = dy.data();
+    call.dx = gradients[0].data();
+    call.gradients = {wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5], wanted[6], wanted[7]};
+    for (bool is_kept : {false, true}) {
+        call.kept_z = is_kept ? z.data() : nullptr;
+        call.kept_v = is_kept ? v.data() : nullptr;
+        run_backward(kernels, call, 3);
+        for (int i = 0; i <= 8; ++i)
+            if (!point[i].empty() && !right_along_a_direction(i, gradients[i], point, dy, reference)) return false;
     }
     return true;
 }
@@ -300,6 +415,15 @@ int main() {
                     return 1;
                 }
             }
+    const int64_t series[][5] = {{2, 5, 21, 9, 6}, {1, 13, 64, 16, 16}, {3, 1, 1, 1, 2}, {120, 7, 5, 11, 5}};
+    const Activation kinds[] = {Activation::kGelu, Activation::kGeluTanh, Activation::kSilu};  // ReLU has no slope at 0
+    for (const auto& s : series)
+        for (unsigned form = 0; form < 8; ++form)
+            for (unsigned present : {0xFFu, 0x29u})
+                if (!check_tsmixer(s[0], s[1], s[2], s[3], s[4], kinds[form % 3], form, present)) {
+                    printf("x [%d, %d, %d], form %x, parameters %x\n", int(s[0]), int(s[1]), int(s[2]), form, present);
+                    return 1;
+                }
     puts("right");
     return 0;
 }

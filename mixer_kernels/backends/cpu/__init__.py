@@ -29,10 +29,23 @@ from .plan import (
     noise_and_form,
     readable,
 )
+from .tsmixer import (
+    feature_mixing_backward,
+    feature_mixing_forward,
+    feature_mixing_plan,
+    time_mixing_backward,
+    time_mixing_forward,
+    time_mixing_plan,
+    tsmixer_layer_forward,
+    tsmixer_layer_plan,
+)
 
 __all__ = [
     "Packing",
     "emulates",
+    "feature_mixing_backward",
+    "feature_mixing_forward",
+    "feature_mixing_plan",
     "gated_mixer_layer_backward",
     "gated_mixer_layer_forward",
     "gated_mixer_layer_plan",
@@ -42,15 +55,20 @@ __all__ = [
     "has",
     "mixer_block_forward",
     "multiplies",
+    "time_mixing_backward",
+    "time_mixing_forward",
+    "time_mixing_plan",
     "token_mixing_forward",
     "token_mixing_plan",
+    "tsmixer_layer_forward",
+    "tsmixer_layer_plan",
     "why_not",
     "why_not_auto",
 ]
 
 _FEATURES = {
     "packs", "gated_mixing", "gated_mixing_backward", "gated_mixer_layer", "gated_mixer_layer_backward",
-    "token_mixing", "mixer_block", "gate='sigmoid'", "norm='affine'",
+    "token_mixing", "mixer_block", "time_mixing", "feature_mixing", "tsmixer_layer", "gate='sigmoid'", "norm='affine'",
 }  # fmt: skip
 
 
