@@ -145,7 +145,7 @@ def tile(analysis: Analysis, options: dict) -> float:
 
 
 FORWARD, BACKWARD, GELU = "token_mixing_fwd_kernel", "token_mixing_bwd_kernel", "channel_gelu_bwd_kernel"
-WEIGHTS = "token_weight_gradient_kernel"  # of both, one launch
+WEIGHTS, SM90_WEIGHTS = "token_weight_gradient_kernel", "token_weight_gradient_descriptor_kernel"  # of either
 SM90_GELU = "channel_gelu_bwd_descriptor_kernel"
 FC1, FC2 = "channel_product_descriptor_kernel FC1", "channel_product_descriptor_kernel"
 SM90_FORWARD, SM90_BACKWARD = "sm90/token_mixing.cu", "sm90/token_data_gradient.cu"
@@ -164,8 +164,8 @@ GOALS = (
     Goal("Triton fc2", "sm_80", "channel_product_kernel", "", bound, 79, None),
     Goal("Triton token forward", "sm_90", FORWARD, "", bound, 40, 65),
     Goal("Triton token backward", "sm_90", BACKWARD, "", bound, 24, 50),
-    Goal("Triton weight gradient W1", "sm_90", WEIGHTS, "", bound, 15, 50),
-    Goal("Triton weight gradient W2", "sm_90", WEIGHTS, "", bound, 30, 75),
+    Goal("Triton weight gradient W1", "sm_90", SM90_WEIGHTS, "", bound, 15, 50),
+    Goal("Triton weight gradient W2", "sm_90", SM90_WEIGHTS, "", bound, 30, 75),
     Goal("Triton GELU backward, tile", "sm_90", SM90_GELU, "", tile, 41, 70),
     Goal("Triton fc1", "sm_90", FC1, "", bound, 100, None),
     Goal("Triton fc2", "sm_90", FC2, "", bound, 100, None),

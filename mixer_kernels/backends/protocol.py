@@ -139,7 +139,9 @@ class Backend(Protocol):
     def hidden_gelu(self, z: Tensor, tokens: int, options: Options) -> Tensor:
         """``a [rows, F]`` with dropout, contiguous, from z, of whose rows ``tokens`` are an image's."""
 
-    def hidden_gelu_backward(self, da: Tensor, z: Tensor, tokens: int, options: Options) -> tuple[Tensor, Tensor | Parts]:
+    def hidden_gelu_backward(
+        self, da: Tensor, z: Tensor, tokens: int, options: Options
+    ) -> tuple[Tensor, Tensor | Parts]:
         """``dz [rows, F]``, contiguous, and its column sums ``[F]`` in float32."""
 
     def token_linear_data_gradient(

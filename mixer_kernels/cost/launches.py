@@ -107,14 +107,11 @@ def work_of(name: str, named: dict[str, Any], shape: MixerShape) -> Work:
         executed = 2 * products * rows * tokens * depth
         tiles = rows // named["BLOCK_C"]
         return Work(shape.token_flops(batch_size), executed, tiles, depth // named["BLOCK_D"])
-    if name == "token_weight_gradient_kernel":
-        batch_size, _, channels = named["left_ptr"].shape
-        extents = [(named["M"], named["N"]), *([] if named["other"] is None else [named["other"][4:6]])]
-        tiles = sum(cdiv(rows, named["BLOCK_M"]) * cdiv(columns, named["BLOCK_N"]) for rows, columns in extents)
-        steps, splits = batch_size * cdiv(channels, named["BLOCK_C"]), named["SPLITS"]
+    if name in ("token_weight_gradient_kernel", "token_weight_gradient_descriptor_kernel"):
+        steps, splits = named["B"] * cdiv(named["C"], named["BLOCK_C"]), named["SPLITS"]
+        tiles = cdiv(named["M"], named["BLOCK_M"]) * cdiv(named["N"], named["BLOCK_N"])
         executed = 2 * tiles * named["BLOCK_M"] * named["BLOCK_N"] * steps * named["BLOCK_C"]
-        useful = shape.token_flops(batch_size) // 2 * len(extents)
-        return Work(useful, executed, tiles * splits, cdiv(steps, splits))
+        return Work(shape.token_flops(named["B"]) // 2, executed, tiles * splits, cdiv(steps, splits))
     if name in ("channel_product_kernel", "channel_product_descriptor_kernel"):
         return _product(named, named["M"], named["N"], named["K"])
     if name in ("channel_gelu_bwd_kernel", "channel_gelu_bwd_descriptor_kernel"):

@@ -150,8 +150,9 @@ def channel_products_backward(
         _channel_gelu_bwd_kernel, row_tiles * cdiv(hidden, config.block_n),
         g, w4, z, dz, a, sums, rows, channels, hidden, w4.shape[1], g.shape[1], z.stride(0),
         **noise_arguments(options), **config.launch_options(), GROUP_M=config.group_m,
-        EVEN_K=channels % config.block_k == 0 and w4.shape[1] % config.block_n == 0, SLOPE=activation_of(options).and_slope, GLU=options.glu,
-        QUARTERS=config.block_n == 128, PRECISION=options.precision,
+        EVEN_K=channels % config.block_k == 0 and w4.shape[1] % config.block_n == 0,
+        SLOPE=activation_of(options).and_slope, GLU=options.glu, QUARTERS=config.block_n == 128,
+        PRECISION=options.precision,
         INT64=needs_int64((row_tiles + 1,), (max(columns, config.block_m),))
         or needs_int64((channels,), (w4.shape[1],)),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Channel mixing backward on tensor descriptors (TMA): fc1's persistent programs with GELU's backward for an epilogue."""
+"""Channel mixing backward on tensor descriptors (TMA): fc1's persistent programs, with GELU's backward as epilogue."""
 
 from __future__ import annotations
 

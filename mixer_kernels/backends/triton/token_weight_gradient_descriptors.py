@@ -6,7 +6,6 @@ are not stored. What lies past the last channel is read as 0.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,18 +18,27 @@ from .launch import launch
 
 
 @triton.jit
-def _gradient_of_weight(
-    left, right, partial_ptr, bias_ptr, M, N, B, C, program,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """A tile's share: descriptors of left [B * M, C] and right [B * N, C] and what it writes, as the other kernel."""
+def _token_weight_gradient_descriptor_kernel(
+    left,  # descriptor of [B * M, C], boxes BLOCK_M x BLOCK_C
+    right,  # descriptor of [B * N, C], boxes BLOCK_N x BLOCK_C
+    partial_ptr,  # [SPLITS, M, N] float32
+    bias_ptr,  # [SPLITS, M] float32
+    M,
+    N,
+    B,
+    C,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     m_tiles = tl.cdiv(M, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
     c_tiles = tl.cdiv(C, BLOCK_C)
-    m0 = program % m_tiles * BLOCK_M
-    n_tile = program // m_tiles % n_tiles
+    m0 = tl.program_id(0) % m_tiles * BLOCK_M
+    n_tile = tl.program_id(0) // m_tiles % n_tiles
     n0 = n_tile * BLOCK_N
-    split = tl.cast(program // m_tiles // n_tiles, tl.int64)
+    split = tl.cast(tl.program_id(0) // m_tiles // n_tiles, tl.int64)
     turns = tl.cast(B, tl.int64) * c_tiles
     begin = split * turns // SPLITS
     image = tl.cast(begin // c_tiles, tl.int32)
@@ -44,8 +52,8 @@ def _gradient_of_weight(
     ones = tl.full((BLOCK_C, 8), 1.0, left.dtype)
     for _ in range(0, tl.cast((split + 1) * turns // SPLITS - begin, tl.int32)):
         rows = left.load([row_m, c0])
-        sums = tl.dot(rows, ones, sums)
         acc = tl.dot(rows, right.load([row_n, c0]).T, acc)
+        sums = tl.dot(rows, ones, sums)
         c0 += BLOCK_C
         is_last = c0 >= C
         row_m += tl.where(is_last, M, 0)
@@ -61,31 +69,9 @@ def _gradient_of_weight(
     tl.store(bias_ptr + split * M + offs_m, tl.sum(sums, 1) / 8, mask=mask_m & (n_tile == tl.zeros_like(offs_m)))
 
 
-@triton.jit
-def _token_weight_gradient_descriptor_kernel(
-    first,  # descriptors of left and right, boxes BLOCK_M or BLOCK_N x BLOCK_C, partial_ptr, bias_ptr, M, N
-    other,  # the same of a second gradient, for the programs behind the first one's; or None
-    B,
-    C,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    program = tl.program_id(0)
-    if other is None:
-        _gradient_of_weight(*first, B, C, program, SPLITS, BLOCK_M, BLOCK_N, BLOCK_C)
-    else:
-        behind = program - tl.cdiv(first[4], BLOCK_M) * tl.cdiv(first[5], BLOCK_N) * SPLITS
-        if behind < 0:
-            _gradient_of_weight(*first, B, C, program, SPLITS, BLOCK_M, BLOCK_N, BLOCK_C)
-        else:
-            _gradient_of_weight(*other, B, C, behind, SPLITS, BLOCK_M, BLOCK_N, BLOCK_C)
-
-
-def fits(target: Target, products: list[tuple[Tensor, Tensor]], options: Options) -> bool:
-    """Whether all operands ``[B, rows, C]`` can be tensor descriptors on ``target``; what stochastic depth drops was not
-    written, and a descriptor has no mask."""
+def fits(target: Target, left: Tensor, right: Tensor, options: Options) -> bool:
+    """Whether both operands ``[B, rows, C]`` can be tensor descriptors on ``target``; what stochastic depth drops was
+    not written, and a descriptor has no mask."""
     return (
         target.capability in (90, 100, 103)
         and has_host_descriptors()
@@ -97,29 +83,19 @@ def fits(target: Target, products: list[tuple[Tensor, Tensor]], options: Options
             and t.shape[2] % 8 == 0
             and t.data_ptr() % 16 == 0
             and t.shape[0] * t.shape[1] < 2**31 - 256
-            for pair in products
-            for t in pair
+            for t in (left, right)
         )
     )
 
 
-def run(
-    config: ProductConfig, products: list[tuple[Tensor, Tensor]], sums: list[tuple[Tensor, Tensor]], programs: int
-) -> None:
-    """Write ``sums``, partial sums of each weight ``[splits, M, N]`` and bias ``[splits, M]``."""
+def run(config: ProductConfig, left: Tensor, right: Tensor, partial: Tensor, bias: Tensor, programs: int) -> None:
+    """Write partial sums of a weight ``[splits, M, N]`` and its bias ``[splits, M]``."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # Triton >= 3.4
 
-    arguments = [
-        (
-            TensorDescriptor.from_tensor(left.flatten(0, 1), [config.block_m, config.block_k]),
-            TensorDescriptor.from_tensor(right.flatten(0, 1), [config.block_n, config.block_k]),
-            partial, bias, left.shape[1], right.shape[1],
-        )
-        for (left, right), (partial, bias) in zip(products, sums, strict=True)
-    ]  # fmt: skip
-    left, splits = products[0][0], sums[0][0].shape[0]
     launch(
         _token_weight_gradient_descriptor_kernel, programs,
-        arguments[0], arguments[1] if len(arguments) > 1 else None, left.shape[0], left.shape[2],
-        **config.launch_options("MNC"), SPLITS=splits,
+        TensorDescriptor.from_tensor(left.flatten(0, 1), [config.block_m, config.block_k]),
+        TensorDescriptor.from_tensor(right.flatten(0, 1), [config.block_n, config.block_k]),
+        partial, bias, left.shape[1], right.shape[1], left.shape[0], left.shape[2],
+        **config.launch_options("MNC"), SPLITS=partial.shape[0],
     )  # fmt: skip

@@ -7,7 +7,7 @@
 
 A program takes a tile of one of them and a share of the sum, all turns alike: both operands are read as they lie in
 memory, with channels contiguous, the next image's address is a step like any other, and rows past the last repeat it,
-since they are not stored. Row sums for the bias stay apart until the loop ends. Partial sums are added in a fixed order.
+since they are not stored. Row sums for the bias stay apart until the loop ends. Partial sums: ``partial_sums``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ def _token_weight_gradient_kernel(
     stride_b,
     stride_n,
     stride_c,
-    other,  # the same nine of a second gradient, without norm, for the programs behind the first one's; or None
     mean_ptr,  # [B * N] float32: right is normalised as it is loaded; or None
     rstd_ptr,  # [B * N] float32, or None
     gamma_ptr,  # [C] or None
@@ -59,17 +58,6 @@ def _token_weight_gradient_kernel(
     DTYPE: tl.constexpr = left_ptr.dtype.element_ty
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # what a thread loads at once
     program = tl.program_id(0)
-    if other is not None:
-        behind = program - tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * SPLITS
-        program = tl.where(behind >= 0, behind, program)
-        left_ptr = tl.where(behind >= 0, other[0], left_ptr)
-        right_ptr = tl.where(behind >= 0, other[1], right_ptr)
-        partial_ptr = tl.where(behind >= 0, other[2], partial_ptr)
-        bias_ptr = tl.where(behind >= 0, other[3], bias_ptr)
-        M = tl.where(behind >= 0, other[4], M)
-        N = tl.where(behind >= 0, other[5], N)
-        stride_b = tl.where(behind >= 0, other[6], stride_b)
-        stride_n = tl.where(behind >= 0, other[7], stride_n)
     m_tiles = tl.cdiv(M, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
     c_tiles = tl.cdiv(C, BLOCK_C)
@@ -140,57 +128,34 @@ def _token_weight_gradient_kernel(
 def token_weight_gradients(
     dz: Tensor | None, n: Tensor | None, a: Tensor | None, g: Tensor, options: Options
 ) -> tuple[Parts | None, Parts | None, Parts | None, Parts | None]:
-    """dW1, db1, dW2, db2 by one launch: the first two from dz and n, db1 alone without n, the others from a and g."""
-    products = []
-    if dz is not None:
-        products.append((dz, dz if n is None else n))
-    if a is not None:
-        products.append((g, a))
-    sums = _run(products, Norm(), options)
-    dw1, db1 = sums.pop(0) if dz is not None else (None, None)
-    dw2, db2 = sums.pop(0) if a is not None else (None, None)
+    """dW1, db1, dW2, db2: the first two from dz and n, db1 alone without n, the others from a and g."""
+    dw1, db1 = (None, None) if dz is None else _run(dz, dz if n is None else n, Norm(), options)
+    dw2, db2 = (None, None) if a is None else _run(g, a, Norm(), options)
     return None if n is None else dw1, db1, dw2, db2
 
 
 def weight_gradient(left: Tensor, right: Tensor, norm: Norm, options: Options) -> tuple[Tensor, Tensor]:
     """``(dW [M, N], db [M])`` in float32 from ``left [B, M, C]``, contiguous, and ``norm`` of ``right [B, N, C]``."""
-    [sums] = _run([(left, right)], norm, options)
-    return tuple(sum_parts(sums, [torch.float32] * 2))
+    return tuple(sum_parts(_run(left, right, norm, options), [torch.float32] * 2))
 
 
-def _run(products: list[tuple[Tensor, Tensor]], norm: Norm, options: Options) -> list[tuple[Parts, Parts]]:
-    """Of each weight and its bias."""
-    if not products:
-        return []
-    left, right = products[0]
-    batch_size, _, channels = left.shape
+def _run(left: Tensor, right: Tensor, norm: Norm, options: Options) -> tuple[Parts, Parts]:
+    """Of a weight and its bias."""
+    (batch_size, rows, channels), columns = left.shape, right.shape[1]
     target = target_of(left.device)
     plain = all(t is None for t in norm) and channels % 8 == 0
-    descriptors = plain and token_weight_gradient_descriptors.fits(target, products, options)
     config = weight_gradient_config(target, left.dtype, right.dtype, options.exact, plain)
-    tiles = sum(
-        cdiv(left.shape[1], config.block_m) * cdiv(right.shape[1], config.block_n) for left, right in products
-    )
-    turns = batch_size * cdiv(channels, config.block_k)
-    splits = max(1, min(turns, 2 * target.multiprocessors // tiles))
-    sums = [
-        tuple(
-            torch.empty(splits, *shape, dtype=torch.float32, device=left.device)
-            for shape in ((left.shape[1], right.shape[1]), left.shape[1:2])
-        )
-        for left, right in products
-    ]
-    if descriptors:
-        token_weight_gradient_descriptors.run(config, products, sums, tiles * splits)
+    tiles = cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
+    splits = max(1, min(batch_size * cdiv(channels, config.block_k), 2 * target.multiprocessors // tiles))
+    partial = torch.empty(splits, rows, columns, dtype=torch.float32, device=left.device)
+    bias = torch.empty(splits, rows, dtype=torch.float32, device=left.device)
+    if plain and token_weight_gradient_descriptors.fits(target, left, right, options):
+        token_weight_gradient_descriptors.run(config, left, right, partial, bias, tiles * splits)
     else:
-        arguments = [
-            (left, right, *parts, left.shape[1], right.shape[1], *right.stride())
-            for (left, right), parts in zip(products, sums, strict=True)
-        ]
         launch(
             _token_weight_gradient_kernel, tiles * splits,
-            *arguments[0], arguments[1] if len(arguments) > 1 else None, *norm, batch_size, channels,
+            left, right, partial, bias, rows, columns, *right.stride(), *norm, batch_size, channels,
             **noise_arguments(options), **config.launch_options("MNC"), NORM=any(t is not None for t in norm),
             EVEN_K=channels % config.block_k == 0, SPLITS=splits, PRECISION=options.precision,
         )  # fmt: skip
-    return [(Parts(weight), Parts(bias)) for weight, bias in sums]
+    return Parts(partial), Parts(bias)
