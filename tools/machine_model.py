@@ -144,9 +144,9 @@ def tile(analysis: Analysis, options: dict) -> float:
     return 100 * analysis.whole({analysis.hottest().loop.header: turns}).shares.overlapped
 
 
-FORWARD, BACKWARD, GELU = "token_mixing_fwd_kernel", "token_mixing_bwd_kernel", "channel_gelu_bwd_kernel"
+FORWARD, BACKWARD = "token_mixing_fwd_kernel", "token_mixing_bwd_kernel"
 WEIGHTS, SM90_WEIGHTS = "token_weight_gradient_kernel", "token_weight_gradient_descriptor_kernel"  # of either
-SM90_GELU = "channel_gelu_bwd_descriptor_kernel"
+GELU, SM90_GELU = "channel_gelu_bwd_kernel QUARTERS", "channel_gelu_bwd_descriptor_kernel"
 FC1, FC2 = "channel_product_descriptor_kernel FC1", "channel_product_descriptor_kernel"
 SM90_FORWARD, SM90_BACKWARD = "sm90/token_mixing.cu", "sm90/token_data_gradient.cu"
 SM90_TILE = "bfloat16, 208, 200, .*2>"  # S 193 to 200, clusters of two

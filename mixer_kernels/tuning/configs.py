@@ -353,17 +353,17 @@ def token_backward_config(
 
 
 def weight_gradient_config(
-    target: Target, dtype: torch.dtype, stream_dtype: torch.dtype, exact: bool, plain: bool
+    target: Target, dtype: torch.dtype, stream_dtype: torch.dtype, exact: bool, vectorised: bool, norm: bool
 ) -> ProductConfig:
-    """The tile of a weight gradient of token mixing, summed over channels and images. ``plain``: both operands are
-    taken as they lie in memory, in whole vectors of 16 bytes, and not normalised."""
+    """The tile of a weight gradient of token mixing, summed over channels and images. ``vectorised``: rows are whole
+    vectors of 16 bytes; ``norm``: an operand is normalised as it is loaded."""
     if dtype is torch.float32:
         block = 32 if exact and target.capability in (90, 100, 103) else 64
         return ProductConfig(block, block, 16, num_warps=8 if target.capability >= 120 else 4, num_stages=1)
-    if target.capability == 90 or (plain and target.is_nvidia and target.shared_memory > 120_000):
+    if vectorised and target.is_nvidia and (target.capability == 90 or not norm):
+        if target.shared_memory < 120_000:
+            return ProductConfig(128, 64, 32, num_warps=8, num_stages=3)
         return ProductConfig(128, 128, 64, num_warps=8, num_stages=3)
-    if plain and target.is_nvidia:
-        return ProductConfig(128, 128, 32, num_warps=4, num_stages=3)
     num_warps = 4 if target.capability >= 120 and stream_dtype is dtype else 8
     return ProductConfig(64, 64, 32, num_warps=num_warps, num_stages=2 if target.is_nvidia else 1)
 

@@ -143,19 +143,21 @@ def _run(left: Tensor, right: Tensor, norm: Norm, options: Options) -> tuple[Par
     """Of a weight and its bias."""
     (batch_size, rows, channels), columns = left.shape, right.shape[1]
     target = target_of(left.device)
-    plain = all(t is None for t in norm) and channels % 8 == 0
-    config = weight_gradient_config(target, left.dtype, right.dtype, options.exact, plain)
+    is_normalised, vectorised = any(t is not None for t in norm), channels % 8 == 0
+    config = weight_gradient_config(
+        target, left.dtype, right.dtype, options.exact, vectorised=vectorised, norm=is_normalised
+    )
     tiles = cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
     splits = max(1, min(batch_size * cdiv(channels, config.block_k), 2 * target.multiprocessors // tiles))
     partial = torch.empty(splits, rows, columns, dtype=torch.float32, device=left.device)
     bias = torch.empty(splits, rows, dtype=torch.float32, device=left.device)
-    if plain and token_weight_gradient_descriptors.fits(target, left, right, options):
+    if not is_normalised and token_weight_gradient_descriptors.fits(target, left, right, options):
         token_weight_gradient_descriptors.run(config, left, right, partial, bias, tiles * splits)
     else:
         launch(
             _token_weight_gradient_kernel, tiles * splits,
             left, right, partial, bias, rows, columns, *right.stride(), *norm, batch_size, channels,
-            **noise_arguments(options), **config.launch_options("MNC"), NORM=any(t is not None for t in norm),
+            **noise_arguments(options), **config.launch_options("MNC"), NORM=is_normalised,
             EVEN_K=channels % config.block_k == 0, SPLITS=splits, PRECISION=options.precision,
         )  # fmt: skip
     return Parts(partial), Parts(bias)
