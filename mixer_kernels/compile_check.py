@@ -453,7 +453,7 @@ def _inspect(target: Target, kernel: str, case: Case, options: dict, compiled, s
         problems.append(f"spills: {stack} bytes of stack")
     if compiled.metadata.shared > target.shared_memory:
         problems.append(f"{compiled.metadata.shared} bytes of shared memory, {target.name} has {target.shared_memory}")
-    is_product = not any(word in kernel for word in ("statistics", "norm", "branch", "hidden", "pack"))
+    is_product = not any(word in kernel for word in ("statistics", "norm", "branch", "hidden", "pack", "sum_parts"))
     ieee = case.dtype in ("fp32", "tf32") and options.get("PRECISION") == "ieee"
     small = "gated_mix" in kernel and found == "HMMA"  # tiles below the 64 rows of wgmma and tcgen05
     if is_product and not ieee and found != expected and not small:

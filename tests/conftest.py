@@ -116,12 +116,13 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def few_packing_programs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Weights are packed by few programs, each of many rows: an interpreted one costs by the operation. For tests of
-    what follows; those of packing have a GPU's tiles."""
+    """Weights are packed by few programs, each of many rows, and partial sums added by few: an interpreted one costs by
+    the operation. For tests of what is between; those of packing have a GPU's tiles."""
     if device == "cpu":
-        from mixer_kernels.backends.triton import pack
+        from mixer_kernels.backends.triton import pack, partial_sums
 
         monkeypatch.setattr(pack, "ROWS", 64)
+        monkeypatch.setattr(partial_sums, "COLUMNS", 1024)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from test_kernels import on_target
 
 import mixer_kernels.functional as F
 from mixer_kernels.shapes import MixerShape
+from mixer_kernels.tuning.target import KNOWN_TARGETS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "few_packing_programs")
 
@@ -87,6 +89,17 @@ def test_tensor_descriptors_match_eager(name, dtype, memory, device):
     shape = {**SHAPES, **LARGE_SHAPES}[name]
     block, x = make_block(shape, dtype, device), make_x(2, shape, dtype, device)
     assert_gradients(block, x, "triton", memory=memory, target="sm_90", device=device)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), (("sm_80", torch.float32), ("sm_80", torch.bfloat16), ("sm_90", torch.bfloat16)), ids=str
+)
+def test_a_program_takes_many_turns(target, dtype, device, monkeypatch):
+    """On one multiprocessor: the sums over images and channels are split among few programs."""
+    monkeypatch.setitem(KNOWN_TARGETS, target, dataclasses.replace(KNOWN_TARGETS[target], multiprocessors=1))
+    shape = MixerShape(S=20, C=200, D_S=16, D_C=32)
+    block, x = make_block(shape, dtype, device), make_x(3, shape, dtype, device)
+    assert_gradients(block, x, "triton", target=target, device=device)
 
 
 @pytest.mark.parametrize("approximate", F.APPROXIMATIONS)
@@ -188,7 +201,7 @@ def test_launches_are_only_what_is_asked_for(half, backend, device):
         y = getattr(F, half)(*leaves, backend=backend)
         with kernels_run(backend) as names:
             y.sum().backward()
-        return set(names) - {"pack_weights", "_pack_kernel"}
+        return set(names) - {"pack_weights", "_pack_kernel", "_sum_parts_kernel"}
 
     assert weight_gradient not in kernels(0)
     assert norm_backward in kernels(0)

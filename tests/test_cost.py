@@ -51,6 +51,12 @@ def test_a_training_step_needs_three_times_the_forward_products():
     found = launches(Block(SMALL, 3, torch.bfloat16, torch.bfloat16, training=True), KNOWN_TARGETS["sm_90"])
     assert sum(one.work.useful for one in found) == 3 * SMALL.block_flops(3)
     assert sum(one.name == "aten.mm" for one in found) == 3
+    # The halves' backward passes: at most eight launches each, sums of all parameters by one of them.
+    assert [one.name.removeprefix("aten.").removesuffix("_kernel") for one in found[7:]] == [
+        "channel_gelu_bwd_descriptor", "mm", "mm", "norm_bwd", "mm", "sum_parts",
+        "pack", "token_mixing_bwd", "norm_bwd",
+        "token_weight_gradient_descriptor", "token_weight_gradient_descriptor", "sum_parts",
+    ]  # fmt: skip
     wasted = {one.name: one.work.executed / one.work.useful for one in found if one.work.useful}
     assert all(1 <= ratio for ratio in wasted.values()) and wasted["aten.mm"] == 1
 

@@ -139,11 +139,14 @@ def unit_slots(analysis: Analysis, _: dict) -> float:
 def tile(analysis: Analysis, options: dict) -> float:
     """Of a whole tile with its epilogue, if all of it overlaps, in percent."""
     turns = SHAPE.C // options["BLOCK_K"]
+    if "PROGRAMS" in options:
+        return 100 * analysis.tile(analysis.hottest(), turns).shares.overlapped
     return 100 * analysis.whole({analysis.hottest().loop.header: turns}).shares.overlapped
 
 
-FORWARD, BACKWARD, GELU = "token_mixing_fwd_kernel", "token_mixing_bwd_kernel", "channel_gelu_bwd_kernel"
-W1, W2 = "token_weight_gradient_kernel IS_W1", "token_weight_gradient_kernel"
+FORWARD, BACKWARD = "token_mixing_fwd_kernel", "token_mixing_bwd_kernel"
+WEIGHTS, SM90_WEIGHTS = "token_weight_gradient_kernel", "token_weight_gradient_descriptor_kernel"  # of either
+GELU, SM90_GELU = "channel_gelu_bwd_kernel QUARTERS", "channel_gelu_bwd_descriptor_kernel"
 FC1, FC2 = "channel_product_descriptor_kernel FC1", "channel_product_descriptor_kernel"
 SM90_FORWARD, SM90_BACKWARD = "sm90/token_mixing.cu", "sm90/token_data_gradient.cu"
 SM90_TILE = "bfloat16, 208, 200, .*2>"  # S 193 to 200, clusters of two
@@ -154,16 +157,16 @@ GOALS = (
     Goal("cuda token backward", "sm_80", "token_data_gradient.cu", "bfloat16, 25>", step, 34, 50),
     Goal("Triton token forward", "sm_80", FORWARD, "", bound, 53, 60),
     Goal("Triton token backward", "sm_80", BACKWARD, "", bound, 34, 45),
-    Goal("Triton weight gradient W1", "sm_80", W1, "", bound, 21, 45),
-    Goal("Triton weight gradient W2", "sm_80", W2, "", bound, 39, 60),
+    Goal("Triton weight gradient W1", "sm_80", WEIGHTS, "", bound, 21, 45),
+    Goal("Triton weight gradient W2", "sm_80", WEIGHTS, "", bound, 39, 60),
     Goal("Triton GELU backward, tile", "sm_80", GELU, "", tile, 57, 70),
     Goal("Triton fc1", "sm_80", "channel_product_kernel FC1 FOLD", "", bound, 79, None),
     Goal("Triton fc2", "sm_80", "channel_product_kernel", "", bound, 79, None),
     Goal("Triton token forward", "sm_90", FORWARD, "", bound, 40, 65),
     Goal("Triton token backward", "sm_90", BACKWARD, "", bound, 24, 50),
-    Goal("Triton weight gradient W1", "sm_90", W1, "", bound, 15, 50),
-    Goal("Triton weight gradient W2", "sm_90", W2, "", bound, 30, 75),
-    Goal("Triton GELU backward, tile", "sm_90", GELU, "", tile, 41, 70),
+    Goal("Triton weight gradient W1", "sm_90", SM90_WEIGHTS, "", bound, 15, 50),
+    Goal("Triton weight gradient W2", "sm_90", SM90_WEIGHTS, "", bound, 30, 75),
+    Goal("Triton GELU backward, tile", "sm_90", SM90_GELU, "", tile, 41, 70),
     Goal("Triton fc1", "sm_90", FC1, "", bound, 100, None),
     Goal("Triton fc2", "sm_90", FC2, "", bound, 100, None),
     Goal("cuda:sm90 token forward, unit: slots", "sm_90a", SM90_FORWARD, SM90_TILE, unit_slots, 5088, 3900, min),

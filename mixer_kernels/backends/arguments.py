@@ -132,14 +132,20 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
+class Parts(NamedTuple):
+    """A sum that is still to be added: over the first axis. ``differentiate`` has a half's added at once."""
+
+    parts: Tensor  # [any number, *shape of the sum] float32, contiguous but for the first axis
+
+
 class NormGradients(NamedTuple):
     """What a LayerNorm backward kernel returns; sums in float32."""
 
     dx: Tensor  # [B, S, C]
     n: Tensor | None  # [B, S, C]
-    dgamma: Tensor  # [C]
-    dbeta: Tensor  # [C]
-    dy_sum: Tensor  # [C]
+    dgamma: Tensor | Parts  # [C]
+    dbeta: Tensor | Parts  # [C]
+    dy_sum: Tensor | Parts  # [C]
 
 
 class GatedMixingGradients(NamedTuple):
@@ -156,6 +162,6 @@ class GatedMixingGradients(NamedTuple):
     out: Tensor | None  # [rows, K] the gradient of fc2's output
     gated: Tensor | None  # [rows, K] the gate's input
     logits: Tensor | None  # [rows, K] the gradient of the gate's logits
-    b1: Tensor | None  # [H] float32
-    b2: Tensor | None  # [K] float32
-    b_gate: Tensor | None  # [K] float32
+    b1: Tensor | Parts | None  # [H] float32
+    b2: Tensor | Parts | None  # [K] float32
+    b_gate: Tensor | Parts | None  # [K] float32

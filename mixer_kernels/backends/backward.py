@@ -2,11 +2,13 @@
 
 ::
 
-    token mixing      g (branch gradient), a and dz and dn, dW1 and dW2, LayerNorm
-    channel mixing    g, z if it was not kept, dz and a, dn, LayerNorm and n, dW3 and dW4
+    token mixing      g (branch gradient), a and dz and dn, LayerNorm and n, dW1 and dW2
+    channel mixing    g, z if it was not kept, dz and a, dW4, dn, LayerNorm and n, dW3
 
 Plain products are PyTorch's. The token half passes a and dz on through scratch memory, 2 * B * D_S * C elements that
-are gone when its backward ends; recomputing them for the weight gradients would take GELU and two products more.
+are gone when its backward ends; recomputing them for the weight gradients would take GELU and two products more. So
+would n cost its product normalisation in the loop: LayerNorm's kernel, which has it, writes B * S * C elements more.
+Sums over programs that kernels leave as ``Parts`` are added at last, those of all parameters by one launch.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Half, Norm, Options
+from .arguments import Half, Norm, Options, Parts
 from .devices import device_of, without_autocast
 from .protocol import Backend
 
-Gradients = tuple[Tensor | None, ...]
+Gradients = tuple[Tensor | Parts | None, ...]
 
 
 class Pass(NamedTuple):
@@ -46,9 +48,12 @@ def differentiate(
         return tuple(torch.zeros_like(t) if want else None for t, want in zip(inputs, wanted, strict=True))
     with device_of(x), without_autocast(x):
         gradients = backward(given._replace(dy=given.dy.contiguous()), *parameters, **further)
+        parts = {i: each for i, each in enumerate(gradients) if wanted[i] and isinstance(each, Parts)}
+        sums = given.backend.sum_parts(list(parts.values()), [inputs[i].dtype for i in parts]) if parts else ()
+        added = dict(zip(parts, sums, strict=True))
         return tuple(
-            _in_dtype_of(source, gradient) if want else None
-            for gradient, source, want in zip(gradients, inputs, wanted, strict=True)
+            added[i] if i in added else _in_dtype_of(source, gradient) if want else None
+            for i, (gradient, source, want) in enumerate(zip(gradients, inputs, wanted, strict=True))
         )
 
 
@@ -60,22 +65,27 @@ def token_mixing_backward(given: Pass, half: Half) -> Gradients:
     """Of x and the half's parameters. Kept are mean and rstd."""
     backend, du, kept, x, options, wanted = given
     want_x, want_gamma, want_beta, want_w1, want_b1, want_w2, want_b2 = wanted
-    want_dn = want_x or want_gamma or want_beta
+    by_n = backend.has("token_weight_gradients")
+    want_n = by_n and want_w1
+    want_dn = want_x or want_gamma or want_beta or want_n
     want_dz, want_a = want_w1 or want_b1, want_w2 or want_b2
     g = backend.branch_gradient(du, options)
     w1, norm, weights = backend.token_backward_weights(x, g, Norm(*kept, half.gamma, half.beta), half, options)
     dn, a, dz = backend.token_products_backward(g, x, norm, weights, options, want_a, want_dz)
-    dw1 = db1 = dw2 = db2 = None
+    dx = n = dgamma = dbeta = dw1 = db1 = dw2 = db2 = None
+    if want_dn:
+        if dn is None:
+            dn = w1.to(options.dtype).t() @ dz
+        dx, n, dgamma, dbeta, _ = backend.norm_backward(x, dn, du, norm, options.dtype if want_n else None)
+        del dn
+    if by_n:
+        operands = (dz if want_dz else None, n, a if want_a else None, g)
+        return dx, dgamma, dbeta, *backend.token_weight_gradients(*operands, options)
     if want_dz:
         dw1, db1 = backend.weight_gradient(dz, x, norm, options)
     if want_a:
         dw2, db2 = backend.weight_gradient(a, g, None, options)
         dw2 = dw2.t()
-    dx = dgamma = dbeta = None
-    if want_dn:
-        if dn is None:
-            dn = w1.to(options.dtype).t() @ dz
-        dx, _, dgamma, dbeta, _ = backend.norm_backward(x, dn, du, norm)
     return dx, dgamma, dbeta, dw1, db1, dw2, db2
 
 

@@ -20,6 +20,7 @@ from .arguments import (
     Norm,
     NormGradients,
     Options,
+    Parts,
     SpatialGate,
     TimeMixer,
 )
@@ -126,9 +127,15 @@ class Backend(Protocol):
         """A weight's and its bias's gradient, float32: ``(dW1 [D_S, S], db1 [D_S])`` from ``left`` dz, ``right`` x and
         ``norm``; ``(dW2' [D_S, S], db2 [S])`` from ``left`` a, ``right`` g and no ``norm``."""
 
+    def token_weight_gradients(
+        self, dz: Tensor | None, n: Tensor | None, a: Tensor | None, g: Tensor, options: Options
+    ) -> tuple[Tensor | Parts | None, Tensor | Parts | None, Tensor | Parts | None, Tensor | Parts | None]:
+        """In place of it in ``token_mixing``, of a backend that has "token_weight_gradients": dW1 and db1 from dz and
+        ``n [B, S, C]``, db1 alone without n; ``dW2 [S, D_S]`` and db2 from a and g. None where an operand is None."""
+
     def channel_products_backward(
         self, g: Tensor, u: Tensor, z: Tensor | None, norm: Norm, weights: Any, options: Options, want_a: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | Parts]:
         """``(dz [rows, rows of w3], a [rows, D_C] or None, db3 in float32)``; ``z`` None: recompute it."""
 
     def norm_backward(
@@ -143,6 +150,9 @@ class Backend(Protocol):
         """``dx = dy + LayerNorm'(dn)``, the parameters' gradients, and n in ``n_dtype`` if one is given. ``dx``, if
         given, is where it goes: contiguous but for its rows' stride."""
 
+    def sum_parts(self, sums: Sequence[Parts], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """What the functions here give as ``Parts``, of a backend that does: each added, in its dtype."""
+
     # -------------------------------------------------------------------------------------------- backward: relatives
 
     def row_statistics(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -154,7 +164,9 @@ class Backend(Protocol):
     def hidden_gelu(self, z: Tensor, tokens: int, options: Options) -> Tensor:
         """``a [rows, F]`` with dropout, contiguous, from z, of whose rows ``tokens`` are an image's."""
 
-    def hidden_gelu_backward(self, da: Tensor, z: Tensor, tokens: int, options: Options) -> tuple[Tensor, Tensor]:
+    def hidden_gelu_backward(
+        self, da: Tensor, z: Tensor, tokens: int, options: Options
+    ) -> tuple[Tensor, Tensor | Parts]:
         """``dz [rows, F]``, contiguous, and its column sums ``[F]`` in float32."""
 
     def token_linear_data_gradient(

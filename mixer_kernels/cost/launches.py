@@ -96,7 +96,7 @@ def bytes_of(arguments: Any) -> int:
 def work_of(name: str, named: dict[str, Any], shape: MixerShape) -> Work:
     """Products of Triton's kernel ``name`` by its arguments and options. KeyError where they are not what a formula
     expects, ValueError where there is none."""
-    if any(word in name for word in ("statistics", "norm", "branch", "pack")):
+    if any(word in name for word in ("statistics", "norm", "branch", "pack", "sum_parts")):
         return Work()
     if name in ("token_mixing_fwd_kernel", "token_mixing_bwd_kernel"):
         batch_size, _, channels = named["x_ptr"].shape
@@ -107,15 +107,14 @@ def work_of(name: str, named: dict[str, Any], shape: MixerShape) -> Work:
         executed = 2 * products * rows * tokens * depth
         tiles = rows // named["BLOCK_C"]
         return Work(shape.token_flops(batch_size), executed, tiles, depth // named["BLOCK_D"])
-    if name == "token_weight_gradient_kernel":
-        batch_size, hidden, channels = named["left_ptr"].shape
-        tiles = cdiv(hidden, named["BLOCK_D"]) * cdiv(named["S"], named["BLOCK_S"])
-        steps, splits = batch_size * cdiv(channels, named["BLOCK_C"]), named["SPLITS"]
-        executed = 2 * tiles * named["BLOCK_D"] * named["BLOCK_S"] * steps * named["BLOCK_C"]
-        return Work(shape.token_flops(batch_size) // 2, executed, tiles * splits, cdiv(steps, splits))
+    if name in ("token_weight_gradient_kernel", "token_weight_gradient_descriptor_kernel"):
+        steps, splits = named["B"] * cdiv(named["C"], named["BLOCK_C"]), named["SPLITS"]
+        tiles = cdiv(named["M"], named["BLOCK_M"]) * cdiv(named["N"], named["BLOCK_N"])
+        executed = 2 * tiles * named["BLOCK_M"] * named["BLOCK_N"] * steps * named["BLOCK_C"]
+        return Work(shape.token_flops(named["B"]) // 2, executed, tiles * splits, cdiv(steps, splits))
     if name in ("channel_product_kernel", "channel_product_descriptor_kernel"):
         return _product(named, named["M"], named["N"], named["K"])
-    if name == "channel_gelu_bwd_kernel":
+    if name in ("channel_gelu_bwd_kernel", "channel_gelu_bwd_descriptor_kernel"):
         return _product(named, named["M"], named["D_C"], named["C"])
     raise ValueError(f"cost knows no formula for the products of {name}: add it to work_of in cost/launches.py")
 

@@ -134,6 +134,14 @@ class Analysis:
         around = next(loop for loop in self.flow.root.walk() if hot.loop in loop.inner)
         return self._hot_loop(around, self.trace(around, {hot.loop.header: turns}, sums), once=True)
 
+    def tile(self, hot: HotLoop, turns: int) -> HotLoop:
+        """A tile of a persistent kernel, ``turns`` of ``hot``: where the loop over tiles is flattened into it, the last
+        of them takes the longest way, that with the epilogue."""
+        whole = Analysis(
+            self.kernel, self.warps, products=self.products, blocks=self.blocks, copies=self.copies, longest=True
+        )
+        return self._hot_loop(hot.loop, hot.turn * (turns - 1) + whole.trace(hot.loop), once=True)
+
     def _has_products(self, loop: Loop) -> bool:
         return any(self.prices.tensor(each) for each in self.flow.code_of(loop))
 

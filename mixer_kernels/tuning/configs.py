@@ -352,12 +352,17 @@ def token_backward_config(
     return TokenConfig(64, 16, num_warps=8, num_stages=2)
 
 
-def weight_gradient_config(target: Target, dtype: torch.dtype, stream_dtype: torch.dtype, exact: bool) -> ProductConfig:
-    """The tile of a weight gradient of token mixing: D_S by S, summed over channels and images."""
+def weight_gradient_config(
+    target: Target, dtype: torch.dtype, stream_dtype: torch.dtype, exact: bool, vectorised: bool, norm: bool
+) -> ProductConfig:
+    """The tile of a weight gradient of token mixing, summed over channels and images. ``vectorised``: rows are whole
+    vectors of 16 bytes; ``norm``: an operand is normalised as it is loaded."""
     if dtype is torch.float32:
         block = 32 if exact and target.capability in (90, 100, 103) else 64
         return ProductConfig(block, block, 16, num_warps=8 if target.capability >= 120 else 4, num_stages=1)
-    if target.capability == 90:
+    if vectorised and target.is_nvidia and (target.capability == 90 or not norm):
+        if target.shared_memory < 120_000:
+            return ProductConfig(128, 64, 32, num_warps=8, num_stages=3)
         return ProductConfig(128, 128, 64, num_warps=8, num_stages=3)
     num_warps = 4 if target.capability >= 120 and stream_dtype is dtype else 8
     return ProductConfig(64, 64, 32, num_warps=num_warps, num_stages=2 if target.is_nvidia else 1)
@@ -370,9 +375,20 @@ def token_gelu_backward_config(target: Target, dtype: torch.dtype, exact: bool, 
 
 
 def gelu_backward_config(
-    target: Target, dtype: torch.dtype, exact: bool, depth: int, glu: bool = False
+    target: Target,
+    dtype: torch.dtype,
+    exact: bool,
+    depth: int,
+    descriptors: bool = False,
+    noise: bool = False,
+    glu: bool = False,
 ) -> ProductConfig:
-    """The tile of g . W4 with GELU's backward in the epilogue, over ``depth`` channels; ``glu``: SwiGLU's."""
+    """The tile of g . W4 with GELU's backward in the epilogue, over ``depth`` channels, on tensor descriptors or on
+    pointers; ``glu``: SwiGLU's."""
+    if descriptors:
+        # Two programs a multiprocessor, so that the epilogue of one runs under the product of the other.
+        block_n, programs = 64 if glu else 128, 1 if noise else 2
+        return ProductConfig(128, block_n, 64, num_warps=8, num_stages=3, programs_per_sm=programs)
     if glu:
         return _two_accumulators(gelu_backward_config(target, dtype, exact, depth))
     if dtype is torch.float32 and exact:
@@ -383,4 +399,6 @@ def gelu_backward_config(
         return ProductConfig(128, 64, 32, num_warps=8, num_stages=1)
     if depth % 64 != 0:
         return ProductConfig(64, 64, 32, num_warps=4, num_stages=3)
-    return ProductConfig(128, 64, 64 if target.shared_memory > 120_000 else 32, num_warps=8, num_stages=3)
+    if target.shared_memory > 120_000:
+        return ProductConfig(128, 128, 64, num_warps=8, num_stages=3)
+    return ProductConfig(128, 64, 32, num_warps=8, num_stages=3)

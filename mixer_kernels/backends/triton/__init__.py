@@ -27,6 +27,7 @@ from .gated_mixing_backward import gated_mixing_gradients
 from .hidden_units import hidden_gelu, hidden_gelu_backward
 from .norm_backward import norm_backward
 from .pack import Packing
+from .partial_sums import sum_parts
 from .prepack import ProductWeights, fc1_weights, product_weight, token_weights
 from .row_statistics import _row_statistics_kernel, row_statistics
 from .token_data_gradient import token_data_gradient
@@ -34,13 +35,13 @@ from .token_linear import spatial_gate, spatial_gate_backward, token_linear, tok
 from .token_mixing import token_mixing_fused, token_tile
 from .token_products import padded_sizes, token_mixing_products
 from .token_products_backward import token_gradients_by_products
-from .token_weight_gradients import weight_gradient
+from .token_weight_gradients import token_weight_gradients, weight_gradient
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (3, 3)  # Triton 3.2 takes no function as a kernel's constant
 _FEATURES = {
     "packs", "token_mixing", "channel_mixing", "mixer_block", "norm='affine'", "token_linear", "spatial_gating",
-    "gated_channel_mixing", "gated_mixing", "gate='sigmoid'", "gated_mixer_layer",
+    "gated_channel_mixing", "gated_mixing", "gate='sigmoid'", "gated_mixer_layer", "token_weight_gradients",
     *(f"activation={name!r}" for name in ACTIVATIONS),
 }  # fmt: skip
 

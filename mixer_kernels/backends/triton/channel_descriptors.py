@@ -23,16 +23,17 @@ from .noise import kept_image, noise_arguments
 
 
 @triton.jit
-def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Both column blocks of ``acc``."""
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def quarters(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Four column blocks of ``acc``: the epilogue's live registers and its staging buffer shrink fourfold."""
-    left, right = _halves(acc, BLOCK_M, BLOCK_N)
-    q0, q1 = _halves(left, BLOCK_M, BLOCK_N // 2)
-    q2, q3 = _halves(right, BLOCK_M, BLOCK_N // 2)
+    left, right = halves(acc, BLOCK_M, BLOCK_N)
+    q0, q1 = halves(left, BLOCK_M, BLOCK_N // 2)
+    q2, q3 = halves(right, BLOCK_M, BLOCK_N // 2)
     return q0, q1, q2, q3
 
 
@@ -128,7 +129,8 @@ def _channel_product_descriptor_kernel(
 
 
 @functools.cache  # what is installed
-def _has_host_descriptors() -> bool:
+def has_host_descriptors() -> bool:
+    """Whether this Triton can take descriptors as arguments."""
     return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 
 
@@ -140,7 +142,7 @@ def fits(target: Target, u: Tensor, right: Tensor) -> bool:
     """
     return (
         target.capability in (90, 100, 103)
-        and _has_host_descriptors()
+        and has_host_descriptors()
         and u.dtype is right.dtype
         and u.dtype.itemsize == 2
         and u.is_contiguous()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import Options
+from ..arguments import Options, Parts
 from ..new_tensors import new_like
 from ..rounding import cdiv
 from .activation import activation_of
@@ -65,12 +65,12 @@ def hidden_gelu(z: Tensor, tokens: int, options: Options) -> Tensor:
     return a
 
 
-def hidden_gelu_backward(da: Tensor, z: Tensor, tokens: int, options: Options) -> tuple[Tensor, Tensor]:
+def hidden_gelu_backward(da: Tensor, z: Tensor, tokens: int, options: Options) -> tuple[Tensor, Parts]:
     """``dz [M, F]``, contiguous, and its column sums ``[F]`` in float32."""
     dz = new_like(z)
     sums = torch.empty(cdiv(z.shape[0], _BLOCK), z.shape[1], dtype=torch.float32, device=z.device)
     _run(z, da, dz, sums, tokens, options)
-    return dz, sums.sum(0)
+    return dz, Parts(sums)
 
 
 _BLOCK = 64

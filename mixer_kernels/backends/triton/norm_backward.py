@@ -1,8 +1,7 @@
 """LayerNorm backward with the residual, both halves' last step: equations (17) to (19) of docs/maths.md.
 
 One pass: reads ``x``, ``dn``, ``dy``, writes ``dx``, and ``n`` where a weight gradient needs it. Each program takes
-every so many rows and keeps its sums for dgamma, dbeta and the column sums of ``dy`` in registers; the partial sums
-are added by PyTorch, in a fixed order.
+every so many rows and keeps its sums for dgamma, dbeta and the column sums of ``dy`` in registers: ``partial_sums``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ...tuning.configs import norm_backward_config
 from ...tuning.target import target_of
-from ..arguments import Norm, NormGradients
+from ..arguments import Norm, NormGradients, Parts
 from ..new_tensors import new_like
 from ..rounding import cdiv
 from .launch import launch
@@ -122,5 +121,4 @@ def norm_backward(
         x, dn, dy, *norm, dx, n, sums, rows, tokens, channels, *x.stride(), stride_dx,
         BLOCK_R=config.block_rows, BLOCK_C=config.block_c, PROGRAMS=programs, num_warps=config.num_warps,
     )  # fmt: skip
-    # Each a tensor of its own: an operator's results may not share memory.
-    return NormGradients(dx, n, *(sums[:, i].sum(0) for i in range(3)))
+    return NormGradients(dx, n, *(Parts(sums[:, i]) for i in range(3)))

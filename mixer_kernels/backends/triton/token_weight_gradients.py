@@ -2,11 +2,12 @@
 
 ::
 
-    dW1  = sum over images of dz . n'        [D_S, S]      n = LN(x), normalised again as it is loaded
-    dW2' = sum over images of a . g'         [D_S, S]
+    dW[m, n] = sum over images and channels of left[m] . right[n]          dW1 [D_S, S]: dz and n = LN(x)
+    db[m]    = sum over images and channels of left[m]                     dW2 [S, D_S]: g and a
 
-Each split adds its share in registers and writes float32 partial sums, which PyTorch adds in a fixed order: no atomics,
-two runs agree bit for bit. db1 and db2 come along as row sums of the operands.
+A program takes a tile of one of them and a share of the sum, all turns alike: both operands are read as they lie in
+memory, with channels contiguous, the next image's address is a step like any other, and rows past the last repeat it,
+since they are not stored. Row sums for the bias stay apart until the loop ends. Partial sums: ``partial_sums``.
 """
 
 from __future__ import annotations
@@ -18,119 +19,145 @@ from torch import Tensor
 
 from ...tuning.configs import weight_gradient_config
 from ...tuning.target import target_of
-from ..arguments import Norm, Options
+from ..arguments import Norm, Options, Parts
 from ..rounding import cdiv
-from .launch import launch, needs_int64
+from . import token_weight_gradient_descriptors
+from .launch import launch
 from .noise import kept_image, noise_arguments
+from .partial_sums import sum_parts
 
 
 @triton.jit
 def _token_weight_gradient_kernel(
-    left_ptr,  # [B, D_S, C] contiguous: dz for W1, a for W2
-    right_ptr,  # W1: x [B, S, C], any strides; W2: g [B, S, C] contiguous
-    mean_ptr,  # W1: [B * S] float32, or None for an affine map without statistics
-    rstd_ptr,  # W1: [B * S] float32, or None
-    gamma_ptr,  # W1: [C] or None
-    beta_ptr,  # W1: [C] or None
-    partial_ptr,  # [SPLITS, D_S, S] float32
-    bias_ptr,  # [SPLITS, D_S] (W1) or [SPLITS, S] (W2) float32: partial db1 or db2
-    B,
-    S,
-    C,
-    D_S,
-    stride_b,  # of right
-    stride_s,
+    left_ptr,  # [B, M, C] contiguous
+    right_ptr,  # [B, N, C], strides stride_b, stride_n, stride_c
+    partial_ptr,  # [SPLITS, M, N] float32
+    bias_ptr,  # [SPLITS, M] float32
+    M,
+    N,
+    stride_b,
+    stride_n,
     stride_c,
+    mean_ptr,  # [B * N] float32: right is normalised as it is loaded; or None
+    rstd_ptr,  # [B * N] float32, or None
+    gamma_ptr,  # [C] or None
+    beta_ptr,  # [C] or None
+    B,
+    C,
     noise,  # noise.noise_arguments
-    IS_W1: tl.constexpr,
+    NORM: tl.constexpr,
+    EVEN_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr,
-    INT64: tl.constexpr,
 ):
     DTYPE: tl.constexpr = left_ptr.dtype.element_ty
-    d_tiles = tl.cdiv(D_S, BLOCK_D)
-    s_tiles = tl.cdiv(S, BLOCK_S)
+    VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # what a thread loads at once
+    program = tl.program_id(0)
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    n_tiles = tl.cdiv(N, BLOCK_N)
     c_tiles = tl.cdiv(C, BLOCK_C)
-    d_tile = tl.program_id(0) % d_tiles
-    s_tile = (tl.program_id(0) // d_tiles) % s_tiles
-    split = tl.program_id(0) // d_tiles // s_tiles
-    offs_d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_s = s_tile * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask_d = offs_d < D_S
-    mask_s = offs_s < S
-    far_d, far_s = offs_d, offs_s
-    if INT64:
-        far_d = offs_d.to(tl.int64)
-        far_s = offs_s.to(tl.int64)
+    m_tile = program % m_tiles
+    n_tile = program // m_tiles % n_tiles
+    split = tl.cast(program // m_tiles // n_tiles, tl.int64)
+    offs_m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_C)
+    row_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+    row_n = tl.minimum(offs_n, N - 1).to(tl.int64)
 
-    acc = tl.zeros((BLOCK_D, BLOCK_S), tl.float32)
-    left_sum = tl.zeros((BLOCK_D,), tl.float32)
-    right_sum = tl.zeros((BLOCK_S,), tl.float32)
-    for tile in range(split, B * c_tiles, SPLITS):
-        image = tl.cast(tile // c_tiles, tl.int64)
-        offs_c = (tile % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < C
-        if DROP_PATH:
-            # what the data kernel left unwritten
-            mask_c = mask_c & (kept_image(noise, image) > 0)
-        mask_left = mask_d[:, None] & mask_c[None, :]
-        mask_right = mask_s[:, None] & mask_c[None, :]
-        left = tl.load(
-            left_ptr + image * D_S * C + far_d[:, None] * C + offs_c[None, :], mask=mask_left, other=0.0
-        )  # [BLOCK_D, BLOCK_C]
-        right = tl.load(
-            right_ptr + image * stride_b + far_s[:, None] * stride_s + offs_c[None, :] * stride_c,
-            mask=mask_right,
-            other=0.0,
-        )  # [BLOCK_S, BLOCK_C]
-        if IS_W1:
-            if mean_ptr is not None:
-                mean = tl.load(mean_ptr + image * S + offs_s, mask=mask_s, other=0.0)
-                rstd = tl.load(rstd_ptr + image * S + offs_s, mask=mask_s, other=0.0)
-                n = (right.to(tl.float32) - mean[:, None]) * rstd[:, None]
-            else:
-                n = right.to(tl.float32)
-            if gamma_ptr is not None:
-                n *= tl.load(gamma_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
-            if beta_ptr is not None:
-                n += tl.load(beta_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
-            right = tl.where(mask_right, n, 0.0)
-            left_sum += tl.sum(left.to(tl.float32), 1)
-        else:
-            right_sum += tl.sum(right.to(tl.float32), 1)
-        acc = tl.dot(left, tl.trans(right.to(DTYPE)), acc, input_precision=PRECISION)
-
-    partial_ptr += tl.cast(split, tl.int64) * D_S * S
-    mask = mask_d[:, None] & mask_s[None, :]
-    tl.store(partial_ptr + far_d[:, None] * S + offs_s[None, :], acc, mask=mask)
-    # Blocks compared with blocks: Triton's own interpreter has no mask that is a block & a scalar.
-    if IS_W1:
-        tl.store(bias_ptr + split * D_S + offs_d, left_sum, mask=mask_d & (s_tile == tl.zeros_like(offs_d)))
-    else:
-        tl.store(bias_ptr + split * S + offs_s, right_sum, mask=mask_s & (d_tile == tl.zeros_like(offs_s)))
-
-
-def weight_gradient(left: Tensor, right: Tensor, norm: Norm | None, options: Options) -> tuple[Tensor, Tensor]:
-    """A weight's and its bias's gradient, float32: ``(dW1 [D_S, S], db1 [D_S])`` from ``left`` dz, ``right`` x and
-    ``norm``; ``(dW2' [D_S, S], db2 [S])`` from ``left`` a, ``right`` g and no ``norm``."""
-    batch_size, hidden, channels = left.shape
-    tokens = right.shape[1]
-    target = target_of(left.device)
-    config = weight_gradient_config(target, left.dtype, right.dtype, options.exact)
-    tiles = cdiv(hidden, config.block_m) * cdiv(tokens, config.block_n)
-    splits = max(1, min(batch_size * cdiv(channels, config.block_k), 2 * target.multiprocessors // tiles))
-    partial = torch.empty(splits, hidden, tokens, dtype=torch.float32, device=left.device)
-    bias = torch.empty(splits, tokens if norm is None else hidden, dtype=torch.float32, device=left.device)
-    launch(
-        _token_weight_gradient_kernel, tiles * splits,
-        left, right, *(norm or (None,) * 4), partial, bias, batch_size, tokens, channels, hidden, *right.stride(),
-        **noise_arguments(options), **config.launch_options("DSC"),
-        IS_W1=norm is not None, SPLITS=splits, PRECISION=options.precision,
-        INT64=needs_int64((hidden, channels), (channels, 1)) or needs_int64(right.shape[1:], right.stride()[1:]),
+    turns = tl.cast(B, tl.int64) * c_tiles
+    begin = split * turns // SPLITS
+    end = (split + 1) * turns // SPLITS
+    image = begin // c_tiles
+    c0 = tl.cast(begin % c_tiles, tl.int32) * BLOCK_C
+    left_tile_ptr = left_ptr + (image * M * C + c0) + row_m[:, None] * C + offs_c[None, :]
+    right_tile_ptr = (
+        right_ptr + (image * stride_b + tl.cast(c0, tl.int64) * stride_c)
+        + row_n[:, None] * stride_n + offs_c.to(tl.int64)[None, :] * stride_c
     )  # fmt: skip
-    return partial.sum(0), bias.sum(0)
+    step = tl.full((), BLOCK_C, tl.int64)
+    to_next_image = tl.cast(c_tiles - 1, tl.int64) * BLOCK_C
+    left_to_next = tl.cast(M, tl.int64) * C - to_next_image
+    right_to_next = stride_b - to_next_image * stride_c
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_C // VECTOR), tl.float32)
+    for _ in range(0, tl.cast(end - begin, tl.int32)):
+        if EVEN_K and not DROP_PATH:
+            left = tl.load(left_tile_ptr)
+            right = tl.load(right_tile_ptr)
+        else:
+            width = C - c0
+            if DROP_PATH:
+                width = tl.where(kept_image(noise, image) > 0, width, 0)  # else the data kernel left it unwritten
+            left = tl.load(left_tile_ptr, mask=(offs_c < width)[None, :], other=0.0)
+            right = tl.load(right_tile_ptr, mask=(offs_c < width)[None, :], other=0.0)
+        if NORM:
+            n = right.to(tl.float32)
+            if mean_ptr is not None:
+                mean = tl.load(mean_ptr + image * N + row_n)
+                n = (n - mean[:, None]) * tl.load(rstd_ptr + image * N + row_n)[:, None]
+            channel = c0 + offs_c
+            if gamma_ptr is not None:
+                n *= tl.load(gamma_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+            if beta_ptr is not None:
+                n += tl.load(beta_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+            right = n
+        if n_tile == 0:
+            sums += tl.sum(tl.reshape(left.to(tl.float32), (BLOCK_M, BLOCK_C // VECTOR, VECTOR)), 2)
+        acc = tl.dot(left, tl.trans(right.to(DTYPE)), acc, input_precision=PRECISION)
+        c0 += BLOCK_C
+        is_last = c0 >= C
+        left_tile_ptr += tl.where(is_last, left_to_next, step)
+        right_tile_ptr += tl.where(is_last, right_to_next, step * stride_c)
+        c0 = tl.where(is_last, 0, c0)
+        image += is_last.to(tl.int64)
+
+    mask_m = offs_m < M
+    partial_ptr += split * M * N
+    tl.store(partial_ptr + row_m[:, None] * N + row_n[None, :], acc, mask=mask_m[:, None] & (offs_n < N)[None, :])
+    # Blocks compared with blocks: Triton's own interpreter has no mask that is a block & a scalar.
+    tl.store(bias_ptr + split * M + row_m, tl.sum(sums, 1), mask=mask_m & (n_tile == tl.zeros_like(offs_m)))
+
+
+def token_weight_gradients(
+    dz: Tensor | None, n: Tensor | None, a: Tensor | None, g: Tensor, options: Options
+) -> tuple[Parts | None, Parts | None, Parts | None, Parts | None]:
+    """dW1, db1, dW2, db2: the first two from dz and n, db1 alone without n, the others from a and g."""
+    dw1, db1 = (None, None) if dz is None else _run(dz, dz if n is None else n, Norm(), options)
+    dw2, db2 = (None, None) if a is None else _run(g, a, Norm(), options)
+    return None if n is None else dw1, db1, dw2, db2
+
+
+def weight_gradient(left: Tensor, right: Tensor, norm: Norm, options: Options) -> tuple[Tensor, Tensor]:
+    """``(dW [M, N], db [M])`` in float32 from ``left [B, M, C]``, contiguous, and ``norm`` of ``right [B, N, C]``."""
+    return tuple(sum_parts(_run(left, right, norm, options), [torch.float32] * 2))
+
+
+def _run(left: Tensor, right: Tensor, norm: Norm, options: Options) -> tuple[Parts, Parts]:
+    """Of a weight and its bias."""
+    (batch_size, rows, channels), columns = left.shape, right.shape[1]
+    target = target_of(left.device)
+    is_normalised, vectorised = any(t is not None for t in norm), channels % 8 == 0
+    config = weight_gradient_config(
+        target, left.dtype, right.dtype, options.exact, vectorised=vectorised, norm=is_normalised
+    )
+    tiles = cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
+    splits = max(1, min(batch_size * cdiv(channels, config.block_k), 2 * target.multiprocessors // tiles))
+    partial = torch.empty(splits, rows, columns, dtype=torch.float32, device=left.device)
+    bias = torch.empty(splits, rows, dtype=torch.float32, device=left.device)
+    if not is_normalised and token_weight_gradient_descriptors.fits(target, left, right, options):
+        token_weight_gradient_descriptors.run(config, left, right, partial, bias, tiles * splits)
+    else:
+        launch(
+            _token_weight_gradient_kernel, tiles * splits,
+            left, right, partial, bias, rows, columns, *right.stride(), *norm, batch_size, channels,
+            **noise_arguments(options), **config.launch_options("MNC"), NORM=is_normalised,
+            EVEN_K=channels % config.block_k == 0, SPLITS=splits, PRECISION=options.precision,
+        )  # fmt: skip
+    return Parts(partial), Parts(bias)
