@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as nnf
 from accuracy import assert_all_accurate, reference
 from test_kernels import on_target
 
@@ -180,26 +179,6 @@ def test_any_number_of_leading_axes(device):
     y = evaluate("features", x, parameters, "triton")["output"]
     assert torch.equal(evaluate("features", x[0, 0], parameters, "triton")["output"], y[0, 0])
     assert torch.equal(evaluate("features", x[None], parameters, "triton")["output"], y[None])
-
-
-@pytest.mark.parametrize("norm", ["layer", "affine"])
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@each_mixer
-def test_torch_backend_is_what_it_says_it_is(mixer, kind, norm):
-    axis, gate_first = MIXERS[mixer]
-    x, p = make(mixer, (2, 3, 5, 20), torch.float64, "cpu")
-    n = x * p["gamma"] + p["beta"] if norm == "affine" else nnf.layer_norm(x, (20,), p["gamma"], p["beta"], 1e-5)
-    v = n.movedim(axis, -1)
-
-    def gate(v):
-        logits = nnf.linear(v, p["w_gate"], p["b_gate"])
-        return v * (nnf.softmax(logits, -1) if kind == "softmax" else torch.sigmoid(logits))
-
-    v = gate(v) if gate_first else v
-    v = nnf.linear(nnf.gelu(nnf.linear(v, p["w1"], p["b1"])), p["w2"], p["b2"])
-    v = v if gate_first else gate(v)
-    actual = evaluate(mixer, x, p, "torch", gate=kind, norm=norm)["output"]
-    torch.testing.assert_close(actual, x + v.movedim(-1, axis), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("mixer", ("channels", "features"))

@@ -60,7 +60,8 @@ def assert_matches_eager(x, parameters, device, target="sm_80", **options):
 
 @pytest.mark.parametrize(("shape", "dtype", "_"), CASES.values(), ids=CASES.keys())
 def test_matches_eager(shape, dtype, _, device):
-    assert_matches_eager(*make_layer(shape, dtype, device), device)
+    """Each mixer has an eps of its own."""
+    assert_matches_eager(*make_layer(shape, dtype, device), device, eps=(1e-5, 0.1))
 
 
 @pytest.mark.parametrize(("shape", "dtype", "_"), list(CASES.values())[1::4], ids=list(CASES)[1::4])
@@ -157,6 +158,8 @@ def test_dropout_draws_two_seeds_a_call(device):
         with torch.no_grad():
             return F.gated_mixer_layer(x, **parameters, dropout_p=p, backend="triton")
 
+    seeds = time_series.seeded(x, Options(dropout_p=0.3), 2).seed
+    assert seeds[0] != seeds[1]
     first, following = call(3), call()
     assert torch.equal(call(3), first) and not torch.equal(following, first)
     assert torch.equal(call(p=1.0), x)
@@ -259,15 +262,6 @@ def test_empty_batch_and_second_derivative(device):
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
         dx.sum().backward()
-
-
-def test_torch_backend_is_what_it_says_it_is():
-    x, parameters = make_layer((2, 5, 6, 20), torch.float64, "cpu")
-    halves = list(parameters.values())
-    u = F.gated_mixing(x, *halves[:8], axis=-2, backend="torch")
-    expected = F.gated_mixing(u, *halves[8:], axis=-1, eps=1e-3, backend="torch")
-    actual = evaluate(x, parameters, "torch", eps=(1e-5, 1e-3))["output"]
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
