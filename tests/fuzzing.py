@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import plain
 import torch
 from accuracy import FORWARD_FACTOR, GRADIENT_FACTOR, assert_accurate, assert_all_accurate, reference
+from evaluation import Results, evaluate, wide
 from hypothesis import strategies as st
 from operations import OPERATIONS, make
 from parity import run
@@ -142,18 +143,10 @@ def check(case: Call) -> None:
     options = fixed | case.options
     of_plain = {name: value for name, value in options.items() if name != "memory"}
 
-    def results(run: Callable, x: Tensor, parameters: dict[str, Tensor | None], dy: Tensor, **options: Any) -> dict:
-        leaves = {
-            name: None if t is None else t.detach().requires_grad_(name not in case.frozen)
-            for name, t in {"x": x, **parameters}.items()
-        }
+    def results(run: Callable, x: Tensor, parameters: dict[str, Tensor | None], dy: Tensor, **options: Any) -> Results:
         products = case.autocast if x.dtype is not torch.float64 else None
         with torch.autocast("cpu", products or torch.bfloat16, enabled=products is not None):
-            y = run(*leaves.values(), **options)
-        wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
-        gradients = torch.autograd.grad(y, [*wanted.values()], dy) if wanted else ()
-        named = {f"gradient of {name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
-        return {"output": y.detach(), **named}
+            return evaluate(run, x, parameters, dy, case.frozen, **options)
 
     reference_run = getattr(plain, function.__name__)
     with _as_for(case):
@@ -162,12 +155,11 @@ def check(case: Call) -> None:
         eager = results(function, x, parameters, dy, **of_plain, backend="torch")
     else:
         eager = results(reference_run, x, parameters, dy, **of_plain)
-    wide = {name: None if t is None else t.double() for name, t in parameters.items()}
     if dtype is torch.float64:
         torch.testing.assert_close(actual, eager, rtol=1e-11, atol=1e-11)
     else:
         exact = reference(
-            lambda: results(reference_run, x.double(), wide, dy.double(), **of_plain), dtype, case.autocast
+            lambda: results(reference_run, x.double(), wide(parameters), dy.double(), **of_plain), dtype, case.autocast
         )
         assert_all_accurate(actual, eager, exact)
     assert actual["output"].is_contiguous() or case.backend == "torch"
@@ -264,8 +256,8 @@ def check_model(case: Model) -> None:
         with torch.autocast("cpu", products or torch.bfloat16, enabled=products is not None), use_backend(backend):
             return run(model, x, _output)
 
-    eager, wide = on("torch", model, x, run), copy.deepcopy(model).double()
-    exact = reference(lambda: on("torch", wide, x.double(), run), case.dtype, case.autocast)
+    eager, twin = on("torch", model, x, run), copy.deepcopy(model).double()
+    exact = reference(lambda: on("torch", twin, x.double(), run), case.dtype, case.autocast)
     if not isinstance(model, FusedMixerBlock):
         assert not fuse_(model, backend=case.backend, memory=case.memory).left
     fused = on(case.backend, model, x, run)

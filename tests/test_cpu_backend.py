@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
+import evaluation
 import pytest
 import test_relatives_patchtsmixer as of_mixer
 import test_relatives_patchtsmixer_layer as of_layer
@@ -38,19 +40,11 @@ def isa(request, monkeypatch):
 
 
 def assert_mixer_matches_eager(mixer, x, parameters, **options):
-    dy = torch.randn(x.shape, dtype=x.dtype)
-    actual, eager = (of_mixer.evaluate(mixer, x, parameters, backend, dy, **options) for backend in ("cpu", "torch"))
-    wide = {k: None if t is None else t.double() for k, t in parameters.items()}
-    exact = reference(lambda: of_mixer.evaluate(mixer, x.double(), wide, "torch", dy.double(), **options), x.dtype)
-    assert_all_accurate(actual, eager, exact)
+    evaluation.assert_matches_eager(partial(of_mixer.evaluate, mixer), x, parameters, "cpu", **options)
 
 
 def assert_layer_matches_eager(x, parameters, **options):
-    dy = torch.randn(x.shape, dtype=x.dtype)
-    actual, eager = (of_layer.evaluate(x, parameters, backend, dy, **options) for backend in ("cpu", "torch"))
-    wide = {k: None if t is None else t.double() for k, t in parameters.items()}
-    exact = reference(lambda: of_layer.evaluate(x.double(), wide, "torch", dy.double(), **options), x.dtype)
-    assert_all_accurate(actual, eager, exact)
+    evaluation.assert_matches_eager(of_layer.evaluate, x, parameters, "cpu", **options)
 
 
 SHAPES = {  # batch, channels, patches, features

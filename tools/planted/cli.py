@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--every", type=int, default=1, metavar="N", help="of each area every Nth (default: %(default)s)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="at once (default: %(default)s)")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for a test (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=120, help="CPU seconds for a test (default: %(default)s)")
     parser.add_argument(
         "--untested", action="store_true", help="take for granted that the tests pass without a breakage"
     )

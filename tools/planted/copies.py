@@ -10,6 +10,7 @@ import compileall
 import os
 import py_compile
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -55,10 +56,11 @@ class Result(NamedTuple):
 
 
 def run(jobs: Iterable[Job], at_once: int = 1, limit: float = 120.0) -> Iterator[tuple[Job, Result]]:
-    """Each job's result, as they end; a check that takes longer than ``limit`` seconds is killed."""
+    """Each job's result, as they end. A check is killed after ``limit`` seconds of a CPU, or if it waits as long as ten
+    of them would take."""
     waiting = iter(jobs)
     with tempfile.TemporaryDirectory(prefix="planted") as folder:
-        idle = [_Copy(Path(folder, str(i))) for i in range(at_once)]
+        idle = [_Copy(Path(folder, str(i)), limit) for i in range(at_once)]
         _import_libraries()
         busy: list[_Copy] = []
         try:
@@ -70,7 +72,7 @@ def run(jobs: Iterable[Job], at_once: int = 1, limit: float = 120.0) -> Iterator
                     return
                 time.sleep(0.02)
                 for copy in [*busy]:
-                    result = copy.look(limit)
+                    result = copy.look()
                     if result is not None:
                         busy.remove(copy)
                         idle.append(copy)
@@ -83,7 +85,8 @@ def run(jobs: Iterable[Job], at_once: int = 1, limit: float = 120.0) -> Iterator
 class _Copy:
     """A copy of the tree, and the job that is done in it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limit: float) -> None:
+        self.limit = limit
         self.tree, self.scratch, self.log = folder / "tree", folder / "scratch", folder / "log"
         shutil.copytree(ROOT, self.tree, ignore=shutil.ignore_patterns(*_LEFT_OUT))
         # What is compiled of unchanged sources lies in the tree that was copied, by a hash of the sources.
@@ -101,15 +104,16 @@ class _Copy:
             path.write_text(job.text)
         self._start()
 
-    def look(self, limit: float) -> Result | None:
+    def look(self) -> Result | None:
         """The job's result, if it has ended."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        is_late = pid == 0 and time.monotonic() - self.check_started > limit
+        is_late = pid == 0 and time.monotonic() - self.check_started > 10 * self.limit
         if is_late:
             self.kill()
         elif pid == 0:
             return None
         output = self.log.read_text(errors="replace")
+        is_late = is_late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU)
         outcome = TIMED_OUT if is_late else _outcome(status, output)
         if outcome == SURVIVED and self.left:
             self._start()
@@ -134,6 +138,7 @@ class _Copy:
         status = 70
         try:
             os.setpgid(0, 0)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(self.limit), int(self.limit) + 10))
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=600, help="begin none after so long (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="at once (default: %(default)s)")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for a test (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=120, help="CPU seconds for a test (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     given = parser.parse_args(arguments)
     mutants = [m for area in given.area for path in _sources(area) for m in mutants_of(path) if given.k in m.name]
