@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fuzzing import BACKENDS, calls, check, check_model, models
+import torch
+from fuzzing import BACKENDS, Call, calls, check, check_model, models
 from hypothesis import HealthCheck, given, settings
 
 from mixer_kernels.backends.cpu import library
@@ -39,7 +40,11 @@ def test_any_model(backend, request) -> None:
     drawn(MODELS[backend])(given(case=models(backend))(check_model))()
 
 
-FOUND = ()
+FOUND = (  # and what no draw may miss
+    Call("mixer_block", "torch", 2, {"S": 5, "C": 6, "D": 4, "H": 7}, torch.float32, {"eps": (1e-5, 0.1)}),
+    Call("gated_mixer_layer", "triton", 2, dict(zip("NPFQG", (2, 4, 8, 5, 6), strict=True)), torch.float32,
+         {"eps": (1e-5, 0.1)}),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FOUND, ids=str)

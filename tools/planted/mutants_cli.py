@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=600, help="begin none after so long (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="at once (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=120, help="CPU seconds for a test (default: %(default)s)")
+    parser.add_argument("--first", type=int, metavar="N", help="of a mutant's tests; no survivor of those is on record")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     given = parser.parse_args(arguments)
     mutants = [m for area in given.area for path in _sources(area) for m in mutants_of(path) if given.k in m.name]
@@ -45,12 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mutant in left:
             if time.monotonic() > until:
                 return
-            yield Job(mutant.name, mutant.file, mutant.text(), checks_of(mutant.file))
+            yield Job(mutant.name, mutant.file, mutant.text(), checks_of(mutant.file)[: given.first])
 
     for job, result in run(jobs(), given.jobs, given.limit):
         done += 1
         print(f"[{done}/{len(left)}] {result.outcome:9} {job.name} ({result.seconds:.0f} s)", flush=True)
         known[_key(by_name[job.name])] = result.outcome
+        if result.outcome == SURVIVED and given.first is not None:
+            continue
         RECORD.parent.mkdir(exist_ok=True)
         with RECORD.open("a") as record:
             record.write(json.dumps({"mutant": _key(by_name[job.name]), "outcome": result.outcome}) + "\n")
