@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import strict_interpreter  # noqa: E402
 import timm_stub  # noqa: E402
 
-BATCH = 25  # cases of one strategy in a row
+BATCH = 10  # cases of one strategy in a row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +66,11 @@ def _run(strategy: Callable, check: Callable, cases: int, seed: int) -> tuple[in
         check(case)
 
     settings = hypothesis.settings(
-        max_examples=cases, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
     )
     try:
         hypothesis.seed(seed)(settings(hypothesis.given(case=strategy)(counted)))()

@@ -9,19 +9,19 @@ SERIES, CONVERT = "test_patch_time_series", "test_convert"
 BREAKAGES = in_folder("mixer_kernels", {
     # calls and operators
     "a weight's address forgotten": (
-        "functional/direct.py", "None if t is None else (t.data_ptr(), t.dtype", "None if t is None else (t.dtype",
-        DIRECT, "test_every_write_is_seen and cuda"),
+        "metadata.py", "(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg())",
+        "(0, t.dtype, t.shape, t.stride(), t.is_neg())", REPEAT, "test_a_change_is_seen and python and another"),
     "the backend of a with statement forgotten": (
         "functional/direct.py", "asked = backends.requested_backend() if backend is None else backend",
         "asked = backend", DIRECT, "test_the_backend_that_is_asked_for"),
     "the dtype of autocast forgotten": (
-        "functional/direct.py", "return described, asked, isa, autocast, torch",
-        "return described, asked, isa, None, torch", DIRECT, "test_under_autocast and triton"),
+        "functional/direct.py", "return layout, asked, isa, autocast, torch", "return layout, asked, isa, None, torch",
+        DIRECT, "test_under_autocast and triton"),
     "the precision of products forgotten": (
         "functional/direct.py", "autocast, torch.get_float32_matmul_precision()", "autocast, None", "test_kernels",
         "tf32"),
     "gradients forgotten": (
-        "functional/direct.py", "or needs_grad(x, *parameters):", "or False:", DIRECT,
+        "functional/direct.py", "arguments, needs_grad(x, *parameters), kept", "arguments, False, kept", DIRECT,
         "test_gradients_after_inference and triton"),
     "negative views taken as they lie": (
         "functional/direct.py", "return any([t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors])",
@@ -45,8 +45,8 @@ BREAKAGES = in_folder("mixer_kernels", {
         "ops/operator.py", "tuple(new_like(t) if want", "tuple(torch.empty_like(t) if want", "test_ops",
         "test_opcheck and float32 and token_mixing_backward"),
     "the first norm's eps in training": (
-        "functional/mixer.py", "return _channel_mixing(u, channels, options._replace(eps=eps2), name, memory)",
-        "return _channel_mixing(u, channels, options, name, memory)", "test_properties", "test_what_was_found"),
+        "functional/mixer.py", "Half(*both[6:]), options._replace(eps=eps2), name, memory)",
+        "Half(*both[6:]), options, name, memory)", "test_properties", "test_what_was_found"),
     "a weight gradient of what was not normalised": (
         "backends/backward.py", "backend.weight_gradient(dz, x, norm, options)",
         "backend.weight_gradient(dz, x, None, options)", "test_backward", BELOW),
@@ -86,14 +86,13 @@ BREAKAGES = in_folder("mixer_kernels", {
     "a copy of a written frozen block is intact": (
         "freeze.py", '"was_intact": self.changed() is None}', '"was_intact": True}', FREEZE, "test_packs_go_along"),
     "hooks not looked at": (
-        "snapshot.py", '                    or attributes["_backward_hooks"]\n', "", SNAPSHOT,
-        "test_hooks and backward and ours"),
+        "metadata.py", '            or attributes["_backward_hooks"]\n', "", SNAPSHOT,
+        "test_hooks and backward and ours and python"),
     "a replaced forward not looked at": (
-        "snapshot.py", '                    or len(attributes) != size  # "forward" may have come\n', "", SNAPSHOT,
-        "test_other_parts and ours"),
+        "metadata.py", "            or len(attributes) != size\n", "", SNAPSHOT, "test_other_parts and ours and python"),
     "another class not looked at": (
-        "snapshot.py", "                    type(module) is not cls\n                    or ", "                    ",
-        SNAPSHOT, "test_other_parts and ours"),
+        "metadata.py", "            type(module) is not cls\n            or ", "            ", SNAPSHOT,
+        "test_other_parts and ours and python"),
     "a part's mode not looked at": (
         "repeat.py", "if block.training or any([part.training for part in self._noisy]):", "if False:", REPEAT,
         "test_the_mode_is_seen"),

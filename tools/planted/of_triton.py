@@ -111,6 +111,8 @@ BREAKAGES = in_folder("mixer_kernels/backends/triton", {
         "pack.py", "self.made: dict[str, Tensor] = {}\n        self._kept = kept or {}",
         "self.made = self._kept = globals().setdefault('_for_ever', {})", "test_weights_are_never_stale",
         "data_copy and triton and Mixer"),
+    "one name for a weight folded and as it is": (
+        "pack.py", 'f"{name}.folded"', 'f"{name}.w"', "test_freeze", "test_our_own_block and autocast"),
     "a frozen block's packs ignored": (
         "pack.py", "self._kept = kept or {}", "self._kept = {}", "test_freeze",
         "test_a_frozen_model_launches_no_packing and mixer"),
