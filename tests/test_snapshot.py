@@ -153,6 +153,7 @@ def test_other_parts_classes_weights_and_forwards(blocks) -> None:
             part.__class__ = type(cls.__name__, (cls,), {})
             assert (_reason(block) is None) is (changed is None)
             part.__class__ = cls
+            assert ask(block) is None  # and remembers it
             with attribute(part, "forward", torch.tanh):
                 _reason(block)
             assert ask(block) is None

@@ -89,7 +89,8 @@ BREAKAGES = in_folder("mixer_kernels", {
         "metadata.py", '            or attributes["_backward_hooks"]\n', "", SNAPSHOT,
         "test_hooks and backward and ours and python"),
     "a replaced forward not looked at": (
-        "metadata.py", "            or len(attributes) != size\n", "", SNAPSHOT, "test_other_parts and ours and python"),
+        "metadata.py", "            or len(attributes) != size\n", "", SNAPSHOT,
+        "test_other_parts and ours and python"),
     "another class not looked at": (
         "metadata.py", "            type(module) is not cls\n            or ", "            ", SNAPSHOT,
         "test_other_parts and ours and python"),
