@@ -75,6 +75,16 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
     ("csrc/cpu/mixing.h", "constexpr int64_t kPanel", _TILES),
     ("csrc/cpu/mixing.h", "constexpr int64_t kLeast", _TILES),
     ("csrc/cpu/plane.h", "kLine = 16", _TILES),
+    ("csrc/cpu/kernels.cpp", "while (slices < most", _TILES),
+    ("csrc/cpu/kernels.cpp", "Shape shape = Tile::shape_of(call, 0);", "of one mixer: both numbers give its shape"),
+    ("csrc/cpu/mixing.h", "c < count; c += kLanes | < -> <=", "a vector more, in the room that a plane has behind it"),
+    ("csrc/cpu/functions.h", "constexpr float kLeastExponent", "of numbers below 1e-37 no result has a digit"),
+    (
+        "csrc/cpu/functions.h",
+        "x > kMostExponent ? all(__builtin_inff())",
+        "of 88 exactly: 1.7e38 or infinity, divided by which 0 is left",
+    ),
+    ("csrc/cpu/run.cpp", "avx2", "of a CPU that has all of them"),
 )
 """Part of the file's name, part of the line and what replaces what, and why no test can tell the mutant."""
 
