@@ -44,7 +44,7 @@ jobs = [
     Job("comment", file, text + "# nothing else", (check, check)),
     Job("wrong", file, text.replace("return q * q", "return q"), (check,)),
     Job("no Python", file, text + "def", (check,)),
-    Job("no test", file, text, (Check("test_gelu", "nothing of that name"),)),
+    Job("no test", file, text, (Check("test_gelu", "nothing_of_that_name"),)),
 ]
 results = [*run(jobs), *run([Job("too long", file, text + "while True: pass", (check,))], limit=10)]
 print(json.dumps({job.name: result.outcome for job, result in results}))
