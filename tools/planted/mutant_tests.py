@@ -85,6 +85,10 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "of 88 exactly: 1.7e38 or infinity, divided by which 0 is left",
     ),
     ("csrc/cpu/run.cpp", "avx2", "of a CPU that has all of them"),
+    ("csrc/cpu/norm.h", "for (int64_t f = 0; f < F; f += kLanes) { | < -> <=", "a turn more, which stores no element"),
+    ("triton/token_data_gradient.py", "tl.multiple_of(turns - steps, 16)", "a hint to the compiler; 0 is any multiple"),
+    ("triton/token_products.py", "mask=mask, other=0.0) | 0.0 -> 1.0", "of lanes that are not stored"),
+    ("triton/pack.py", "- 126, 126) | 126 -> 127", "of weights above 2^126, which have no float16"),
 )
 """Part of the file's name, part of the line and what replaces what, and why no test can tell the mutant."""
 
