@@ -47,19 +47,19 @@ def assert_matches_eager(
     parameters: Parameters,
     backend: str = "triton",
     target: str = "sm_80",
-    memory: Mapping[str, str] | None = None,
+    besides: Mapping[str, Any] | None = None,
     backward: bool = True,
     **options: Any,
 ) -> None:
-    """``run(x, parameters, backend, dy, **options)`` on a backend, with ``memory`` besides, on the torch backend and in
-    float64."""
+    """``run(x, parameters, backend, dy, **options)`` on a backend, there with ``besides`` too, on the torch backend and
+    in float64."""
     dy = wide_dy = None
     if backward:
         outputs = run(x, parameters, "torch", **options)["output"]
         dy = torch.randn(outputs.shape, device=x.device).to(outputs.dtype)
         wide_dy = dy.double()
     with on_target(target, x.device.type):
-        actual = run(x, parameters, backend, dy, **options, **memory or {})
+        actual = run(x, parameters, backend, dy, **options, **besides or {})
     eager = run(x, parameters, "torch", dy, **options)
     exact = reference(lambda: run(x.double(), wide(parameters), "torch", wide_dy, **options), x.dtype)
     assert_all_accurate(actual, eager, exact)

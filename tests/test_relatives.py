@@ -98,7 +98,7 @@ def evaluate(name, x, parameters, backend, dy=None, **options):
 
 def assert_matches_eager(name, x, parameters, target="sm_80", memory=None, **how):
     kept = {"memory": memory} if memory is not None and name not in ("resmlp tokens", "spatial gating") else {}
-    evaluation.assert_matches_eager(partial(evaluate, name), x, parameters, target=target, memory=kept, **how)
+    evaluation.assert_matches_eager(partial(evaluate, name), x, parameters, target=target, besides=kept, **how)
 
 
 def inputs(name, shape, dtype, device, batch_size=2, layout="contiguous"):
