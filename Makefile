@@ -21,7 +21,7 @@ OLDEST_TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
 CSRC = $(shell find csrc tests/cuda_on_host tests/cpu_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-cpu cpu cuda cuda-gates accuracy-by-chance compile-check compile-check-oldest gpu-day docs hub dist wheels clean
+.PHONY: help demo test lint format bench bench-cpu cpu cuda cuda-gates accuracy-by-chance planted mutants fuzz soak coverage compile-check compile-check-oldest gpu-day docs hub dist wheels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +64,21 @@ cuda-gates: $(VENV)/.installed ## nvcc on every CUDA kernel for every GPU: warni
 accuracy-by-chance: $(VENV)/.installed ## how often a right kernel misses the accuracy rule; about ten minutes on 2 cores
 	$(BIN)/python tools/accuracy_by_chance.py $(ARGS)
 
+planted: $(VENV)/.installed ## break the product in a hundred places, one at a time: the tests have to see it
+	$(BIN)/python tools/planted.py --jobs 2 $(ARGS)
+
+mutants: $(VENV)/.installed ## mutants of the kernels: make mutants ARGS="--area triton --sample 100 --minutes 30"
+	$(BIN)/python tools/mutants.py --jobs 2 $(ARGS)
+
+fuzz: $(VENV)/.installed ## 3,000 random calls and models against plain PyTorch
+	$(BIN)/python tools/fuzz.py $(ARGS)
+
+soak: $(VENV)/.installed ## ten minutes of serving by threads, with copies, training, forks beside
+	$(BIN)/python tools/soak.py $(ARGS)
+
+coverage: $(VENV)/.installed ## the tests once more, and which branches of the package they take
+	$(BIN)/pytest -n $(JOBS) --dist worksteal --cov=mixer_kernels --cov-branch --cov-report=term-missing:skip-covered $(ARGS)
+
 compile-check: $(VENV)/.installed ## compile every tile config for every GPU, without one
 	$(BIN)/python -m mixer_kernels compile-check --arch $(ARCH) $(ARGS)
 
@@ -86,7 +101,7 @@ wheels: ## manylinux wheels with the CPU kernels, in dist/wheels: make wheels PY
 	$(PYTHON) tools/wheels.py $(if $(PIP_ARGS),--pip-args="$(PIP_ARGS)") $(PYTHONS)
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.* mixer_kernels/_cpu.* mixer_kernels/_metadata.*
+	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info .benchmarks .coverage* .hypothesis .pytest_cache .ruff_cache mixer_kernels/_C.* mixer_kernels/_cpu.* mixer_kernels/_metadata.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.requirements: requirements-dev.txt requirements-dev-no-deps.txt

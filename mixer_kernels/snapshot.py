@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .coverage import why_not_global_hooks
 from .metadata import Remembered, are_unchanged
 
-_CHANGING = ("training", "_last")  # the mode; what repeat keeps
+_CHANGING = ("training", "_last", "_snapshot")  # the mode; what is kept between calls
 _PLAIN = (str, tuple, numbers.Number, type(None), FunctionType, BuiltinFunctionType)
 
 

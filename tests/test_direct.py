@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import itertools
 import pickle
 import threading
 import weakref
@@ -94,15 +95,15 @@ def test_it_gives_what_the_operator_gives(layout, backend, device):
 
 def test_under_autocast_and_inference_mode(backend, device):
     block, x = a_block(dtype=torch.float32, device=device), make_x(2, SHAPE, BF16, device)
-    for dtype in (BF16, torch.float16):
+    for number, (dtype, stream) in enumerate(itertools.product((BF16, torch.float16), (None, torch.float32)), start=1):
         with torch.autocast(device, dtype):
-            given = x.to(dtype)
+            given = x.to(stream or dtype)
             expected = by_operator(block, given, backend)
             assert torch.equal(run(block, given, backend), expected)
             with torch.inference_mode():
                 y = F.mixer_block(given, **block.parameters, backend=backend)
                 assert torch.equal(y, expected) and y.is_inference()
-    assert known() == 2
+        assert known() == number
 
 
 def test_the_backend_that_is_asked_for_counts(device):

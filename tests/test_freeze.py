@@ -237,9 +237,15 @@ def test_left_as_it_is(model, x):
         unfreeze_(1)
 
 
-def test_our_own_block():
-    block, x = FusedMixerBlock(24, 20).bfloat16().eval(), torch.randn(2, 20, 24).bfloat16()
-    with use_backend("triton"):
+@pytest.mark.parametrize("autocast", (False, True), ids=("bfloat16", "float32 under autocast"))
+def test_our_own_block(autocast):
+    """In either form of fc1: its weight with LayerNorm folded into it, and as it is."""
+    block, x = FusedMixerBlock(24, 20).eval(), torch.randn(2, 20, 24)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    if not autocast:
+        block, x = block.bfloat16(), x.bfloat16()
+    with use_backend("triton"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected, _ = kernels(block, x)
         assert len(freeze_(block)) == 1
         got, launched = kernels(block, x)

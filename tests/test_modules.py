@@ -125,6 +125,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 @pytest.mark.parametrize("config", COVERED.values(), ids=COVERED)
 def test_covered_block_is_timms(config, dtype, patch_embedded, said, monkeypatch) -> None:
     theirs, ours = twins(dtype, **config)
+    theirs.norm2.eps = ours.norm2.eps = 1e-3
     x = tokens_for(ours, dtype, patch_embedded)
     calls = count_calls(monkeypatch)
     with torch.no_grad():

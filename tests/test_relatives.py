@@ -6,6 +6,9 @@ their own. Each function is taken as what it is equivalent to says, and its torc
 
 from __future__ import annotations
 
+from functools import partial
+
+import evaluation
 import pytest
 import torch
 from accuracy import assert_all_accurate, reference
@@ -89,33 +92,13 @@ CASES = {  # tokens, channels, dtype
 
 
 def evaluate(name, x, parameters, backend, dy=None, **options):
-    """The output, and with ``dy`` the gradients of x and of every parameter, by name."""
     function, _, own = RELATIVES[name]
-    leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in {"x": x, **parameters}.items()}
-    arguments = dict(leaves)
-    with torch.set_grad_enabled(dy is not None):
-        y = function(arguments.pop("x"), **arguments, **own, **options, backend=backend)
-    results = {"output": y.detach()}
-    if dy is not None:
-        present = {k: leaf for k, leaf in leaves.items() if leaf is not None}
-        gradients = torch.autograd.grad(y, list(present.values()), dy)
-        results |= {f"gradient of {k}": gradient for k, gradient in zip(present, gradients, strict=True)}
-    return results
+    return evaluation.evaluate(function, x, parameters, dy, **own, **options, backend=backend)
 
 
-def assert_matches_eager(name, x, parameters, device, target="sm_80", backward=True, memory=None, **options):
-    kept = {"memory": memory} if memory is not None and name != "resmlp tokens" and name != "spatial gating" else {}
-    dy = None
-    if backward:
-        outputs = evaluate(name, x, parameters, "torch", **options)["output"]
-        dy = torch.randn(outputs.shape, device=device).to(outputs.dtype)
-    with on_target(target, device):
-        actual = evaluate(name, x, parameters, "triton", dy, **kept, **options)
-    eager = evaluate(name, x, parameters, "torch", dy, **options)
-    wide = {k: None if t is None else t.double() for k, t in parameters.items()}
-    wide_dy = None if dy is None else dy.double()
-    exact = reference(lambda: evaluate(name, x.double(), wide, "torch", wide_dy, **options), x.dtype)
-    assert_all_accurate(actual, eager, exact)
+def assert_matches_eager(name, x, parameters, target="sm_80", memory=None, **how):
+    kept = {"memory": memory} if memory is not None and name not in ("resmlp tokens", "spatial gating") else {}
+    evaluation.assert_matches_eager(partial(evaluate, name), x, parameters, target=target, besides=kept, **how)
 
 
 def inputs(name, shape, dtype, device, batch_size=2, layout="contiguous"):
@@ -127,7 +110,7 @@ def inputs(name, shape, dtype, device, batch_size=2, layout="contiguous"):
 @pytest.mark.parametrize(("tokens", "channels", "dtype"), CASES.values(), ids=CASES.keys())
 @each_relative
 def test_matches_eager(name, tokens, channels, dtype, device):
-    assert_matches_eager(name, *inputs(name, (tokens, channels), dtype, device), device)
+    assert_matches_eager(name, *inputs(name, (tokens, channels), dtype, device))
 
 
 @pytest.mark.parametrize("memory", F.MEMORY_MODES)
@@ -135,7 +118,7 @@ def test_matches_eager(name, tokens, channels, dtype, device):
 def test_tensor_descriptors_match_eager(name, memory, device):
     """The kernels that sm_90 runs; the hidden units' rows are padded to whole 16-byte vectors."""
     x, parameters = inputs(name, (49, 48), torch.bfloat16, device)
-    assert_matches_eager(name, x, parameters, device, "sm_90", memory=memory)
+    assert_matches_eager(name, x, parameters, target="sm_90", memory=memory)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
@@ -143,7 +126,7 @@ def test_tensor_descriptors_match_eager(name, memory, device):
 def test_layouts_are_read_as_they_are(name, layout, device):
     x, parameters = inputs(name, (20, 24), torch.float32, device, layout=layout)
     before = x.clone()
-    assert_matches_eager(name, x, parameters, device)
+    assert_matches_eager(name, x, parameters)
     assert torch.equal(x, before)
 
 
@@ -167,10 +150,10 @@ def test_vectors_of_any_stride(name, device):
 def test_without_what_may_be_none(name, dtype, device):
     x, parameters = inputs(name, (20, 24), dtype, device)
     bare = {k: t if t.dim() == 2 else None for k, t in parameters.items()}
-    assert_matches_eager(name, x, bare, device)
+    assert_matches_eager(name, x, bare)
     for only in ("scale", "alpha", "beta", "gamma"):  # a part of an affine map alone
         if only in parameters:
-            assert_matches_eager(name, x, {**bare, only: parameters[only]}, device)
+            assert_matches_eager(name, x, {**bare, only: parameters[only]})
 
 
 @pytest.mark.parametrize("stream", (torch.float32, torch.bfloat16), ids=str)
@@ -205,7 +188,7 @@ def test_mean_far_from_zero(name, dtype, device):
     x = make_x(2, MixerShape(tokens, channels, 1, 1), dtype, device, mean=30.0)
     if "resmlp" in name:
         parameters["beta"] = (-30 * parameters["alpha" if "alpha" in parameters else "gamma"].float()).to(dtype)
-    assert_matches_eager(name, x, parameters, device, "sm_90", backward=False)
+    assert_matches_eager(name, x, parameters, target="sm_90", backward=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,13 +198,13 @@ def test_layer_scale_as_it_starts(dtype, device):
     parameters["scale"] = torch.full_like(parameters["scale"], 1e-6)
     for name in ("alpha", "beta"):
         parameters[name] = 1e-2 * parameters[name]
-    assert_matches_eager("resmlp tokens", 1e2 * x, parameters, device)
+    assert_matches_eager("resmlp tokens", 1e2 * x, parameters)
 
 
 def test_layer_scale_of_zero(device):
     x, parameters = inputs("resmlp tokens", (20, 24), torch.float32, device)
     parameters["scale"] = torch.zeros_like(parameters["scale"])
-    assert_matches_eager("resmlp tokens", x, parameters, device)
+    assert_matches_eager("resmlp tokens", x, parameters)
 
 
 DROP_PATH, BOTH = {"drop_path_p": 0.5}, {"dropout_p": 0.3, "drop_path_p": 0.4}
@@ -411,47 +394,3 @@ def test_a_gate_needs_an_even_number_of_channels():
     x, parameters = inputs("spatial gating", (20, 24), torch.float32, "cpu")
     with pytest.raises(ValueError, match="h must have an even number of channels, factors and gates, got 23"):
         F.spatial_gating(x[..., 1:], **parameters, backend="torch")
-
-
-# --------------------------------------------------------------------------------------------------------------- timm
-
-
-def test_torch_backend_is_timms_blocks(device):
-    """Float64, so that equal means the same computation and not the same rounding."""
-    import timm.layers
-    from timm.models.mlp_mixer import MixerBlock, ResBlock, SpatialGatingBlock
-
-    x = torch.randn(2, 20, 24, dtype=torch.float64)
-
-    def randomized(block):
-        for parameter in block.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        return block.double()
-
-    def of(linear):
-        return linear.weight, linear.bias
-
-    with torch.no_grad():
-        block = randomized(MixerBlock(24, 20, mlp_layer=timm.layers.GluMlp, act_layer=torch.nn.SiLU))
-        t, c = block.mlp_tokens, block.mlp_channels
-        norms = ((block.norm1.weight, block.norm1.bias), (block.norm2.weight, block.norm2.bias))
-        actual = F.mixer_block(
-            x, *norms[0], *of(t.fc1), *of(t.fc2), *norms[1], *of(c.fc1), *of(c.fc2), activation="swiglu"
-        )
-        torch.testing.assert_close(actual, block(x), rtol=1e-12, atol=1e-12)
-
-        block = randomized(ResBlock(24, 20))
-        c, flat = block.mlp_channels, [p.flatten() for n in (block.norm1, block.norm2) for p in (n.alpha, n.beta)]
-        actual = F.token_linear(x, *flat[:2], *of(block.linear_tokens), block.ls1)
-        actual = F.channel_mixing(
-            actual, *flat[2:], *of(c.fc1), block.ls2[:, None] * c.fc2.weight, block.ls2 * c.fc2.bias, norm="affine"
-        )
-        torch.testing.assert_close(actual, block(x), rtol=1e-12, atol=1e-12)
-
-        block = randomized(SpatialGatingBlock(24, 20, mlp_ratio=3))
-        c, norm = block.mlp_channels, block.mlp_channels.gate.norm
-        actual = F.gated_channel_mixing(
-            x, block.norm.weight, block.norm.bias, *of(c.fc1), norm.weight, norm.bias, *of(c.gate.proj), *of(c.fc2),
-            eps=block.norm.eps, gate_eps=norm.eps,
-        )  # fmt: skip
-        torch.testing.assert_close(actual, block(x), rtol=1e-12, atol=1e-12)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import evaluation
 import pytest
 import torch
-import torch.nn.functional as nnf
 from accuracy import assert_all_accurate, reference
-from test_kernels import on_target
 
 import mixer_kernels.functional as F
 from mixer_kernels import ops
@@ -51,59 +52,43 @@ def make(mixer, shape, dtype, device, factor=2):
 
 def evaluate(mixer, x, parameters, backend, dy=None, **options):
     axis, gate_first = MIXERS[mixer]
-    leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in {"x": x, **parameters}.items()}
-    arguments = dict(leaves)
-    with torch.set_grad_enabled(dy is not None):
-        y = F.gated_mixing(
-            arguments.pop("x"), **arguments, axis=axis, gate_first=gate_first, backend=backend, **options
-        )
-    results = {"output": y.detach()}
-    if dy is not None:
-        present = {k: leaf for k, leaf in leaves.items() if leaf is not None}
-        gradients = torch.autograd.grad(y, list(present.values()), dy)
-        results |= {f"gradient of {k}": gradient for k, gradient in zip(present, gradients, strict=True)}
-    return results
+    options |= {"axis": axis, "gate_first": gate_first, "backend": backend}
+    return evaluation.evaluate(F.gated_mixing, x, parameters, dy, **options)
 
 
-def assert_matches_eager(mixer, x, parameters, device, target="sm_80", **options):
-    dy = torch.randn(x.shape, device=device).to(x.dtype)
-    with on_target(target, device):
-        actual = evaluate(mixer, x, parameters, "triton", dy, **options)
-    eager = evaluate(mixer, x, parameters, "torch", dy, **options)
-    wide = {k: None if t is None else t.double() for k, t in parameters.items()}
-    exact = reference(lambda: evaluate(mixer, x.double(), wide, "torch", dy.double(), **options), x.dtype)
-    assert_all_accurate(actual, eager, exact)
+def assert_matches_eager(mixer, x, parameters, target="sm_80", **options):
+    evaluation.assert_matches_eager(partial(evaluate, mixer), x, parameters, target=target, **options)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES.values(), ids=CASES.keys())
 @each_mixer
 def test_matches_eager(mixer, shape, dtype, device):
-    assert_matches_eager(mixer, *make(mixer, shape, dtype, device), device)
+    assert_matches_eager(mixer, *make(mixer, shape, dtype, device))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 3, 13, 20), torch.float32), ((2, 3, 4, 8), torch.bfloat16)], ids=str)
 @each_mixer
 def test_sigmoid_gate(mixer, shape, dtype, device):
-    assert_matches_eager(mixer, *make(mixer, shape, dtype, device), device, gate="sigmoid")
+    assert_matches_eager(mixer, *make(mixer, shape, dtype, device), gate="sigmoid")
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 3, 13, 20), torch.float32), ((2, 3, 4, 8), torch.bfloat16)], ids=str)
 @each_mixer
 def test_affine_norm(mixer, shape, dtype, device):
     x, parameters = make(mixer, shape, dtype, device)
-    assert_matches_eager(mixer, x, parameters, device, norm="affine")
-    assert_matches_eager(mixer, x, parameters | {"gamma": None, "b1": None}, device, norm="affine", gate="sigmoid")
+    assert_matches_eager(mixer, x, parameters, norm="affine")
+    assert_matches_eager(mixer, x, parameters | {"gamma": None, "b1": None}, norm="affine", gate="sigmoid")
 
 
 def test_sigmoid_logits_far_apart(device):
     x, parameters = make("features", (2, 3, 4, 20), torch.float32, device)
     parameters["b_gate"] = 300.0 * torch.randn_like(parameters["b_gate"])
-    assert_matches_eager("features", x, parameters, device, gate="sigmoid")
+    assert_matches_eager("features", x, parameters, gate="sigmoid")
 
 
 @each_mixer
 def test_tiles_of_sm_90(mixer, device):
-    assert_matches_eager(mixer, *make(mixer, (2, 3, 12, 40), torch.bfloat16, device), device, "sm_90")
+    assert_matches_eager(mixer, *make(mixer, (2, 3, 12, 40), torch.bfloat16, device), target="sm_90")
 
 
 LAYOUTS = {
@@ -119,7 +104,7 @@ def test_layouts_are_read_as_they_are(mixer, layout, device):
     x, parameters = make(mixer, (2, 3, 5, 20), torch.float32, device)
     x = layout(x)
     before = x.clone()
-    assert_matches_eager(mixer, x, parameters, device)
+    assert_matches_eager(mixer, x, parameters)
     assert torch.equal(x, before)
 
 
@@ -142,7 +127,7 @@ def test_vectors_of_any_stride(mixer, device):
 @each_mixer
 def test_without_what_may_be_none(mixer, absent, device):
     x, parameters = make(mixer, (2, 3, 5, 20), torch.float32, device)
-    assert_matches_eager(mixer, x, {**parameters, **dict.fromkeys(absent)}, device, approximate="tanh")
+    assert_matches_eager(mixer, x, {**parameters, **dict.fromkeys(absent)}, approximate="tanh")
 
 
 @pytest.mark.parametrize("stream", (torch.float32, torch.bfloat16), ids=str)
@@ -165,14 +150,14 @@ def test_rows_without_variance_and_far_from_zero(mixer, dtype, mean, device):
     x, parameters = make(mixer, (2, 3, 5, 40), dtype, device)
     x = (x + mean).to(dtype)
     x[0, 0] = 0.1
-    assert_matches_eager(mixer, x, parameters, device)
+    assert_matches_eager(mixer, x, parameters)
 
 
 def test_logits_far_apart(device):
     """A softmax that is one element, where exponentials would overflow."""
     x, parameters = make("features", (2, 3, 4, 20), torch.float32, device)
     parameters["b_gate"] = 300.0 * torch.randn_like(parameters["b_gate"])
-    assert_matches_eager("features", x, parameters, device)
+    assert_matches_eager("features", x, parameters)
 
 
 def test_any_number_of_leading_axes(device):
@@ -180,26 +165,6 @@ def test_any_number_of_leading_axes(device):
     y = evaluate("features", x, parameters, "triton")["output"]
     assert torch.equal(evaluate("features", x[0, 0], parameters, "triton")["output"], y[0, 0])
     assert torch.equal(evaluate("features", x[None], parameters, "triton")["output"], y[None])
-
-
-@pytest.mark.parametrize("norm", ["layer", "affine"])
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@each_mixer
-def test_torch_backend_is_what_it_says_it_is(mixer, kind, norm):
-    axis, gate_first = MIXERS[mixer]
-    x, p = make(mixer, (2, 3, 5, 20), torch.float64, "cpu")
-    n = x * p["gamma"] + p["beta"] if norm == "affine" else nnf.layer_norm(x, (20,), p["gamma"], p["beta"], 1e-5)
-    v = n.movedim(axis, -1)
-
-    def gate(v):
-        logits = nnf.linear(v, p["w_gate"], p["b_gate"])
-        return v * (nnf.softmax(logits, -1) if kind == "softmax" else torch.sigmoid(logits))
-
-    v = gate(v) if gate_first else v
-    v = nnf.linear(nnf.gelu(nnf.linear(v, p["w1"], p["b1"])), p["w2"], p["b2"])
-    v = v if gate_first else gate(v)
-    actual = evaluate(mixer, x, p, "torch", gate=kind, norm=norm)["output"]
-    torch.testing.assert_close(actual, x + v.movedim(-1, axis), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("mixer", ("channels", "features"))

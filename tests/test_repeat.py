@@ -144,6 +144,8 @@ def test_what_is_frozen_is_watched(case):
     for _ in range(2):
         before = block(x)
     freeze_(block)
+    for _ in range(2):
+        assert torch.equal(block(x), before)
     linear(block).weight.mul_(2)
     with pytest.raises(RuntimeError, match="is frozen, but its .*fc1.weight was written to"):
         block(x)

@@ -18,17 +18,21 @@
 
 using namespace mixer_kernels::cpu;
 
+// Tasks begin together, as many as there are threads: each thread gets one, on a machine with other work too.
+static std::atomic<unsigned> begun{0}, together{0};
+
+static void begin() {
+    for (++begun; begun < together;) std::this_thread::yield();
+}
+
 // The pool of threads that run.cpp looks for: of threads that ThreadSanitizer knows, unlike those of an OpenMP runtime.
-// They start together, so that each gets a task.
 extern "C" void GOMP_parallel(void (*run)(void*), void* data, unsigned threads, unsigned) {
+    begun = 0;
+    together = threads;
     std::vector<std::thread> pool;
-    std::atomic<unsigned> started{0};
-    for (unsigned i = 0; i < threads; ++i)
-        pool.emplace_back([&] {
-            for (++started; started < threads;) std::this_thread::yield();
-            run(data);
-        });
+    for (unsigned i = 0; i < threads; ++i) pool.emplace_back(run, data);
     for (std::thread& thread : pool) thread.join();
+    together = 0;
 }
 
 namespace {
@@ -249,11 +253,21 @@ bool check(int64_t B, int64_t C, int64_t P, int64_t F, int axis, bool gate_first
         Doubles value = reference(at[0], at + 1, parameters[0].hidden, axes[0]);
         return layer ? reference(value, at + 9, parameters[1].hidden, 3) : value;
     };
-    const Kernels& kernels = kernels_baseline;
+    Kernels kernels = kernels_baseline;
+    kernels.forward = [](const Call& call, const Plan& plan, int64_t task, float* work) {
+        begin();
+        kernels_baseline.forward(call, plan, task, work);
+    };
+    kernels.backward = [](const Call& call, const Plan& plan, int64_t task, float* work, float* sums) {
+        begin();
+        kernels_baseline.backward(call, plan, task, work, sums);
+    };
     const Doubles expected = evaluate(point);
-    for (int threads : {1, 3}) {
+    Floats packs(kernels.pack_size(call), NAN);
+    kernels.pack(call, packs.data());
+    for (int threads : {1, 3, 2}) {  // two: on packs that were made before
         y.assign(y.size(), NAN);
-        run_forward(kernels, call, threads);
+        run_forward(kernels, call, threads, threads == 2 ? packs.data() : nullptr);
         if (!close("y", y.data(), expected, 2e-5)) return false;
     }
     static unsigned calls = 0;

@@ -257,14 +257,15 @@ def _version(program: str) -> str:
 
 
 def _digest(source: Path, command: Sequence[str]) -> str:
-    """Of all that makes an object, except where the source lies."""
+    """Of all that makes an object, except where the sources lie: copies of the tree have the same."""
     files = [source]
     for file in files:
         for header in re.findall(r'^\s*#include "(.+)"', file.read_text(), re.MULTILINE):
             found = next((folder / header for folder in (file.parent, MODEL, CSRC) if (folder / header).exists()), None)
             if found is not None and found.resolve() not in map(Path.resolve, files):
                 files.append(found)
-    return _hash(_version(command[0]), *command, source.name, *(file.read_text() for file in files))
+    options = [word.replace(str(ROOT), "") for word in command]
+    return _hash(_version(command[0]), *options, source.name, *(file.read_text() for file in files))
 
 
 def _hash(*parts: str) -> str:

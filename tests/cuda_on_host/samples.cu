@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "device/copy.cuh"
+#include "device/gelu.cuh"
 #include "device/matrix.cuh"
 
 namespace mixer_kernels {
@@ -158,6 +159,16 @@ __global__ void probe_store8(void* out, mk_type type, int64_t offset, int valid,
     store8(out, type, offset, valid, v);
 }
 
+// Each way of GELU, and where a way has it the slope: out [5][count].
+__global__ void probe_gelu(const float* z, bool tanh_form, const GeluForm form, float* out, int64_t count) {
+    for (int64_t i = threadIdx.x; i < count; i += 32) {
+        const GeluGradient both = gelu_and_slope(z[i], tanh_form);
+        const GeluGradient of_form = tanh_form ? gelu_and_slope_tanh(z[i], form) : gelu_and_slope_erf(z[i], form);
+        const float values[] = {gelu(z[i], tanh_form), gelu(z[i], form), both.a, both.slope, of_form.slope};
+        for (int way = 0; way < 5; ++way) out[way * count + i] = values[way];
+    }
+}
+
 __global__ void probe_convert(const void* in, mk_type from, void* out, mk_type to, int64_t count) {
     for (int64_t i = threadIdx.x; i < count; i += blockDim.x) store_element(out, to, i, load_element(in, from, i));
 }
@@ -205,6 +216,10 @@ int sample_store8(void* out, mk_type type, int64_t offset, int valid, const floa
 
 int sample_convert(const void* in, mk_type from, void* out, mk_type to, int64_t count) {
     return launch(probe_convert, 1, 32, 0, nullptr, in, from, out, to, count);
+}
+
+int sample_gelu(const float* z, int tanh_form, float* out, int64_t count) {
+    return launch(probe_gelu, 1, 32, 0, nullptr, z, tanh_form != 0, GeluForm(tanh_form != 0), out, count);
 }
 
 int sample_order(int blocks, int threads, int* counter, int* order) {

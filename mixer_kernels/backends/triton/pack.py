@@ -174,7 +174,7 @@ class Packing:
         """W', wg, wb and scale, 2^-k or None for 1, of ``w3 [D_C, C]`` and LayerNorm's ``gamma`` and ``beta``; one to a
         launch."""
         (rows, columns), wide = w3.shape, round_up(w3.shape[1], K_MULTIPLE)
-        out, is_kept = self._new(f"{name}.w", (rows, wide), self.dtype, w3)
+        out, is_kept = self._new(f"{name}.folded", (rows, wide), self.dtype, w3)  # beside w3 as it is
         wanted = ("wg", "wb", "scale") if self.dtype is torch.float16 else ("wg", "wb")
         vectors = [self._new(f"{name}.{part}", (rows,), torch.float32, w3) for part in wanted]
         folded = (out, *(vector for vector, _ in vectors), *(None,) * (3 - len(wanted)))

@@ -1,26 +1,14 @@
-"""The launchers of csrc/sm90 under sanitizers, and with faults planted in their sources: driver_sm90.cpp."""
+"""Breakages of csrc/sm90, the kernels with TMA and wgmma, which run on the CPU's model of a GPU."""
 
-from __future__ import annotations
-
-import re
-import shutil
-from concurrent.futures import ThreadPoolExecutor
-
-import pytest
-from cuda_on_host import build
-
-
-@pytest.mark.parametrize(("sanitizer", "runs"), [(None, "6"), ("address,undefined", "2"), ("thread", "1")])
-def test_launchers(sanitizer, runs) -> None:
-    """Every launcher over small shapes, in so many orders: driver_sm90.cpp."""
-    result = build.run(build.build_driver(sanitizer, name="driver_sm90"), runs)
-    assert result.returncode == 0, result.stdout
-
+from .breakage import seen_by
+from .copies import Check
 
 WAIT = "            wgmma_wait<0>();\n            keep(o);\n"
 RELEASE = "            release_item(item + 1);\n"
 FENCED = "fence_async_shared();\n        named_barrier_sync"
-PLANTED = {  # file of csrc/sm90, what is there, what is planted, what the driver says
+
+LAUNCHERS = Check("test_cuda_sm90_launchers", "test_launchers and None")
+BREAKAGES = seen_by(LAUNCHERS, "csrc/sm90", {  # and what the driver says
     "descriptor's stride, of hidden units": (
         "token_unit.cuh", "(tile, 16, 8 * static_cast<int>(S))", "(tile, 16, 4 * static_cast<int>(S))", "u of sm90"),
     "descriptor's stride, of a stage": (
@@ -65,28 +53,4 @@ PLANTED = {  # file of csrc/sm90, what is there, what is planted, what the drive
         "channel_gelu_backward.cu", "|| n + column >= N) continue", ") continue", "dz of sm90|a again"),
     "weights of dropped images not skipped": (
         "token_data_gradient.cu", "if (turn.works(noise_)) skip(chunks);", "", "deadlock|has landed"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the driver says of each bug; two at a time, for most change one file."""
-    faulty = tmp_path_factory.mktemp("faulty")  # not by the threads: pytest's folders are made by one at a time
-
-    def output(bug: str) -> str:
-        name, old, new, _ = PLANTED[bug]
-        csrc = faulty / bug.replace(" ", "_") / "csrc"
-        shutil.copytree(build.CSRC, csrc)
-        text = (csrc / "sm90" / name).read_text()
-        assert text.count(old) == 1, f"{bug}: {name} has changed, bring the test up to date"
-        (csrc / "sm90" / name).write_text(text.replace(old, new))
-        result = build.run(build.build_driver(csrc=csrc, name="driver_sm90"))
-        return result.stdout if result.returncode != 0 else "nothing"
-
-    with ThreadPoolExecutor(2) as workers:
-        return dict(zip(PLANTED, workers.map(output, PLANTED), strict=True))
-
-
-@pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bug_is_noticed(planted, bug) -> None:
-    assert re.search(PLANTED[bug][3], planted[bug]), planted[bug]
+})  # fmt: skip
