@@ -128,7 +128,8 @@ BREAKAGES = in_folder("mixer_kernels", {
         "adapters/batch_norm.py", "(norm.running_var + norm.eps).rsqrt()", "norm.running_var.rsqrt()", SERIES,
         "test_models and BatchNorm"),
     "BatchNorm of the batch taken for a map": (
-        "adapters/batch_norm.py", "takes = norm.training or norm", "takes = norm", SERIES, "test_batch_norm_in_training"),
+        "adapters/batch_norm.py", "takes = norm.training or norm", "takes = norm", SERIES,
+        "test_batch_norm_in_training"),
     "sums of groups": (
         "adapters/time_series.py", ".mean(1, keepdim=True)", ".sum(1, keepdim=True)", SERIES, "test_models and groups"),
     "softmax for every gate": (
