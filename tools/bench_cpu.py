@@ -114,11 +114,7 @@ def groups(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
 
 
 def series_section(reports: list[dict]) -> str:
-    """The plot and both tables."""
-    picture = (
-        '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="benchmarks/results/cpu/speed-dark.svg">\n'
-        '  <img alt="Speed over eager PyTorch on a CPU" src="benchmarks/results/cpu/speed-light.svg">\n</picture>'
-    )
+    """Both tables."""
     report = reports[0]
     packages = ("torch", "transformers", "granite-tsfm", "onnxruntime", "openvino")
     versions = ", ".join(f"{name} {report['versions'][name]}" for name in packages if report["versions"][name])
@@ -130,7 +126,7 @@ def series_section(reports: list[dict]) -> str:
         f"Batch {VARIANTS_BATCH_SIZE} on the same machine, each beside eager PyTorch in the same dtype, with the same "
         "instructions and threads:"
     )
-    return "\n\n".join([picture, series_table(rows_of(reports)), caption, between, variants_table(reports)])
+    return "\n\n".join([series_table(rows_of(reports)), caption, between, variants_table(reports)])
 
 
 def series_table(rows: list[dict]) -> str:
