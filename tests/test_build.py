@@ -246,12 +246,12 @@ def test_cpu_kernels_are_built_into_the_wheel_without_torch(tmp_path):
     assert "-py3-none-any" not in only_wheel(tree).name
     with zipfile.ZipFile(only_wheel(tree)) as archive:
         archive.extractall(tmp_path / "installed")
-    program = "import mixer_kernels._cpu as m; print(m.built[-1], m.runs_here('baseline'), m.has_pool())"
+    program = "import mixer_kernels._cpu as m; print('baseline' in m.built, m.runs_here('baseline'), m.has_pool())"
     loaded = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, timeout=60,
         env={"PYTHONPATH": str(tmp_path / "installed")},
     )  # fmt: skip
-    assert loaded.stdout == "baseline True False\n", loaded.stderr
+    assert loaded.stdout == "True True False\n", loaded.stderr
 
 
 @needs_cxx

@@ -6,7 +6,9 @@ Exporters warn of what torch itself deprecates in them; those warnings are not o
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import onnxruntime
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from mixer_kernels import FusedMixer, backends, functional, use_backend
 from mixer_kernels.accuracy import Reference
+from mixer_kernels.backends.registry import exported_to
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
@@ -152,3 +155,9 @@ def test_auto_is_torch_on_a_gpu_too_while_exporting(tmp_path: Path) -> None:
     torch.onnx.export(Asks().eval(), (torch.zeros(2),), tmp_path / "asks.onnx", dynamo=True, verbose=False)
     assert len(chosen) > traces > 0
     assert set(chosen) == {"torch"}
+
+
+def test_another_thread_may_be_importing_onnx(monkeypatch):
+    """Then the module is there, and empty."""
+    monkeypatch.setitem(sys.modules, "torch.onnx", ModuleType("torch.onnx"))
+    assert exported_to() is None

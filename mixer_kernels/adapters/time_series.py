@@ -171,6 +171,9 @@ class Layer(Fused):
 
     @classmethod
     def why_not_covered(cls, layer: nn.Module) -> str | None:
+        reason = why_not_global_hooks()
+        if reason is not None:
+            return reason
         for name, fused in cls.mixers.items():
             mixer = layer._modules.get(name)
             if mixer is None:

@@ -48,7 +48,9 @@ def differentiate(
         return tuple(torch.zeros_like(t) if want else None for t, want in zip(inputs, wanted, strict=True))
     with device_of(x), without_autocast(x):
         gradients = backward(given._replace(dy=given.dy.contiguous()), *parameters, **further)
-        parts = {i: each for i, each in enumerate(gradients) if wanted[i] and isinstance(each, Parts)}
+        # What is no tensor is Parts: of the class that the backend knows, where the package was imported twice.
+        made = enumerate(gradients)
+        parts = {i: each for i, each in made if wanted[i] and not isinstance(each, Tensor | None)}
         sums = given.backend.sum_parts(list(parts.values()), [inputs[i].dtype for i in parts]) if parts else ()
         added = dict(zip(parts, sums, strict=True))
         return tuple(

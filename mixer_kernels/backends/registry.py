@@ -211,7 +211,8 @@ def _runs(name: str, device: torch.device, dtype: torch.dtype, features: tuple[s
 
 def exported_to() -> str | None:
     """The format without our operators that a model is being exported to right now, or None."""
-    onnx = sys.modules.get("torch.onnx")  # it is imported by who exports
-    if onnx is not None and onnx.is_in_onnx_export():
+    # It is imported by who exports; another thread may be at it right now.
+    in_export = getattr(sys.modules.get("torch.onnx"), "is_in_onnx_export", None)
+    if in_export is not None and in_export():
         return "ONNX"
     return "TorchScript" if torch.jit.is_tracing() else None
