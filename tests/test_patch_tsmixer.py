@@ -244,6 +244,11 @@ def test_what_is_left() -> None:
     }
 
 
+def test_an_activation_that_is_no_module_is_left() -> None:
+    report = fuse_(ConditionalLayer(activation=torch.relu))
+    assert len(report.left) == 4 and not report.fused
+
+
 def weekly_series() -> pd.Series:
     """Carbon dioxide at Mauna Loa, as statsmodels brings it along; standardised."""
     series = statsmodels.datasets.co2.load_pandas().data["co2"].interpolate()[-300:]

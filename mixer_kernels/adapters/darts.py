@@ -30,7 +30,8 @@ class DartsMixing(Mixing):
 
     @staticmethod
     def activation_of(block: nn.Module) -> dict[str, str] | None:
-        return plain_activation(block._modules["activation"])
+        activation = block._modules.get("activation")  # darts takes a function as well
+        return None if activation is None else plain_activation(activation)
 
     @classmethod
     def is_batch_norm(cls, norm: nn.Module) -> bool:

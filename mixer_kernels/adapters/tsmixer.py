@@ -65,7 +65,10 @@ class Mixing(Fused):
         return "feature_mixing" if cls.mixes_features else "time_mixing"
 
     def operator_on_cpu(self, x: Tensor) -> str | None:
-        return None if self.is_left_on_cpu(self, x) else self.function(self)
+        name = self.function(self)
+        if self.training and checks.is_small_to_train(name, x):
+            return None
+        return None if self.is_left_on_cpu(self, x) else name
 
     @classmethod
     def is_left_on_cpu(cls, block: nn.Module, x: Tensor) -> bool:
@@ -185,6 +188,8 @@ class Layer(Fused):
         return "tsmixer_layer"
 
     def operator_on_cpu(self, x: Tensor) -> str | None:
+        if self.training and checks.is_small_to_train("tsmixer_layer", x):
+            return None
         known = [(mixer, fused) for mixer, fused in self._mixers(self) if isinstance(mixer, fused.original())]
         return None if any([fused.is_left_on_cpu(mixer, x) for mixer, fused in known]) else self.function(self)
 

@@ -3,6 +3,7 @@
 from .registry import (
     BACKENDS,
     CHOICES,
+    FASTER_ON_CPU,
     LEAST_OF_A_MIXER,
     NEVER,
     auto_on_cpu,

@@ -56,11 +56,12 @@ def runs_on_torch(backend: str | None, x: Tensor, operator: str | None = None, b
     if asked != "auto":
         return asked == "torch"
     if x.is_cpu:
-        dtype, pays = x.dtype, False
+        dtype = x.dtype
+        if operator is None:
+            return backends.auto_on_cpu((), dtype, False) == "torch"
         if torch.is_autocast_enabled("cpu"):  # asked here: half the time of product_dtype
             dtype = product_dtype(dtype, "cpu")
-        if operator is not None:
-            pays = pays_on_cpu(operator, dtype, x, block.parameters(), block.training)
+        pays = pays_on_cpu(operator, dtype, x, block.parameters(), block.training)
         return backends.auto_on_cpu((operator,), dtype, pays) == "torch"
     device = x.device
     dtype = product_dtype(x.dtype, device.type)
@@ -72,6 +73,13 @@ def is_left_to_torch(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which would record the comparison
         return True
     return x.dtype is torch.float32 and x.numel() < backends.LEAST_OF_A_MIXER
+
+
+def is_small_to_train(operator: str, x: Tensor) -> bool:
+    """Whether ``pays_on_cpu`` denies ``operator`` in training, whatever else: as for ``is_left_to_torch``."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return x.dtype is torch.float32 and x.numel() < backends.FASTER_ON_CPU[x.dtype][operator][True]
 
 
 def pays_on_cpu(
