@@ -107,3 +107,24 @@ def test_the_table_lists_what_the_backend_has():
     cpu = backends.load("cpu")
     for dtype, operators in registry.FASTER_ON_CPU.items():
         assert cpu.why_not(CPU, dtype) is None and all(map(cpu.has, operators))
+
+
+class Module:
+    """In place of the compiled module, on a CPU that multiplies bfloat16 and may have tiles."""
+
+    built = ("avx512_bf16", "baseline", "avx512_amx")
+
+    def __init__(self, has_tiles: bool) -> None:
+        self.has_tiles = has_tiles
+
+    def runs_here(self, isa: str) -> bool:
+        return isa != "avx512_amx" or self.has_tiles
+
+
+def test_tiles_have_to_be_asked_for_and_without_them_pytorch_has_the_better_products(monkeypatch) -> None:
+    with library.replaced_by(Module(has_tiles=False)):
+        assert library.multiplies(torch.bfloat16) and not library.multiplies(torch.float16)
+    with library.replaced_by(Module(has_tiles=True)):
+        assert library.instruction_set() == "avx512_bf16" and not library.multiplies(torch.bfloat16)
+        monkeypatch.setenv(library.ISA_VARIABLE, "avx512_amx")
+        assert library.multiplies(torch.bfloat16)

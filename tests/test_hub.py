@@ -19,7 +19,7 @@ from timm.models.mlp_mixer import MixerBlock
 from mixer_kernels import functional
 from mixer_kernels.shapes import MixerShape
 
-kernels = pytest.importorskip("kernels")
+kernels = pytest.importorskip("kernels", reason="waits for an environment with Hugging Face's kernels")
 ROOT = Path(__file__).parent.parent
 SHAPE = MixerShape(S=5, C=16, D_S=6, D_C=12)
 
