@@ -52,7 +52,7 @@ def token_mixing(
         dropout_p: probability of dropping an element after the activation and after the second product, in [0, 1].
         drop_path_p: probability of dropping the whole branch of an image; what is kept is scaled by 1 / (1 - p).
         backend: "auto", "cuda", "cuda:sm90", "triton", "cpu" or "torch"; None for what ``use_backend`` or
-            ``MIXER_KERNELS_BACKEND`` says. The cpu backend takes float32, without gradients and noise.
+            ``MIXER_KERNELS_BACKEND`` says. The cpu backend takes no gradients and no noise here.
         activation: "gelu", "relu", "silu" or "swiglu"; the cuda and cpu backends have GELU alone.
         packs: the packed weights of a block that ``freeze_`` froze.
 
